@@ -1,0 +1,103 @@
+"""The contract of a form, and knobs: fields of a frozen dataclass that spell and parse as one line.
+
+    block_sparse{provider=flex,block_m=128,block_n=128}
+
+Source: the pass and its spelling as in xDSL (`xdsl/passes.py`); knobs as values in Helion's `config_fragment.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from attnc.cost_models.cost import Cost
+from attnc.cost_models.device import Device
+from attnc.errors import UsageError, did_you_mean
+from attnc.region import AttentionRule, Region
+
+Knobs = TypeVar("Knobs", bound="Form")
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What a knob may be. role: "schedule" never changes results, "semantic" does."""
+
+    choices: tuple
+    role: str
+    unit: str
+
+
+def knob(*choices: Any, role: str = "schedule", unit: str = "") -> Any:
+    """A field of a form; the first choice is its default."""
+    return field(default=choices[0], metadata={"knob": Knob(choices, role, unit)})
+
+
+@dataclass(frozen=True)
+class Form(ABC):
+    """One way to compute a region."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def refuse(self, region: Region) -> str | None:
+        """Why this form with these knobs cannot compute `region`, as one sentence; None where it can."""
+
+    @abstractmethod
+    def is_exact(self, region: Region) -> bool:
+        """Whether this form with these knobs equals the region."""
+
+    @abstractmethod
+    def cost(self, region: Region, device: Device) -> Cost:
+        """What one run of the region costs, forward, and backward where it trains."""
+
+    @abstractmethod
+    def cpu(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
+            sizes: Sequence, rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse in plain torch; differentiable, traceable."""
+
+    @abstractmethod
+    def space(self, region: Region, device: Device) -> tuple[Form, ...]:
+        """The settings of this form worth trying for `region`, none of which it refuses; best guess first."""
+
+    def spell(self) -> str:
+        """One line; `parse` reads it back."""
+        knobs = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+        return f"{self.name}{{{knobs}}}" if knobs else self.name
+
+    @classmethod
+    def parse(cls: type[Knobs], knobs: str) -> Knobs:
+        """The form with the knobs of `name=value,...`; left-out knobs keep their default.
+
+        Raises: UsageError for an unknown knob or a value of the wrong type.
+        """
+        known = {f.name: f for f in fields(cls)}
+        given: dict[str, Any] = {}
+        for part in filter(None, (p.strip() for p in knobs.split(","))):
+            key, _, text = part.partition("=")
+            key = key.strip()
+            if key not in known:
+                raise UsageError(
+                    f"knob {key!r} of form {cls.name}: no such knob; known are {', '.join(known) or 'none'}."
+                    + (did_you_mean(key, known) or " Leave it out.")
+                )
+            given[key] = _value(cls.name, key, text.strip(), known[key].metadata["knob"])
+        return cls(**given)
+
+    def knobs(self) -> dict[str, Knob]:
+        """The knobs by name."""
+        return {f.name: f.metadata["knob"] for f in fields(self)}
+
+
+def _value(form: str, key: str, text: str, allowed: Knob) -> Any:
+    kind = type(allowed.choices[0])
+    if kind is int and re.fullmatch(r"[1-9]\d*", text):
+        return int(text)
+    if kind is str and text in allowed.choices:
+        return text
+    found = ", ".join(map(str, allowed.choices)) if kind is str else f"a positive integer in {allowed.unit or 'counts'}"
+    raise UsageError(f"knob {key}={text!r} of form {form}: allowed is {found}. Leave {key} out for the default.")

@@ -1,0 +1,129 @@
+"""Block-sparse attention: only tiles in which the mask keeps a pair are visited.
+
+    o_i = softmax_j(score_ij where keep_ij) v_j  over the blocks of keys that some row of i's block keeps
+
+Two providers with the same tiles: "flex" (FlexAttention; any score, forward only on the CPU, blocks from run-time data
+and symbolic lengths too) and "blocked" (batched ATen calls; trains; blocks from the static part of the mask).
+
+Source: Dong et al. 2024, "Flex Attention", arXiv:2412.05496; Zaheer et al. 2020, "Big Bird", arXiv:2007.14062.
+Exact:  always, for regions without active dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from attnc.codegen.cpu_blocked import blocked
+from attnc.codegen.cpu_flex import flex
+from attnc.codegen.cpu_groups import Group, grouped
+from attnc.codegen.tiles import visited
+from attnc.cost_models.cost import Cost
+from attnc.cost_models.device import Device
+from attnc.cost_models.roofline import attention_cost, seconds
+from attnc.expr import TRUE
+from attnc.forms.base import Form, knob
+from attnc.forms.masked import axes_of, settle_empty
+from attnc.reading import read
+from attnc.region import ITEM_BYTES, AttentionRule, Region, linear_score
+
+FLEX_DTYPES = ("float32", "bfloat16", "float16")
+MOST_VISITED = 0.9  # share of the pairs above which nothing is gained by skipping
+
+
+@dataclass(frozen=True)
+class BlockSparse(Form):
+    """Attention over visited tiles of `block_m` query rows and `block_n` keys."""
+
+    name: ClassVar[str] = "block_sparse"
+    provider: str = knob("flex", "blocked")
+    block_m: int = knob(128, 64, 256, 512, 1024, unit="query rows")
+    block_n: int = knob(128, 64, 256, 512, 1024, unit="keys")
+
+    def refuse(self, region: Region) -> str | None:
+        if region.kind != "attention":
+            return f"block_sparse computes attention, found a region of kind {region.kind}; leave it as written."
+        if region.device != "cpu":
+            return f"block_sparse is lowered for the CPU, found a region on {region.device}; leave it as written."
+        if region.rule.dropout:
+            return (f"block_sparse keeps no random stream, found dropout {region.rule.dropout:g} active; "
+                    "use model.eval() or dropout 0.")
+        return self._refuse_flex(region) if self.provider == "flex" else self._refuse_blocked(region)
+
+    def _refuse_flex(self, region: Region) -> str | None:
+        rule = region.rule
+        if region.training:
+            return ("block_sparse{provider=flex} has no backward on the CPU, found a region that trains; "
+                    "use provider=blocked.")
+        if region.dtype not in FLEX_DTYPES:
+            return (f"block_sparse{{provider=flex}} takes {', '.join(FLEX_DTYPES)} on the CPU, found {region.dtype}; "
+                    "use provider=blocked.")
+        if rule.keep == TRUE and linear_score(rule.score) is not None and rule.bias is None:
+            return "block_sparse skips masked tiles, found no mask and a plain score; use dense."
+        return None
+
+    def _refuse_blocked(self, region: Region) -> str | None:
+        shape = region.shape
+        symbolic = sorted(set(shape.symbols) & {"L", "S", "B", "Hq", "H"})
+        if symbolic:
+            return (f"block_sparse{{provider=blocked}} needs lengths known at compile time, found "
+                    f"{', '.join(symbolic)} symbolic; compile with dynamic=False, or use provider=flex.")
+        share = self._visits(region)[1] / max(shape.L * shape.S, 1)
+        if share > MOST_VISITED:
+            return (f"block_sparse{{provider=blocked}} skips tiles the mask empties, found {share:.0%} of the pairs in "
+                    f"visited tiles of {self.block_m} x {self.block_n}, at most {MOST_VISITED:.0%} pays; use dense.")
+        return None
+
+    def is_exact(self, region: Region) -> bool:
+        return self.refuse(region) is None
+
+    def _visits(self, region: Region) -> tuple[tuple[Group, ...], float]:
+        """Groups of tiles and the pairs in them."""
+        s, keep = region.shape, region.rule.keep
+        names = keep.names()
+        visits = visited(keep, s.L, s.S, self.block_m, self.block_n, sizes=region.sizes,
+                         B=s.B if "b" in names else 1, Hq=s.Hq if "h" in names else 1)
+        ragged = s.S // self.block_n if s.S % self.block_n else None
+        if self.provider == "flex":
+            pairs = sum(min(self.block_m, s.L - m * self.block_m) * min(self.block_n, s.S - n * self.block_n)
+                        for m, row in enumerate(visits) for n, _ in row)
+            return (), pairs
+        groups = grouped(visits, bool(s.L % self.block_m), ragged)
+        pairs = sum(min(self.block_m, s.L - m * self.block_m) * min(g.width * self.block_n, s.S)
+                    for g in groups for m in g.rows)
+        return groups, pairs
+
+    def cost(self, region: Region, device: Device) -> Cost:
+        groups, pairs = self._visits(region)
+        s, rule = region.shape, region.rule
+        if self.provider == "flex":
+            return attention_cost(region, "flex", pairs, launches=8)
+        gathered = sum(0 if g.shared else len(g.rows) * g.width * self.block_n for g in groups)
+        moved = 2 * gathered * s.B * s.H * (s.E + s.Ev) * ITEM_BYTES.get(region.dtype, 4)
+        engine = "flash" if linear_score(rule.score) is not None else "composed"
+        return attention_cost(region, engine, pairs, mask=True, launches=8 * len(groups), extra_bytes=moved)
+
+    def cpu(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
+            sizes: Sequence, rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
+        run = flex if self.provider == "flex" else blocked
+        out, lse = run(query, key, value, captured, sizes, rule, block_m=self.block_m, block_n=self.block_n)
+        if rule.sink is None and rule.empty in ("nan", "mean"):
+            if self.provider == "flex":  # no lse to tell by; the reduction is fused and stores no mask
+                kept = read(rule.keep, axes_of(query, key), captured, sizes)
+                alive = kept.any(-1) if isinstance(kept, torch.Tensor) else torch.full((1, 1, 1), bool(kept))
+            else:
+                alive = lse > -torch.inf
+            out = settle_empty(out, alive, value, rule)
+        return out, lse
+
+    def space(self, region: Region, device: Device) -> tuple[Form, ...]:
+        if self.provider == "flex":
+            tried = [BlockSparse("flex", 128, 128)]
+        else:
+            tried = [BlockSparse("blocked", m, n) for m in (64, 128, 256, 512, 1024)
+                     for n in (64, 128, 256, 512) if n <= m and m <= max(64, region.shape.L)]
+        fits = [form for form in tried if form.refuse(region) is None]
+        return tuple(sorted(fits, key=lambda form: seconds(form.cost(region, device), device)))

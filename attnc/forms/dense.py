@@ -1,0 +1,149 @@
+"""Dense attention: every key in one kernel call, the mask as a rank-minimal tensor or not at all.
+
+    o_i = softmax_j(score_ij where keep_ij) v_j  over all j < S
+
+"j <= i" becomes the kernel's causal flag, also beside a mask of padded keys; "j <= i + n" (a cache of n keys) a part
+without mask and a causal one under one normaliser. Heads that share keys are never copied, E != Ev is padded, scores
+that are not linear in the product run composed.
+
+Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; Dao 2023, arXiv:2307.08691.
+Exact:  always, for regions without active dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from attnc.codegen.cpu_composed import composed
+from attnc.codegen.cpu_flash import Part, flash
+from attnc.codegen.cpu_scores import additive, constant_bias
+from attnc.cost_models.cost import Cost
+from attnc.cost_models.device import Device
+from attnc.cost_models.roofline import attention_cost
+from attnc.expr import I, J, TRUE, Expr, sub, terms_of
+from attnc.forms.base import Form
+from attnc.forms.masked import axes_of, settle_empty, sink_of
+from attnc.predicate import conjunction
+from attnc.reading import read
+from attnc.region import AttentionRule, Region, linear_score
+
+
+@dataclass(frozen=True)
+class Dense(Form):
+    """All keys for all queries; no knobs."""
+
+    name: ClassVar[str] = "dense"
+
+    def refuse(self, region: Region) -> str | None:
+        if region.kind != "attention":
+            return f"dense computes attention, found a region of kind {region.kind}; leave it as written."
+        if region.device != "cpu":
+            return f"dense is lowered for the CPU, found a region on {region.device}; leave it as written."
+        if region.rule.dropout:
+            return (f"dense keeps no random stream, found dropout {region.rule.dropout:g} active; "
+                    "use model.eval() or dropout 0.")
+        return None
+
+    def is_exact(self, region: Region) -> bool:
+        return self.refuse(region) is None
+
+    def cost(self, region: Region, device: Device) -> Cost:
+        rule, s = region.rule, region.shape
+        if linear_score(rule.score) is None:
+            return attention_cost(region, "composed", s.L * s.S)
+        causal, rest = split_causal(rule.keep)
+        if causal is None:
+            return attention_cost(region, "flash", s.L * s.S, mask=rule.keep != TRUE or rule.bias is not None)
+        offset = causal if isinstance(causal, int) else s.S - s.L
+        pairs = causal_pairs(s.L, s.S, offset)
+        if rule.bias is not None or not _is_narrow(rest):
+            pairs = s.L * s.S if offset else pairs
+            return attention_cost(region, "flash", pairs, mask=True)
+        return attention_cost(region, "flash", pairs)
+
+    def cpu(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
+            sizes: Sequence, rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
+        sink = sink_of(query, key, captured, sizes, rule)
+        bias = constant_bias(rule, captured)
+        if bias is None:
+            axes = axes_of(query, key)
+            out, lse, alive = composed(
+                query, key, value, lambda raw: read(rule.score, axes, captured, sizes, score=raw),
+                read(rule.keep, axes, captured, sizes), sink=sink)
+            return (out if alive is None else settle_empty(out, alive, value, rule)), lse
+        parts = _parts(query, key, value, captured, sizes, rule, bias)
+        factor, _ = linear_score(rule.score)
+        out, lse = flash(query, parts, factor, sink=sink, never_empty=rule.empty == "never")
+        if rule.empty in ("nan", "mean"):
+            out = settle_empty(out, lse > -torch.inf, value, rule)
+        return out, lse
+
+    def space(self, region: Region, device: Device) -> tuple[Form, ...]:
+        return () if self.refuse(region) else (self,)
+
+
+def split_causal(keep: Expr) -> tuple[int | Expr | None, Expr]:
+    """Split `j <= i + offset and rest`: the offset, a number or an expression of sizes, and the rest; None: not causal."""
+    conditions = keep.args if keep.op == "and" else (keep,)
+    for n, condition in enumerate(conditions):
+        if condition.op != "le":
+            continue
+        offset = sub(sub(J, I), condition.args[0])
+        if offset.names() or offset.has("load"):
+            continue
+        constant, terms = terms_of(offset)
+        rest = conjunction(*conditions[:n], *conditions[n + 1 :])
+        return (offset if terms else int(constant)), rest
+    return None, keep
+
+
+def causal_pairs(L: int, S: int, offset: int) -> float:
+    """Number of pairs with j <= i + offset."""
+    first = min(max(offset + 1, 0), S)
+    rising = min(max(S - offset - 1, 0), L)  # rows before all S keys are seen
+    started = min(max(-offset - 1, 0), rising)
+    count = rising - started
+    low = first if started == 0 else 1
+    return count * (2 * low + count - 1) / 2 + (L - rising) * S
+
+
+def _is_narrow(e: Expr) -> bool:
+    """Whether a mask read from `e` has one row for all queries."""
+    return "i" not in e.names()
+
+
+def _parts(query, key, value, captured, sizes, rule: AttentionRule, bias: Expr) -> list[Part]:
+    """The kernel calls: causal by flag where that holds, a mask for what is left."""
+    flat = bias.is_const
+    causal, rest = split_causal(rule.keep)
+    L, S = query.shape[2], key.shape[2]
+    offset = None if causal is None else read(causal, {}, (), sizes) if isinstance(causal, Expr) else causal
+    if offset is not None and not isinstance(offset, int):
+        offset = None  # known at run time only: a mask
+    if offset is None:
+        return [_part(query, key, value, captured, sizes, rule.keep, bias)]
+    if offset >= S - 1:
+        return [_part(query, key, value, captured, sizes, rest, bias)]
+    if offset == 0:
+        return [_part(query, key, value, captured, sizes, rest, bias, causal=True)]
+    if 0 < offset and rest == TRUE and flat and isinstance(L, int):
+        seen = [t.narrow(2, 0, offset) for t in (key, value)]
+        fresh = [t.narrow(2, offset, S - offset) for t in (key, value)]
+        return [Part(*seen), Part(*fresh, causal=True)]
+    return [_part(query, key, value, captured, sizes, rule.keep, bias)]
+
+
+def _part(query, key, value, captured, sizes, keep: Expr, bias: Expr, *, causal: bool = False) -> Part:
+    flat = bias.is_const
+    if keep == TRUE and flat:
+        return Part(key, value, None, causal)
+    axes = axes_of(query, key)
+    kept = read(keep, axes, captured, sizes)
+    if not isinstance(kept, torch.Tensor):
+        kept = True if kept else torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=query.device)
+    added = None if flat else read(bias, axes, captured, sizes)
+    return Part(key, value, additive(kept, added, query.dtype), causal)

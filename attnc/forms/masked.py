@@ -1,0 +1,70 @@
+"""The masked family: softmax attention under a score rule and a mask rule, and what its forms share.
+
+    o_i = sum_{j kept} exp(score_ij - lse_i) v_j,   lse_i = log(exp(sink_i) + sum_{j kept} exp(score_ij))
+
+A row that keeps no key gives what `rule.empty` says: 0 (also under a sink, which then holds all weight), NaN, or the mean
+of the values of all S keys. lse is natural, holds the sink, is -inf for such a row without a sink, and is not
+differentiable. Query head h reads key head h // (Hq / H).
+
+Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; sinks: Xiao et al. 2023, arXiv:2309.17453, and gpt-oss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from attnc.reading import Axis, read, span
+from attnc.region import AttentionRule
+
+
+def axes_of(query: torch.Tensor, key: torch.Tensor) -> dict[str, Axis]:
+    """The coordinates of all scores, laid out for (B, Hq, L, S)."""
+    B, Hq, L, _ = query.shape
+    lengths = {"b": B, "h": Hq, "i": L, "j": key.shape[2]}
+    return {name: span(name, 0, length, query.device) for name, length in lengths.items()}
+
+
+def sink_of(query: torch.Tensor, key: torch.Tensor, captured: Sequence[torch.Tensor], sizes: Sequence,
+            rule: AttentionRule) -> torch.Tensor | None:
+    """The sink's logits, broadcastable to (B, Hq, L); None where the rule has no sink."""
+    if rule.sink is None:
+        return None
+    found = read(rule.sink, axes_of(query, key), captured, sizes)
+    if not isinstance(found, torch.Tensor):
+        return query.new_full((1, 1, 1), found)
+    return found.expand(*found.shape[:-1], 1)[..., 0]
+
+
+def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
+              sizes: Sequence[int], rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend as the rule reads, with every score in memory: the oracle of the family.
+
+    Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    axes = axes_of(query, key)
+    raw = query @ key.mT
+    score = read(rule.score, axes, captured, sizes, score=raw)
+    keep = torch.as_tensor(read(rule.keep, axes, captured, sizes)).expand(raw.shape)
+    score = score.expand(raw.shape).masked_fill(~keep, -torch.inf)
+    sink = sink_of(query, key, captured, sizes, rule)
+    if sink is not None:
+        score = torch.cat([score, sink.expand(raw.shape[:-1]).unsqueeze(-1).to(score.dtype)], -1)
+    alive = (score > -torch.inf).any(-1, keepdim=True)
+    weights = torch.where(alive, score, 0.0).softmax(-1)[..., : keep.shape[-1]] * keep
+    lse = score.logsumexp(-1).detach()
+    return settle_empty(weights @ value, keep.any(-1), value, rule), lse
+
+
+def settle_empty(out: torch.Tensor, alive: torch.Tensor, value: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
+    """Give rows that keep no key what the rule says; `out` holds 0 there. alive broadcasts to (B, Hq, L)."""
+    if rule.sink is not None or rule.empty in ("never", "zero"):
+        return out
+    alive = alive.unsqueeze(-1)
+    if rule.empty == "nan":
+        return torch.where(alive, out, torch.nan)
+    mean = value.mean(2, keepdim=True)
+    return torch.where(alive, out, mean.repeat_interleave(out.shape[1] // value.shape[1], 1))

@@ -1,0 +1,62 @@
+"""The `attnc::attention` operator: one node for any recognised attention, run by the form that its spelling names.
+
+    attention(query, key, value, captured, sizes, spelling) -> (out, lse)
+    spelling = FORM{knobs} | RULE        e.g. "dense | score=0.125 * s; keep=-i + j <= 0; empty=never"
+
+It is composite: tracing (AOTAutograd, export) goes through it and sees ATen or FlexAttention, autograd differentiates it.
+lse (B, Hq, L) is natural, float32 (float64 for float64), holds the sink, and is not differentiable; unused, it leaves
+nothing behind in a traced graph.
+
+Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3.1 (out and log-sum-exp); torch.library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from attnc.errors import UsageError
+from attnc.forms import Form, parse_form
+from attnc.region import AttentionRule
+
+SCHEMA = (
+    "attention(Tensor query, Tensor key, Tensor value, Tensor[] captured, SymInt[] sizes, str spelling) "
+    "-> (Tensor, Tensor)"
+)
+library = torch.library.Library("attnc", "DEF")
+library.define(SCHEMA)
+
+
+def spell_attention(form: Form | str, rule: AttentionRule) -> str:
+    """The operator's spelling for a form and a rule; `parse_attention` reads it back."""
+    return f"{form if isinstance(form, str) else form.spell()} | {rule.spell()}"
+
+
+@lru_cache(maxsize=1024)
+def parse_attention(spelling: str) -> tuple[Form, AttentionRule]:
+    """The form and rule of a spelling. Raises: UsageError if it is not one."""
+    form, bar, rule = spelling.partition(" | ")
+    if not bar:
+        raise UsageError(
+            f"parse the operator spelling {spelling!r}: found no ' | ', allowed is 'FORM{{knobs}} | RULE'. "
+            "Build it with attnc.ops.spell_attention."
+        )
+    return parse_form(form), AttentionRule.parse(rule)
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
+              sizes: Sequence[int], spelling: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the spelled form.
+
+    Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
+    Raises: UsageError if the spelling is none.
+    """
+    form, rule = parse_attention(spelling)
+    # Types are facts of the region already: an autocast around the call must not cast inside it.
+    with torch.amp.autocast(query.device.type, enabled=False):
+        return form.cpu(query, key, value, captured, sizes, rule)
+
+
+library.impl("attention", attention, "CompositeImplicitAutograd")

@@ -1,0 +1,277 @@
+"""Block-sparse attention in plain ATen: a few batched calls over the visited tiles, differentiable, on any CPU.
+
+    out_i = sum_{j in visited blocks of i} softmax_j(score_ij where keep_ij) v_j
+
+Each group of query blocks (`attnc.codegen.cpu_groups`) gathers its key blocks and runs one flash call; tiles kept whole
+go in without a mask where they are the larger share. Masks are read on the visited tiles only, once for all blocks of a
+group that repeat the same pattern. Scores that are not linear in the product run composed, tile by tile.
+
+Source: Zaheer et al. 2020, "Big Bird", arXiv:2007.14062, appendix D; Beltagy et al. 2020, arXiv:2004.05150, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from attnc.codegen.cpu_composed import composed
+from attnc.codegen.cpu_flash import Part, flash
+from attnc.codegen.cpu_groups import Group, grouped, is_run
+from attnc.codegen.cpu_scores import additive, constant_bias
+from attnc.codegen.tiles import blocks, visited
+from attnc.expr import I, J, Expr, add, const
+from attnc.predicate import rebuild
+from attnc.reading import Axis, picked, read
+from attnc.region import AttentionRule, linear_score
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The tensors and facts that all groups share."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    captured: Sequence[torch.Tensor]
+    sizes: tuple
+    rule: AttentionRule
+    block_m: int
+    block_n: int
+
+    @property
+    def S(self) -> int:
+        return self.key.shape[2]
+
+
+def blocked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
+            sizes: Sequence, rule: AttentionRule, *, block_m: int, block_n: int,
+            limit: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend block by block; rows that keep no key give 0 and lse -inf (or the sink).
+
+    Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
+            L and S are numbers; sizes that are not leave their tiles partial.
+    """
+    B, Hq, L, _ = query.shape
+    S = key.shape[2]
+    names = rule.keep.names()
+    known = tuple(sizes) if all(isinstance(n, int) for n in sizes) else ()
+    visits = visited(rule.keep, L, S, block_m, block_n, sizes=known, B=B if "b" in names else 1,
+                     Hq=Hq if "h" in names else 1)
+    ragged = S // block_n if S % block_n else None
+    problem = Problem(query, key, value, captured, tuple(sizes), rule, block_m, block_n)
+    groups = grouped(visits, bool(L % block_m), ragged, limit)
+    outs, lses, order = [], [], []
+    for group in groups:
+        out, lse = _run(problem, group, ragged)
+        outs.append(out)
+        lses.append(lse)
+        order += group.rows
+    if is_run(order):
+        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
+    at = _rows_in_order(order, L, block_m, query.device)
+    return torch.cat(outs, 2).index_select(2, at), torch.cat(lses, 2).index_select(2, at)
+
+
+def _rows_in_order(order: list[int], L: int, block_m: int, device: torch.device) -> torch.Tensor:
+    """Where each query row is found after the groups are joined."""
+    start, found = {}, 0
+    for block in order:
+        start[block] = found
+        found += min(block_m, L - block * block_m)
+    firsts = torch.tensor([start[m] for m in range(len(order))], device=device)
+    return (firsts[:, None] + torch.arange(block_m, device=device)).flatten()[:L]
+
+
+def _run(p: Problem, group: Group, ragged: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    B, Hq, L, _ = p.query.shape
+    if not group.width:
+        return _nothing(p, group)
+    query, rows = _queries(p, group)
+    nb = 1 if group.shared else len(group.rows)
+    full = [n for n, whole in enumerate(group.full) if whole and group.cols[0][n] != ragged]
+    sink = None if p.rule.sink is None else _value(p, p.rule.sink, rows, None)
+    bias = constant_bias(p.rule, p.captured)
+    if bias is None:
+        out, lse = _composed(p, group, query, rows, ragged, len(full) == group.width, sink)
+    else:
+        factor, _ = linear_score(p.rule.score)
+        flat = bias.is_const
+        # Merging two parts costs about as much as masking a thousand keys.
+        split = flat and 2 * len(full) >= group.width and (len(full) == group.width or len(full) * p.block_n >= 1024)
+        parts = []
+        if split:
+            parts.append(Part(*_keys(p, group, full)))
+        rest = [n for n in range(group.width) if not (split and n in full)]
+        if rest:
+            mask = _mask(p, group, rest, rows, ragged, bias)
+            parts.append(Part(*_keys(p, group, rest), mask))
+        out, lse = flash(query, parts, factor, sink=None if sink is None else _merge(sink, B, nb),
+                         never_empty=p.rule.empty == "never")
+    if group.shared:
+        return out, lse
+    out = out.view(B, nb, Hq, -1, out.shape[-1]).transpose(2, 3).reshape(B, -1, Hq, out.shape[-1]).transpose(1, 2)
+    return out, lse.view(B, nb, Hq, -1).transpose(1, 2).reshape(B, Hq, -1)
+
+
+def _nothing(p: Problem, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query blocks that see no key."""
+    B, Hq, L, _ = p.query.shape
+    count = sum(min(p.block_m, L - m * p.block_m) for m in group.rows)
+    out = p.query.new_zeros(B, Hq, count, p.value.shape[-1])
+    lse = torch.full((B, Hq, count), -torch.inf, dtype=_lse_dtype(p.query), device=p.query.device)
+    if p.rule.sink is not None:
+        i = torch.cat([torch.arange(m * p.block_m, min((m + 1) * p.block_m, L)) for m in group.rows])
+        sink = _value(p, p.rule.sink, i.to(p.query.device)[None], None)
+        lse = sink[:, 0].detach().to(lse.dtype).expand(lse.shape)
+    return out, lse
+
+
+def _lse_dtype(query: torch.Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _queries(p: Problem, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+    """The group's query rows, (B or B * blocks, Hq, rows, E), and their positions, (1 or blocks, rows)."""
+    B, Hq, L, E = p.query.shape
+    bm, first = p.block_m, group.rows[0]
+    index = torch.arange(bm, device=p.query.device)
+    if is_run(group.rows):
+        count = min(bm * len(group.rows), L - first * bm)
+        query = p.query.narrow(2, first * bm, count)
+        rows = torch.arange(first * bm, first * bm + count, device=p.query.device)
+    else:
+        starts = torch.tensor([m * bm for m in group.rows], device=p.query.device)
+        rows = (starts[:, None] + index).flatten()
+        query = p.query.index_select(2, rows)
+    if group.shared:
+        return query, rows[None]
+    query = query.unflatten(2, (len(group.rows), bm)).transpose(1, 2)
+    return query.reshape(-1, Hq, bm, E), rows.view(-1, bm)
+
+
+def _keys(p: Problem, group: Group, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of positions `at` of the group's visits, (B or B * blocks, H, width, E)."""
+    return _gathered(p, group, at, p.key), _gathered(p, group, at, p.value)
+
+
+def _gathered(p: Problem, group: Group, at: list[int], table: torch.Tensor) -> torch.Tensor:
+    bn, S = p.block_n, p.S
+    if group.shared:
+        cols = [group.cols[0][n] for n in at]
+        runs = _runs(cols)
+        pieces = [table.narrow(2, lo * bn, min(hi * bn, S) - lo * bn) for lo, hi in runs]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)
+    count, nb = blocks(S, bn), len(group.rows)
+    if S % bn:
+        table = F.pad(table, (0, 0, 0, count * bn - S))
+    table = table.unflatten(2, (count, bn))  # (B, H, count, bn, E)
+    step = group.step
+    if step is not None:
+        firsts = [group.cols[0][n] for n in at]
+        slices = [table[:, :, lo : lo + (nb - 1) * step + 1 : step] for lo in firsts]
+        picked_blocks = torch.cat(slices, 3)  # (B, H, nb, len(at) * bn, E)
+    else:
+        flat = [max(cols[n], 0) for cols in group.cols for n in at]
+        chosen = table.index_select(2, torch.tensor(flat, device=table.device))
+        picked_blocks = chosen.unflatten(2, (nb, len(at))).flatten(3, 4)
+    picked_blocks = picked_blocks.transpose(1, 2)
+    return picked_blocks.reshape(-1, *picked_blocks.shape[2:])
+
+
+def _runs(cols: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive numbers as half-open ranges."""
+    runs: list[tuple[int, int]] = []
+    for n in cols:
+        if runs and runs[-1][1] == n:
+            runs[-1] = (runs[-1][0], n + 1)
+        else:
+            runs.append((n, n + 1))
+    return runs
+
+
+def _columns(p: Problem, group: Group, at: list[int], ragged: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Key positions, (1 or blocks, width), and which of them exist, or None where all do."""
+    device, bn = p.query.device, p.block_n
+    index = torch.arange(bn, device=device)
+    if group.shared:
+        cols = [group.cols[0][n] for n in at]
+        pieces = [torch.arange(lo * bn, min(hi * bn, p.S), device=device) for lo, hi in _runs(cols)]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
+    if group.step is not None:
+        firsts = torch.cat([index + group.cols[0][n] * bn for n in at])
+        moves = torch.arange(len(group.rows), device=device) * (group.step * bn)
+        cols = firsts + moves[:, None]
+    else:
+        numbers = torch.tensor([[cols[n] for n in at] for cols in group.cols], device=device)
+        cols = torch.where(numbers[:, :, None] < 0, p.S, numbers[:, :, None] * bn + index).flatten(1)
+    dead = any(n < 0 or n == ragged for row in group.cols for n in row)
+    return (cols.clamp(max=p.S - 1), cols < p.S) if dead else (cols, None)
+
+
+def _repeats(p: Problem, group: Group, e: Expr) -> bool:
+    """Whether `e` is the same on every block of the group, moved along."""
+    if group.shared or group.step is None or e.has("load"):
+        return False
+    along = {I: add(I, const(p.block_m)), J: add(J, const(group.step * p.block_n))}
+    return rebuild(e, along.get) == e
+
+
+def _value(p: Problem, e: Expr, rows: torch.Tensor, cols: torch.Tensor | None,
+           score: torch.Tensor | None = None):
+    """`e` at (B, blocks, Hq, rows, cols); the last dimension is left out without `cols`."""
+    axes: dict[str, Axis] = {}
+    B, Hq = p.query.shape[:2]
+    device, rank = p.query.device, 4 if cols is None else 5
+    for dim, (name, at) in enumerate((("b", torch.arange(B, device=device)), ("h", torch.arange(Hq, device=device)))):
+        axes[name] = picked(name, at.view([-1 if d == 2 * dim else 1 for d in range(rank)]))
+    nb, R = rows.shape
+    axes["i"] = picked("i", rows.view((1, nb, 1, R) + (() if cols is None else (1,))))
+    if cols is not None:
+        axes["j"] = picked("j", cols.view(1, cols.shape[0], 1, 1, -1))
+    value = read(e, axes, p.captured, p.sizes, score=score)
+    if not isinstance(value, torch.Tensor):
+        value = torch.full((1,) * rank, value, device=device)
+    return value.view((1,) * (rank - value.dim()) + tuple(value.shape))
+
+
+def _merge(t: torch.Tensor, B: int, nb: int) -> torch.Tensor:
+    """(B, blocks, ...) as (B * blocks, ...), left at 1 where it is the same for all."""
+    if t.shape[0] == 1 and t.shape[1] == 1:
+        return t[0]
+    return t.expand(B, nb, *t.shape[2:]).reshape(B * nb, *t.shape[2:])
+
+
+def _mask(p: Problem, group: Group, at: list[int], rows: torch.Tensor, ragged: int | None,
+          bias: Expr) -> torch.Tensor:
+    cols, exist = _columns(p, group, at, ragged)
+    if exist is None and _repeats(p, group, p.rule.keep) and _repeats(p, group, bias):
+        rows, cols = rows[:1], cols[:1]
+    keep = _value(p, p.rule.keep, rows, cols)
+    keep = keep if exist is None else keep & exist.view(1, exist.shape[0], 1, 1, -1)
+    added = None if bias.is_const and not bias.value else _value(p, bias, rows, cols)
+    nb = 1 if group.shared else len(group.rows)
+    return _merge(additive(keep, added, p.query.dtype), p.query.shape[0], nb)
+
+
+def _composed(p: Problem, group: Group, query: torch.Tensor, rows: torch.Tensor, ragged: int | None, full: bool,
+              sink: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    B, Hq = p.query.shape[:2]
+    nb = 1 if group.shared else len(group.rows)
+    at = list(range(group.width))
+    cols, exist = _columns(p, group, at, ragged)
+    key, value = _keys(p, group, at)
+
+    def score(raw: torch.Tensor) -> torch.Tensor:
+        return _value(p, p.rule.score, rows, cols, raw.unflatten(0, (B, nb))).flatten(0, 1)
+
+    keep: torch.Tensor | bool = True
+    if not full or exist is not None:
+        same = exist is None and _repeats(p, group, p.rule.keep)
+        keep = _value(p, p.rule.keep, rows[:1] if same else rows, cols[:1] if same else cols)
+        keep = keep if exist is None else keep & exist.view(1, exist.shape[0], 1, 1, -1)
+        keep = _merge(keep, B, nb)
+    out, lse, _ = composed(query, key, value, score, keep, sink=None if sink is None else _merge(sink, B, nb))
+    return out, lse

@@ -1,0 +1,96 @@
+"""Group the query blocks of a block-sparse mask so that few batched calls visit every kept tile.
+
+Query blocks that see equally many key blocks form one batch; those that see the very same keys become rows of one
+block; where there are too many different counts, neighbouring ones are rounded up. Pure integers: no tensors here.
+
+Source: the "blocked" local attention of Zaheer et al. 2020, "Big Bird", arXiv:2007.14062, appendix D, for any mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+Visits = tuple[tuple[tuple[int, bool], ...], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Query blocks computed in one call.
+
+    rows:   the query blocks, ascending.
+    cols:   visited key blocks, one tuple for all rows (`shared`) or one for each, equally long; -1 visits nothing.
+    full:   per position in `cols`, whether every row keeps the whole tile.
+    shared: all rows see the same keys.
+    """
+
+    rows: tuple[int, ...]
+    cols: tuple[tuple[int, ...], ...]
+    full: tuple[bool, ...]
+    shared: bool
+
+    @property
+    def width(self) -> int:
+        return len(self.full)
+
+    @property
+    def step(self) -> int | None:
+        """By how many key blocks the visits move from one row to the next, where that is the same throughout."""
+        if self.shared or any(n < 0 for cols in self.cols for n in cols) or not is_run(self.rows):
+            return None
+        steps = {b - a for one, two in zip(self.cols, self.cols[1:]) for a, b in zip(one, two, strict=True)}
+        return steps.pop() if len(steps) == 1 and min(steps) > 0 else None
+
+    def tiles(self) -> int:
+        return len(self.rows) * self.width
+
+
+def is_run(numbers: Sequence[int]) -> bool:
+    """Whether `numbers` are consecutive."""
+    return all(b == a + 1 for a, b in zip(numbers, numbers[1:]))
+
+
+@lru_cache(maxsize=256)
+def grouped(visits: Visits, ragged_row: bool, ragged_col: int | None, limit: int = 16) -> tuple[Group, ...]:
+    """At most about `limit` groups (twice that where the last key block is ragged).
+
+    ragged_row: the last query block is shorter: a group of its own.
+    ragged_col: number of the key block that is shorter, or None: rows that see it form groups of their own.
+    """
+    last = len(visits) - 1
+    plain: dict[int, list[int]] = {}
+    touching: dict[int, list[int]] = {}
+    alone: list[int] = []
+    for row, seen in enumerate(visits):
+        if ragged_row and row == last:
+            alone.append(row)
+        elif ragged_col is not None and any(n == ragged_col for n, _ in seen):
+            touching.setdefault(len(seen), []).append(row)
+        else:
+            plain.setdefault(len(seen), []).append(row)
+    buckets = _merged(plain, limit) + _merged(touching, limit) + [[row] for row in alone]
+    groups = [group for rows in buckets for group in _split(rows, visits)]
+    return tuple(sorted(groups, key=lambda g: g.rows[0]))
+
+
+def _merged(by_count: dict[int, list[int]], limit: int) -> list[list[int]]:
+    """Round the smallest steps between counts up until `limit` buckets are left; empty rows stay apart."""
+    buckets = [(count, sorted(rows)) for count, rows in sorted(by_count.items()) if count]
+    while len(buckets) > limit:
+        waste = [len(rows) * (buckets[n + 1][0] - count) for n, (count, rows) in enumerate(buckets[:-1])]
+        n = waste.index(min(waste))
+        buckets[n : n + 2] = [(buckets[n + 1][0], sorted(buckets[n][1] + buckets[n + 1][1]))]
+    return [rows for _, rows in buckets] + ([sorted(by_count[0])] if 0 in by_count else [])
+
+
+def _split(rows: list[int], visits: Visits) -> list[Group]:
+    seen = [dict(visits[row]) for row in rows]
+    most = max(len(s) for s in seen)
+    union = sorted({n for s in seen for n in s})
+    if len(union) == most:
+        full = tuple(all(s.get(n, False) for s in seen) for n in union)
+        return [Group(tuple(rows), (tuple(union),), full, True)]
+    cols = [(*sorted(s), *(-1,) * (most - len(s))) for s in seen]
+    full = tuple(all(c[at] >= 0 and s[c[at]] for c, s in zip(cols, seen, strict=True)) for at in range(most))
+    return [Group(tuple(rows), tuple(cols), full, False)]

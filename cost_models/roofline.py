@@ -1,0 +1,75 @@
+"""Time of an attention from closed formulas.
+
+    time = max(FLOP / rate + scores / elements, bytes / bandwidth) + launches * launch_s, per work
+
+Training adds the backward: 2.5 times the forward where scores are recomputed (flash), twice where they are kept.
+
+Source: Williams, Waterman, Patterson 2009, "Roofline", doi:10.1145/1498765.1498785; FLOP counts as in Dao 2023,
+arXiv:2307.08691, section 4.1.
+"""
+
+from __future__ import annotations
+
+from attnc.cost_models.cost import Cost, Work
+from attnc.cost_models.device import Device
+from attnc.expr import TRUE
+from attnc.region import ITEM_BYTES, Region
+
+BACKWARD = {"flash": 2.5, "masked": 2.5, "flex": 2.5, "composed": 2.0}
+# Passes over the scores of a composed attention: written and read by product, mask, maximum, exponential and sum.
+COMPOSED_PASSES = 6
+
+
+def attention_cost(region: Region, engine: str, pairs: float, *, mask: bool = False, launches: int = 1,
+                   extra_bytes: float = 0.0) -> Cost:
+    """Cost of one attention over `pairs` pairs per head and batch entry.
+
+    engine: "flash", "flex" or "composed". mask: a flash call reads an additive mask, element by element.
+    """
+    s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)
+    heads = s.B * s.Hq
+    width = 2 * max(s.E, s.Ev) if engine == "flash" else s.E + s.Ev
+    flops, scores = 2.0 * heads * pairs * width, heads * pairs
+    moved = region.bytes + extra_bytes
+    if engine == "composed":
+        moved += COMPOSED_PASSES * scores * max(item, 4)
+    name = "masked" if engine == "flash" and mask else engine
+    works = [Work(name, flops, scores, moved, launches)]
+    if region.training:
+        factor = BACKWARD[name]
+        works.append(Work(name, factor * flops, factor * scores, factor * moved, 2 * launches))
+    return Cost(tuple(works))
+
+
+def seconds(cost: Cost, device: Device, dtype: str = "float32") -> float:
+    """Predicted time of `cost` on `device`, in seconds."""
+    total = 0.0
+    for work in cost.works:
+        engine = device.engine(work.engine)
+        compute = work.flops / (engine.rate * device.speed(dtype)) + work.exps / engine.elements
+        total += max(compute, work.bytes / device.bandwidth) + work.launches * engine.launch_s
+    return total
+
+
+def written_cost(region: Region, device: Device) -> Cost:
+    """Cost of the region as it is written.
+
+    "sdpa" runs flash over all pairs, with a boolean mask in memory where there is one, made additive, and with repeated
+    heads; "flex_attention" is taken at its own form's cost; "composed" keeps all scores in memory.
+    """
+    s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)
+    pairs = float(s.L * s.S)
+    if region.written == "composed":
+        return attention_cost(region, "composed", pairs, launches=6, extra_bytes=_repeated(region, item))
+    if region.written == "sdpa" and region.mask == "is_causal":
+        return attention_cost(region, "flash", pairs / 2, extra_bytes=_repeated(region, item))
+    if region.rule.keep == TRUE and region.rule.bias is None:
+        return attention_cost(region, "flash", pairs, extra_bytes=_repeated(region, item))
+    mask_bytes = 3.0 * s.B * s.L * s.S * item  # written, made additive, read
+    return attention_cost(region, "flash", pairs, mask=True, launches=3, extra_bytes=mask_bytes + _repeated(region, item))
+
+
+def _repeated(region: Region, item: int) -> float:
+    """Bytes written and read again to give each query head its own keys and values."""
+    s = region.shape
+    return 0.0 if s.group == 1 else 2.0 * s.B * s.Hq * s.S * (s.E + s.Ev) * item

@@ -1,0 +1,89 @@
+"""Carry out the choices of an analysis: check each rewrite once per region key, rewrite, confine trouble to its region."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from torch import fx
+
+from attnc.options import Options
+from attnc.passes.check import Verdict, check
+from attnc.passes.pipeline import Analysis, Found, bodies
+from attnc.passes.rewrite import rewrite
+from attnc.region import AS_WRITTEN, Choice, Region
+from attnc.store import Store
+
+log = logging.getLogger("attnc.passes.apply")
+
+
+def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options) -> fx.GraphModule | None:
+    """The captured graph with its chosen forms in place; None if nothing is rewritten (use the original graph)."""
+    assert analysis.gm is not None
+    store = Store(options.store)
+    changed = False
+    for position, found in enumerate(analysis.found):
+        if found.region.choice is None or not found.region.choice.rewrites:
+            continue
+        with analysis.timed("check"):
+            verdict = _verdict(found, store) if options.check else Verdict(True, 0.0)
+        if not verdict.passed:
+            _leave(analysis, position, verdict.reason)
+            continue
+        with analysis.timed("rewrite"):
+            rewrite(found.facts, found.match, found.region.choice.form)
+        changed = True
+    if not changed:
+        return None
+    for part in bodies(analysis.gm):
+        part.graph.eliminate_dead_code()
+        part.graph.lint()
+        part.recompile()
+    _inherit(analysis.gm, original)
+    return analysis.gm
+
+
+def region_key(region: Region) -> str:
+    """Everything a verdict about a region depends on, places and predicted times left out."""
+    choice = region.choice
+    bare = replace(region, path="", node="", choice=None)
+    return f"{bare!r} {dict(region.shape.symbols)} {choice.form if choice else ''}"
+
+
+def _verdict(found: Found, store: Store) -> Verdict:
+    key = region_key(found.region)
+    known = store.get(key)
+    if known is not None:
+        return Verdict(bool(known["passed"]), float(known["error"]), str(known["reason"]))  # type: ignore[arg-type]
+    assert found.region.choice is not None
+    try:
+        verdict = check(found.match, found.region.choice.form, found.region.training)
+    except Exception as exc:  # noqa: BLE001 - whatever a check raises, the region stays as written and says so
+        log.debug("check of %s failed", found.region.path, exc_info=True)
+        return Verdict(False, 0.0, f"its check raised {type(exc).__name__}: {exc}".splitlines()[0])
+    store.put(key, {"passed": verdict.passed, "error": verdict.error, "reason": verdict.reason})
+    return verdict
+
+
+def _leave(analysis: Analysis, position: int, reason: str) -> None:
+    found = analysis.found[position]
+    region = found.region
+    assert region.choice is not None
+    sentence = (
+        f"rewrite {region.path or region.node} (node {region.node}) as {region.choice.form}: {reason}. "
+        "The region is left as written; report the model if the rewrite should hold."
+    )
+    analysis.problems.append(sentence)
+    choice = Choice(AS_WRITTEN, f"left as written: {reason}", refused={**region.choice.refused, region.choice.name: reason})
+    analysis.found[position] = replace(found, region=replace(region, choice=choice))
+
+
+def _inherit(gm: fx.GraphModule, original: fx.GraphModule) -> None:
+    """What inner backends read off Dynamo's own graph: placeholder names, sources and metadata."""
+    gm.meta.update(original.meta)
+    for new, old in zip(gm.graph.find_nodes(op="placeholder"), original.graph.find_nodes(op="placeholder"), strict=True):
+        for key, value in old.meta.items():
+            if key != "val":
+                new.meta[key] = value
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source

@@ -1,0 +1,212 @@
+"""Translation validation: the region as written against its rewrite, on random inputs, at a small and ragged size.
+
+The region's own nodes are copied with their lengths and window constants replaced by small ones, lifted again, and
+rewritten with the chosen form; both graphs run on the same data, gradients included where the region trains. A wrong
+lift, a wrong form or a wrong lowering shows up as a difference; the region is then left as written.
+
+Source: Pnueli, Siegel, Singerman 1998, "Translation validation".
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from attnc.passes.graph import GraphFacts, NoMatch, hint, tensor_of
+from attnc.passes.lift_attention import Match, anchors, lift
+from attnc.passes.rewrite import rewrite
+
+log = logging.getLogger("attnc.passes.check")
+
+# Elements of the score matrix up to which a region is run at its own size.
+AFFORDABLE = 1 << 22
+SMALL_FROM = 65  # integers below are never replaced: head counts, widths, axes
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a rewrite may stand, the error seen relative to the largest value, and why not."""
+
+    passed: bool
+    error: float
+    reason: str = ""
+
+
+def check(match: Match, spelling: str, training: bool) -> Verdict:
+    """Run the region of `match` as written and as `spelling` on the same small random inputs."""
+    leaves = leaves_of(match)
+    smaller = _substitution(match, leaves)
+    if isinstance(smaller, str):
+        return Verdict(False, 0.0, smaller)
+    written, inputs = _instance(match, leaves, smaller)
+    facts = GraphFacts(written.graph)
+    found = [lift(facts, anchor) for anchor in anchors(written.graph)]
+    again = [m for m in found if isinstance(m, Match)]
+    if len(again) != 1:
+        refusals = "; ".join(str(m) for m in found if isinstance(m, NoMatch))
+        return Verdict(False, 0.0, f"the region at a smaller size does not lift ({refusals or 'no anchor'})")
+    changed = fx.GraphModule(written, fx.Graph())
+    renamed: dict[fx.Node, fx.Node] = {}
+    output = changed.graph.graph_copy(written.graph, renamed)
+    changed.graph.output(output)
+    for old, new in renamed.items():
+        new.meta = dict(old.meta)
+    twin = GraphFacts(changed.graph)
+    rewrite(twin, lift_again(twin, renamed[again[0].anchor]), spelling)
+    changed.graph.eliminate_dead_code()
+    changed.recompile()
+    return _compare(written, changed, inputs, training)
+
+
+def lift_again(facts: GraphFacts, anchor: fx.Node) -> Match:
+    found = lift(facts, anchor)
+    assert isinstance(found, Match), found
+    return found
+
+
+def leaves_of(match: Match) -> list[fx.Node]:
+    """The nodes at which the region begins: operands and captured tensors."""
+    nodes = [match.query.source, match.key.source, match.value.source, *match.captured]
+    return list(dict.fromkeys(nodes))
+
+
+def _inside(match: Match, leaves: Sequence[fx.Node]) -> list[fx.Node]:
+    """The region's nodes in order, from what lies behind the leaves to its output."""
+    needed: set[fx.Node] = set()
+    stack = [match.out]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            if node not in leaves and tensor_of(node) is not None:
+                stack.extend(node.all_input_nodes)
+    return [n for n in match.out.graph.nodes if n in needed]
+
+
+def _substitution(match: Match, leaves: Sequence[fx.Node]) -> dict[int, int] | str:
+    """Small values for the lengths and large constants of the region; {} keeps its own size."""
+    query, key = tensor_of(match.query.source), tensor_of(match.key.source)
+    assert query is not None and key is not None
+    kinds_q, kinds_k = ([k for k, _ in o.roles] for o in (match.query, match.key))
+    rows, cols = hint(query.shape[kinds_q.index("n")]), hint(key.shape[kinds_k.index("n")])
+    value = tensor_of(match.out)
+    assert value is not None
+    pairs = rows * cols * match.q_heads * max(1, hint(value.shape[0]))
+    if pairs <= AFFORDABLE:
+        return {}
+    numbers = {rows, cols}
+    for node in _inside(match, leaves):
+        flat = pytree.arg_tree_leaves(*node.args, **node.kwargs) if node not in leaves else []
+        numbers |= {x for x in flat if isinstance(x, int) and not isinstance(x, bool) and SMALL_FROM <= x < 1 << 40}
+    fixed = {hint(s) for leaf in leaves if (t := tensor_of(leaf)) is not None for s in t.shape} - {rows, cols}
+    clash = {rows, cols} & (fixed | {match.q_heads, *match.widths})
+    if clash or any(n < SMALL_FROM for n in (rows, cols) if n != 1):
+        return f"its length {max(rows, cols)} cannot be told from another size, so it cannot be checked at a smaller one"
+    return small_sizes(numbers - fixed)
+
+
+def small_sizes(numbers: set[int]) -> dict[int, int]:
+    """Replace large numbers by small ragged ones in the same order, neighbours staying neighbours."""
+    chosen: dict[int, int] = {}
+    last_from = last_to = None
+    for number in sorted(n for n in numbers if n >= SMALL_FROM):
+        if last_from is not None and number - last_from <= 2:
+            chosen[number] = last_to + number - last_from
+        else:
+            chosen[number] = 37 if last_to is None else last_to + 34
+        last_from, last_to = number, chosen[number]
+    return chosen
+
+
+def _instance(match: Match, leaves: Sequence[fx.Node], smaller: dict[int, int]) -> tuple[fx.GraphModule, list[Any]]:
+    """The region alone as a graph over its leaves, at the smaller size, with data to run it on."""
+    graph, env, inputs = fx.Graph(), {}, []
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def small(x: Any) -> Any:
+        if isinstance(x, torch.SymInt):
+            x = hint(x)
+        return smaller.get(x, x) if isinstance(x, int) and not isinstance(x, bool) else x
+
+    for node in _inside(match, leaves):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | torch.SymFloat | int | float) and not isinstance(value, bool):
+            env[node] = small(value) if isinstance(value, torch.SymInt | int) else float(value)
+            continue
+        if node in leaves or node.op in ("placeholder", "get_attr"):
+            data = _data(value, [small(s) for s in value.shape], generator)
+            env[node] = graph.placeholder(node.name)
+            with mode:
+                env[node].meta["val"] = mode.from_tensor(data)
+            inputs.append(data)
+            continue
+        args = _mapped(node.args, env, small)
+        kwargs = _mapped(node.kwargs, env, small)
+        env[node] = graph.call_function(node.target, args, kwargs)
+        with mode:
+            plain_args, plain_kwargs = _fakes(args), _fakes(kwargs)
+            env[node].meta["val"] = node.target(*plain_args, **plain_kwargs)
+    graph.output(env[match.out])
+    return fx.GraphModule(torch.nn.Module(), graph), inputs
+
+
+def _mapped(tree: Any, env: dict[fx.Node, Any], small: Callable[[Any], Any]) -> Any:
+    return fx.node.map_aggregate(tree, lambda x: env[x] if isinstance(x, fx.Node) else small(x))
+
+
+def _fakes(tree: Any) -> Any:
+    return fx.node.map_arg(tree, lambda n: n.meta["val"])
+
+
+def _data(value: torch.Tensor, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    if value.dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.7
+    if value.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(value.dtype)
+    return torch.randint(0, 2, tuple(shape), generator=generator, dtype=torch.int64).to(value.dtype)
+
+
+def _compare(written: fx.GraphModule, changed: fx.GraphModule, inputs: list[Any], training: bool) -> Verdict:
+    expected = _run(written, inputs, training)
+    found = _run(changed, inputs, training)
+    worst = 0.0
+    for a, c in zip(expected, found, strict=True):
+        if (a is None) != (c is None):
+            return Verdict(False, float("inf"), "an input has a gradient on one side only")
+        if a is None or c is None:
+            continue
+        if a.shape != c.shape or a.dtype != c.dtype:
+            return Verdict(False, float("inf"), f"the output is {c.dtype} {list(c.shape)}, written {a.dtype} {list(a.shape)}")
+        same = torch.isnan(a) & torch.isnan(c)
+        scale = a.abs()[torch.isfinite(a)].max().clamp_min(1e-3) if torch.isfinite(a).any() else torch.tensor(1.0)
+        gap = torch.where(same, 0.0, ((a - c).abs() / scale).double())
+        error = float("inf") if bool(torch.isnan(gap).any()) else float(gap.max()) if gap.numel() else 0.0
+        worst = max(worst, error)
+        limit = TOLERANCE.get(a.dtype, 2e-4) * (4 if a is not expected[0] else 1)
+        if error > limit:
+            what = "output" if a is expected[0] else "gradient"
+            return Verdict(False, error, f"its {what} differs by {error:.1e} of its largest value, {limit:.0e} is allowed")
+    return Verdict(True, worst)
+
+
+def _run(gm: fx.GraphModule, inputs: list[Any], training: bool) -> list[torch.Tensor | None]:
+    fresh = [x.detach().clone().requires_grad_(training and x.is_floating_point()) for x in inputs]
+    with torch.enable_grad() if training else torch.no_grad():
+        out = gm(*fresh)
+    if not training or not out.requires_grad:
+        return [out.detach()]
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    wanted = [x for x in fresh if x.requires_grad]
+    grads = torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)
+    return [out.detach(), *grads]
+
+

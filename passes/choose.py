@@ -1,0 +1,110 @@
+"""Pick a form for a region: each form refuses with a sentence or offers its best knobs; the cheapest predicted wins.
+
+Nothing is rewritten that is not predicted to be faster than what is written; the choice then states the length at
+which the answer would change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+
+from attnc.cost_models.device import device_named
+from attnc.cost_models.roofline import seconds, written_cost
+from attnc.forms import FORMS, Form, form_named, parse_form
+from attnc.options import Options
+from attnc.region import AS_WRITTEN, Choice, Region
+
+# A rewrite must be predicted this much faster: below it the prediction itself is not sure.
+GAIN = 0.95
+DEVICES = ("cpu",)
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+
+
+def choose(region: Region, options: Options) -> Region:
+    """`region` with its choice made. Regions that differ only in place share one decision."""
+    bare = replace(region, path="", node="")
+    return replace(region, choice=_choose(bare, options.forms, options.force))
+
+
+@lru_cache(maxsize=4096)
+def _choose(region: Region, allowed: tuple[str, ...] | None, force: str | None) -> Choice:
+    if region.rule.empty == "unknown":
+        return Choice(AS_WRITTEN, "a row may lose all its keys to several masks at once, which no form reproduces")
+    if region.rule.dropout:
+        return Choice(AS_WRITTEN, f"dropout {region.rule.dropout:g} is active, and its random stream must be kept")
+    if region.written == "flex_attention":
+        return Choice(AS_WRITTEN, "already written with FlexAttention")
+    if region.device not in DEVICES:
+        return Choice(AS_WRITTEN, f"no form is lowered for {region.device} yet, only for {', '.join(DEVICES)}")
+    if force is not None:
+        return _forced(region, parse_form(force))
+    offers, refused = _offers(region, allowed)
+    device = device_named(region.device)
+    written = seconds(written_cost(region, device), device, region.dtype)
+    if not offers:
+        return Choice(AS_WRITTEN, "every form refuses", written_s=written, refused=refused)
+    time, best = min(offers, key=lambda offer: offer[0])
+    if time > GAIN * written:
+        at = crossover(region, allowed)
+        when = f"; from length {at} on it would" if at is not None else ""
+        reason = f"{best.spell()} is not predicted to pay ({time * 1e3:.2f} ms against {written * 1e3:.2f} ms as written){when}"
+        return Choice(AS_WRITTEN, reason, written, written, refused)
+    reason = f"predicted {written / time:.1f}x faster than as written on {device.name}"
+    return Choice(best.spell(), reason, time, written, refused)
+
+
+def _forced(region: Region, form: Form) -> Choice:
+    why = form.refuse(region)
+    if why is not None:
+        return Choice(AS_WRITTEN, f"{form.spell()} was forced and refuses: {why}", refused={form.name: why})
+    return Choice(form.spell(), "forced by the options")
+
+
+def _offers(region: Region, allowed: tuple[str, ...] | None) -> tuple[list[tuple[float, Form]], dict[str, str]]:
+    """(predicted seconds, form) of each form that applies, and the sentences of those that refuse."""
+    device = device_named(region.device)
+    chosen = FORMS if allowed is None else tuple(form_named(name) for name in allowed)
+    offers, refused = [], {}
+    for form in chosen:
+        for start in _starts(form):
+            why = start.refuse(region)
+            if why is not None:
+                refused[start.spell()] = why
+                continue
+            for best in start.space(region, device)[:1]:
+                offers.append((seconds(best.cost(region, device), device, region.dtype), best))
+    return offers, refused
+
+
+def _starts(form: type[Form]) -> list[Form]:
+    """One setting of `form` for each combination of its named (not numeric) knobs."""
+    named = {name: k.choices for name, k in form().knobs().items() if isinstance(k.choices[0], str)}
+    return [form(**dict(zip(named, values, strict=True))) for values in product(*named.values())]
+
+
+def crossover(region: Region, allowed: tuple[str, ...] | None = None) -> int | None:
+    """The shortest of LENGTHS beyond the region's own at which some form would pay, all else equal."""
+    device = device_named(region.device)
+    shape = region.shape
+    for length in LENGTHS:
+        if length <= max(shape.L, shape.S):
+            continue
+        rows = length if shape.L == shape.S else shape.L
+        longer = replace(region, shape=replace(shape, L=rows, S=length))
+        offers, _ = _offers(longer, allowed)
+        written = seconds(written_cost(longer, device), device, region.dtype)
+        if offers and min(time for time, _ in offers) <= GAIN * written:
+            return length
+    return None
+
+
+def checked_forms(options: Options) -> None:
+    """Raise a UsageError now if the options name a form that does not exist."""
+    for name in options.forms or ():
+        form_named(name)
+    if options.force is not None:
+        parse_form(options.force)
+
+

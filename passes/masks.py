@@ -1,0 +1,156 @@
+"""Lift tensors of scores and masks to index expressions: what is element (b, h, i, j)?
+
+A `Lift` pulls an element through the graph, operator by operator: `where(kv <= q, 0, finfo.min)[b, 0, i, j]` becomes
+`where(j <= i, 0, min)`, whatever views, lookups and casts lie between. What the tables do not know becomes a lookup
+into the tensor itself (a *captured* tensor), so run-time data is never proven from one input's values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnc import predicate
+from attnc.expr import (
+    BOOL,
+    FLOAT,
+    INT,
+    ZERO,
+    Expr,
+    add,
+    const,
+    load,
+    scale,
+    to_float,
+    unary,
+)
+from attnc.passes.elementwise import RULES
+from attnc.passes.graph import GraphFacts, Unliftable, integer, op_name, tensor_of
+from attnc.passes.views import Index, Ranges, through
+
+Leaf = Callable[[fx.Node, Index], "Expr | None"]
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    return BOOL if dtype == torch.bool else FLOAT if dtype.is_floating_point else INT
+
+
+class Lift:
+    """One lift: the captured tensors it needs and the rules by which elements are pulled through operators.
+
+    facts, end: the graph and the node at which captured tensors will be read.
+    leaf:       asked first at every node; returns an expression to stop there (the product `s`, a body's argument).
+    """
+
+    def __init__(self, facts: GraphFacts, end: fx.Node, leaf: Leaf = lambda node, index: None) -> None:
+        self.facts, self.end, self.leaf = facts, end, leaf
+        self.ranges = Ranges()
+        self.captured: list[fx.Node] = []
+        self._memo: dict[tuple[fx.Node, Index], Expr] = {}
+
+    def element(self, node: Any, index: Index) -> Expr:
+        """Element `index` of the value of `node`, which may also be a Python or symbolic number."""
+        if not isinstance(node, fx.Node):
+            return self._number(node)
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return self._scalar(node, value)
+        key = (node, index)
+        if key not in self._memo:
+            self._memo[key] = self._lift(node, value, index)
+        return self._memo[key]
+
+    def _lift(self, node: fx.Node, value: torch.Tensor, index: Index) -> Expr:
+        found = self.leaf(node, index)
+        if found is not None:
+            return found
+        if not self._settled(node):
+            return self.capture(node, index)
+        view = through(node, index, self.ranges)
+        if view is not None:
+            return self.element(*view)
+        known = self._constant(node, value, index)
+        if known is not None:
+            return known
+        rule = RULES.get(op_name(node))
+        result = rule(self, node, index) if rule is not None else None
+        if result is None:
+            return self.capture(node, index)
+        return self._as_kind(result, node, value, index)
+
+    def _as_kind(self, e: Expr, node: fx.Node, value: torch.Tensor, index: Index) -> Expr:
+        """`e` with the kind of the node's dtype; a dtype that cannot hold the value exactly stops the lift."""
+        wanted = kind_of(value.dtype)
+        if (
+            wanted == FLOAT
+            and e.kind == INT
+            and not e.is_const
+            and value.dtype in (torch.float16, torch.bfloat16)
+        ):
+            return self.capture(node, index)
+        if wanted == INT and e.kind != BOOL and value.dtype in (torch.int8, torch.uint8, torch.int16):
+            return self.capture(node, index)
+        if wanted == e.kind:
+            return e
+        if wanted == BOOL:
+            return predicate.truth(e)
+        if wanted == FLOAT:
+            return to_float(e)
+        return unary("trunc", e) if e.kind == FLOAT else predicate.num(e)
+
+    def _settled(self, node: fx.Node) -> bool:
+        """Whether the inputs of `node` still hold, at the end, what it read."""
+        return all(self.facts.unchanged(x, node, self.end) for x in node.all_input_nodes)
+
+    def capture(self, node: fx.Node, index: Index) -> Expr:
+        """A lookup into the tensor that `node` is."""
+        value = tensor_of(node)
+        assert value is not None
+        if not self.facts.unchanged(node, node, self.end):
+            raise Unliftable("a tensor of the mask is modified in place before the attention reads it", node)
+        if node not in self.captured:
+            self.captured.append(node)
+        at = tuple(ZERO if s == 1 else x for s, x in zip(value.shape, index, strict=True))
+        return load(self.captured.index(node), at, kind_of(value.dtype))
+
+    def _number(self, value: Any) -> Expr:
+        if isinstance(value, bool | int | float):
+            return const(value)
+        if isinstance(value, torch.SymInt):
+            return integer(value)
+        raise Unliftable(f"an operand is a {type(value).__name__}", self.end)
+
+    def _scalar(self, node: fx.Node, value: Any) -> Expr:
+        if op_name(node) in ("_local_scalar_dense", "item") and tensor_of(node.args[0]) is not None:
+            return self.element(node.args[0], ())
+        if isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
+            return integer(value)
+        raise Unliftable("a run-time number that is no tensor element and no size", node)
+
+    def _constant(self, node: fx.Node, value: torch.Tensor, index: Index) -> Expr | None:
+        """Constants of the graph that are one number or 0, 1, 2, ..."""
+        table = getattr(value, "constant", None)
+        if node.op == "get_attr":
+            table = _attribute(self.facts.graph, node)
+        if table is None or isinstance(table, torch._subclasses.FakeTensor) or table.numel() == 0:
+            return None
+        if table.numel() == 1:
+            return const(table.item())
+        if table.dim() == 1 and table.numel() <= 65536 and not table.is_floating_point():
+            steps = table.to(torch.int64)
+            first, step = int(steps[0]), int(steps[1] - steps[0])
+            if torch.equal(steps, first + step * torch.arange(len(steps))) and table.dtype != torch.bool:
+                return add(scale(index[0], step), const(first))
+            if table.dtype == torch.bool and bool((table == table[0]).all()):
+                return const(bool(table[0]))
+        return None
+
+
+def _attribute(graph: fx.Graph, node: fx.Node) -> Any:
+    found: Any = graph.owning_module
+    for part in str(node.target).split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, torch.Tensor) else None

@@ -1,0 +1,134 @@
+"""The life of a graph: capture, normalize, lift, choose, rewrite, each timed, trouble confined to the region it is in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnc.errors import CaptureError
+from attnc.expr import TRUE
+from attnc.options import Options
+from attnc.passes.capture import capture
+from attnc.passes.choose import choose
+from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
+from attnc.passes.lift_attention import Match, anchors, lift, requires_grad
+from attnc.passes.normalize import normalize
+from attnc.passes.rewrite import rule_of, shape_of_match, size_nodes
+from attnc.passes.rules import label
+from attnc.region import Region
+from attnc.report import Unmatched
+
+
+@dataclass
+class Found:
+    """A match, the graph it is in, and its region."""
+
+    match: Match
+    facts: GraphFacts
+    region: Region
+
+
+@dataclass
+class Analysis:
+    """What one graph holds: the captured graph, its regions with choices, what did not fit, and the time of each pass."""
+
+    gm: fx.GraphModule | None
+    found: list[Found] = field(default_factory=list)
+    unmatched: list[Unmatched] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def regions(self) -> list[Region]:
+        return [found.region for found in self.found]
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - start
+
+
+def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, captured: bool = False) -> Analysis:
+    """Regions of `gm` and the form chosen for each; `captured`: `gm` is pre-dispatch ATen already.
+
+    A graph that cannot be captured gives an empty analysis with the reason in `problems`.
+    """
+    analysis = Analysis(None)
+    try:
+        with analysis.timed("capture"):
+            analysis.gm = gm if captured else capture(gm, example_inputs)
+    except CaptureError as exc:
+        if options.strict:
+            raise
+        analysis.problems.append(str(exc))
+        return analysis
+    for part in bodies(analysis.gm):
+        _analyse_part(part, analysis, options)
+    return analysis
+
+
+def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """`gm` and the bodies of its higher-order operators, innermost last."""
+    yield gm
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule) and name.startswith("body_"):
+            yield from bodies(child)
+
+
+def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> None:
+    with analysis.timed("normalize"):
+        normalize(gm)
+        facts = GraphFacts(gm.graph)
+    for anchor in anchors(gm.graph):
+        with analysis.timed("lift"):
+            match = lift(facts, anchor)
+        if isinstance(match, NoMatch):
+            path = module_path(anchor)
+            analysis.unmatched.append(Unmatched(anchor.name, match.reason, match.node.name, path))
+            continue
+        with analysis.timed("choose"):
+            region = describe(facts, match)
+            region = choose(region, options)
+        analysis.found.append(Found(match, facts, region))
+
+
+def describe(facts: GraphFacts, match: Match) -> Region:
+    """The facts of a match, without its graph."""
+    out = tensor_of(match.out)
+    assert out is not None
+    sources = [match.query.source, match.key.source, match.value.source]
+    dtypes = [tensor_of(s).dtype for s in sources]  # type: ignore[union-attr]
+    rule = rule_of(match)
+    captured = tuple(
+        f"{str(t.dtype).removeprefix('torch.')}[{', '.join(str(hint(s)) for s in t.shape)}]"
+        for t in map(tensor_of, match.captured)
+        if t is not None
+    )
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return Region(
+        kind="attention",
+        path=module_path(match.out) or module_path(match.anchor),
+        node=match.anchor.name,
+        rule=rule,
+        shape=shape_of_match(match),
+        dtype=str(widest).removeprefix("torch."),
+        device=out.device.type,
+        mask="none" if rule.keep == TRUE else label(match.masked.keep),
+        written=match.written,
+        fill=match.masked.fill,
+        captured=captured,
+        sizes=tuple(hint(node) for node in size_nodes(facts, match)),
+        repeats_heads=match.repeats_heads,
+        training=requires_grad(*sources, *match.captured),
+    )

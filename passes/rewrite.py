@@ -1,0 +1,152 @@
+"""Put the chosen form in the graph: one `attnc::attention` node where the region's output was, nothing else touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from attnc.expr import TRUE, Expr, size
+from attnc.passes.graph import GraphFacts, hint, op_name, tensor_of
+from attnc.passes.lift_attention import Match, sizes_of
+from attnc.ops import spell_attention
+from attnc.predicate import rebuild
+from attnc.region import AttentionRule, Shape
+
+aten = torch.ops.aten
+
+
+def rule_of(match: Match) -> AttentionRule:
+    """The rule of a match, its shape symbols named n0, n1, ... in the order of `sizes_of`."""
+    names = {name: f"n{k}" for k, name in enumerate(sizes_of(match))}
+
+    def rename(e: Expr) -> Expr:
+        return rebuild(e, lambda x: size(names[x.args[0]]) if x.op == "size" else None) if names else e
+
+    masked = match.masked
+    return AttentionRule(
+        rename(masked.score), rename(masked.keep), masked.empty if masked.keep != TRUE else "never",
+        None if match.sink is None else rename(match.sink), match.dropout,
+    )
+
+
+def size_nodes(facts: GraphFacts, match: Match) -> list[fx.Node]:
+    """The nodes whose values are the sizes n0, n1, ... of the rule."""
+    return [facts.symbol_nodes[name] for name in sizes_of(match)]
+
+
+def shape_of_match(match: Match) -> Shape:
+    """Sizes at compile time, and which of them are symbolic."""
+    out = tensor_of(match.out)
+    assert out is not None
+    symbolic = {}
+    values = []
+    for name, e in (("B", match.batch), ("L", match.lengths[0]), ("S", match.lengths[1])):
+        if e.is_const:
+            values.append(int(e.value))
+        else:
+            symbolic[name] = _text(e)
+            values.append(_hint(match, name))
+    batch, length_q, length_k = values
+    return Shape(batch, match.q_heads, match.key.heads(match.q_heads), length_q, length_k, *match.widths, symbolic)
+
+
+def _text(e: Expr) -> str:
+    return e.args[0] if e.op == "size" else "expr"
+
+
+def _hint(match: Match, name: str) -> int:
+    """The compile-time value of a symbolic size, read off the tensor that has it."""
+    operand, role = {"B": (match.query, "b"), "L": (match.query, "n"), "S": (match.key, "n")}[name]
+    value = tensor_of(operand.source)
+    kinds = [kind for kind, _ in operand.roles]
+    assert value is not None
+    return hint(value.shape[kinds.index(role)]) if role in kinds else 1
+
+
+def rewrite(facts: GraphFacts, match: Match, spelling: str) -> fx.Node:
+    """Replace the region by its operator and return the operator's node; the old nodes die with their last reader."""
+    graph, out = facts.graph, match.out
+    value = tensor_of(out)
+    assert value is not None
+    with graph.inserting_before(out):
+        batch = _batch(match)
+        query = match.query.emit(graph, batch, match.q_heads)
+        key = match.key.emit(graph, batch, match.q_heads)
+        val = match.value.emit(graph, batch, match.q_heads)
+        key, val = _same_heads(graph, key, val, match.q_heads)
+        query, key, val = _same_dtype(graph, query, key, val)
+        sizes = size_nodes(facts, match)
+        text = spell_attention(spelling, rule_of(match))
+        call = graph.call_function(
+            torch.ops.attnc.attention.default, (query, key, val, list(match.captured), sizes, text)
+        )
+        result = graph.call_function(_getitem, (call, 0))
+        wide = tensor_of(query)
+        assert wide is not None
+        result.meta["val"] = wide.new_empty((*wide.shape[:3], match.widths[1]))
+        for node in (call, result):
+            node.meta.update({k: v for k, v in out.meta.items() if k in ("stack_trace", "nn_module_stack")})
+        result = _restore(graph, match, result, value)
+    out.replace_all_uses_with(result)
+    return call
+
+
+def _getitem(pair: tuple, position: int) -> torch.Tensor:
+    return pair[position]
+
+
+def _batch(match: Match):
+    value = tensor_of(match.query.source)
+    kinds = [kind for kind, _ in match.query.roles]
+    if match.batch.is_const:
+        return int(match.batch.value)
+    assert value is not None
+    return value.shape[kinds.index("b")] if "b" in kinds else 1
+
+
+def _emit(graph: fx.Graph, target, *args) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
+def _same_heads(graph: fx.Graph, key: fx.Node, val: fx.Node, q_heads: int) -> tuple[fx.Node, fx.Node]:
+    """Key and value with one number of heads: the one with fewer is repeated to the other's."""
+    counts = [int(tensor_of(x).shape[1]) for x in (key, val)]  # type: ignore[union-attr]
+    most = max(counts)
+    return tuple(  # type: ignore[return-value]
+        x if n == most else _emit(graph, aten.repeat_interleave.self_int, x, most // n, 1)
+        for x, n in zip((key, val), counts, strict=True)
+    )
+
+
+def _same_dtype(graph: fx.Graph, *nodes: fx.Node) -> list[fx.Node]:
+    dtypes = [tensor_of(n).dtype for n in nodes]  # type: ignore[union-attr]
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return [n if d == widest else _emit(graph, aten.to.dtype, n, widest) for n, d in zip(nodes, dtypes, strict=True)]
+
+
+def _restore(graph: fx.Graph, match: Match, result: fx.Node, value: torch.Tensor) -> fx.Node:
+    """From (B, Hq, L, Ev) to the axes and dtype of the product that the region ended in."""
+    labels = match.layout
+    batch = [d for d, name in enumerate(labels) if name not in ("i", "e")]
+    order = [*batch, labels.index("i"), labels.index("e")]
+    shape = [_size(value, d) for d in order]
+    current = tensor_of(result)
+    assert current is not None
+    if list(current.shape) != shape:
+        result = _emit(graph, aten.reshape.default, result, shape)
+    inverse = [order.index(d) for d in range(len(order))]
+    if inverse != list(range(len(order))):
+        result = _emit(graph, aten.permute.default, result, inverse)
+    if current.dtype != value.dtype:
+        result = _emit(graph, aten.to.dtype, result, value.dtype)
+    return result
+
+
+def _size(value: torch.Tensor, dim: int):
+    return value.shape[dim]
+
+

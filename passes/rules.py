@@ -1,0 +1,173 @@
+"""From a lifted score to score, mask and empty rows: what is masked out, with what, and whether a row can lose all keys.
+
+A mask is a choice whose losing side is so low that its weight is 0 (-inf, finfo.min, -1e9). It may be added, chosen by
+`where`, filled in, or multiplied; it is taken out of sums and clamps and becomes the predicate `keep`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnc import predicate
+from attnc.expr import FALSE, FLOAT, TRUE, ZERO, Expr, I, J, add, const, scale, sub, terms_of
+from attnc.passes.views import Ranges
+
+# A score this low has weight exp(score - max) = 0 beside any key that is kept: finfo(float16).min and below.
+LOWEST = -65504.0
+
+
+@dataclass(frozen=True)
+class MaskedScore:
+    """Score and mask of an attention; `fill` is "none", "-inf" or "finite", `empty` one of region.EMPTY_ROWS."""
+
+    score: Expr
+    keep: Expr
+    fill: str
+    empty: str
+
+    @staticmethod
+    def join(score: Expr, keep: Expr) -> Expr:
+        """`score` where `keep` holds, else -inf: a boolean mask as scaled_dot_product_attention reads it."""
+        return predicate.where(keep, score, const(float("-inf")))
+
+
+@dataclass
+class _Stripped:
+    score: Expr
+    keep: Expr
+    fills: tuple[float, ...]
+
+
+def split_mask(score: Expr, ranges: Ranges, lengths: tuple[Expr, Expr], *, written: str) -> MaskedScore | str:
+    """`score` with its mask taken out, or the sentence that says why it cannot be."""
+    stripped = _strip(score)
+    if "s" not in stripped.score.names():
+        return "the scores do not depend on the product of queries and keys"
+    keep = decide(stripped.keep, ranges)
+    if "s" in keep.names():
+        return "the mask depends on the scores themselves"
+    if keep == FALSE:
+        return "the mask keeps no pair"
+    fill = "none" if keep == TRUE else "-inf" if float("-inf") in stripped.fills else "finite"
+    return MaskedScore(stripped.score, keep, fill, _empty(keep, stripped.fills, ranges, lengths, written))
+
+
+def _is_low(e: Expr) -> bool:
+    return e.is_const and e.kind == FLOAT and e.value <= LOWEST
+
+
+def _strip(e: Expr) -> _Stripped:
+    if e.op == "where":
+        p, yes, no = e.args
+        for wanted, low, kept in ((p, no, yes), (predicate.logical_not(p), yes, no)):
+            if _is_low(low):
+                inner = _strip(kept)
+                return _Stripped(inner.score, predicate.conjunction(wanted, inner.keep), (low.value, *inner.fills))
+    if e.op == "lin" and e.kind == FLOAT:
+        return _strip_sum(e)
+    if e.op == "max" and any(_is_low(a) for a in e.args):
+        return _strip(e.args[1] if _is_low(e.args[0]) else e.args[0])
+    return _Stripped(e, TRUE, ())
+
+
+def _strip_sum(e: Expr) -> _Stripped:
+    constant, terms = e.args
+    parts, keep, fills = [const(float(constant))], TRUE, ()
+    for atom, coef in terms:
+        inner = _strip(atom) if coef > 0 else _Stripped(atom, TRUE, ())
+        scaled = tuple(fill * coef for fill in inner.fills)
+        if any(fill > LOWEST for fill in scaled):
+            inner, scaled = _Stripped(atom, TRUE, ()), ()
+        parts.append(scale(inner.score, coef))
+        keep = predicate.conjunction(keep, inner.keep)
+        fills += scaled
+    return _Stripped(add(*parts), keep, fills)
+
+
+def decide(p: Expr, ranges: Ranges) -> Expr:
+    """`p` without the comparisons that the ranges of the coordinates decide (a window longer than the sequence)."""
+
+    def leaf(x: Expr) -> Expr | None:
+        if x.op not in ("le", "eq"):
+            return None
+        known = ranges.of(x)
+        if known is None or known == (True, False):
+            return None
+        return TRUE if known[1] is True else FALSE if known[0] is False else None
+
+    return predicate.rebuild(p, leaf)
+
+
+def _empty(keep: Expr, fills: tuple[float, ...], ranges: Ranges, lengths: tuple[Expr, Expr], written: str) -> str:
+    if keep == TRUE or _each_row_keeps(keep, ranges, lengths):
+        return "never"
+    finite = [f for f in fills if f != float("-inf")]
+    if len(finite) == len(fills) == 1:
+        return "mean"
+    if not finite:
+        return "zero" if written == "sdpa" else "nan"
+    # Two finite fills add up to -inf where both apply: some keys of an empty row weigh more than others.
+    return "unknown"
+
+
+def _each_row_keeps(keep: Expr, ranges: Ranges, lengths: tuple[Expr, Expr]) -> bool:
+    """Whether some key is kept in every row: proven by naming one (the diagonal, its end, the first or last key)."""
+    rows, cols = lengths
+    candidates = [ZERO, sub(cols, const(1))]
+    if rows == cols or (rows.is_const and cols.is_const and rows.value <= cols.value):
+        candidates.insert(0, I)
+    candidates.append(add(I, sub(cols, rows)))
+    for key in candidates:
+        chosen = predicate.rebuild(keep, lambda x, key=key: key if x == J else None)
+        if decide(chosen, ranges) == TRUE:
+            return True
+    return False
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Labels
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def label(keep: Expr) -> str:
+    """What a mask means, in one word: none, causal, window, chunked, prefix, document, padding, predicate or tensor."""
+    if keep == TRUE:
+        return "none"
+    parts = keep.args if keep.op == "and" else (keep,)
+    kinds = {_part(p) for p in parts}
+    if "tensor" in kinds:
+        return "tensor"
+    for kind in ("document", "predicate", "padding", "prefix", "chunked", "window"):
+        if kind in kinds:
+            return kind
+    return "causal"
+
+
+def _part(p: Expr) -> str:
+    loads = [x for x in p.walk() if x.op == "load"]
+    if any({"i", "j"} <= set().union(*(a.names() for a in x.args[1:])) for x in loads):
+        return "tensor"
+    if p.op == "le":
+        constant, terms = terms_of(p.args[0])
+        coefs = {atom: coef for atom, coef in terms if atom in (I, J)}
+        if not loads and all(atom in (I, J) or atom.op == "size" for atom, _ in terms):
+            if coefs == {J: 1, I: -1}:
+                return "causal" if constant <= 0 or any(a.op == "size" for a, _ in terms) else "window"
+            if coefs == {I: 1, J: -1}:
+                return "window"
+        if loads and "i" not in p.names():
+            return "padding"
+    if p.op == "eq":
+        a = p.args[0]
+        if len(loads) == 2 and loads[0].args[0] == loads[1].args[0]:
+            return "document"
+        if not loads and a.op == "lin" and all(x.op == "floordiv" for x, _ in a.args[1]):
+            return "chunked"
+    inner = p.args[0] if p.op == "not" else p
+    if loads and "i" not in inner.names():
+        return "padding"
+    if p.op == "or" and not loads and any(q.op == "le" and q.names() <= {"j"} for q in p.args):
+        return "prefix"
+    return "predicate"
+
+
