@@ -79,18 +79,19 @@ def _explain(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show the attention of a model: what is there, what it costs, what attnc would choose and why."""
+    lengths: list[int | None] = [*length] if length else [None]
     with _sentences(debug):
         # Standard output belongs to the report, whatever the model prints.
         with contextlib.redirect_stdout(sys.stderr):
             specs = _input_specs(inputs or [], length or [])
             torch.manual_seed(0)
             call = _load(target)
-            reports = [_explain_call(call, specs, at, train) for at in (length or [None])]
+            reports = [_explain_call(call, specs, at, train) for at in lengths]
         if as_json:
             texts = [report.to_json() for report in reports]
             typer.echo(texts[0] if len(texts) == 1 else "[\n" + ",\n".join(texts) + "\n]")
             return
-        for at, report in zip(length or [None], reports, strict=True):
+        for at, report in zip(lengths, reports, strict=True):
             typer.echo(str(report) if len(reports) == 1 else f"L={at}: {report}\n")
 
 
@@ -121,11 +122,13 @@ class InputSpec:
     below: int
 
     def draw(self, length: int | None) -> torch.Tensor:
-        shape = [length if size == "L" else int(size) for size in self.shape]
+        shape = [length or 0 if size == "L" else int(size) for size in self.shape]
         dtype = getattr(torch, self.dtype)
         if dtype == torch.bool:
             return torch.rand(shape) < 0.5
-        return torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.randint(self.below, shape, dtype=dtype)
+        if dtype.is_floating_point:
+            return torch.randn(shape).to(dtype)
+        return torch.randint(self.below, shape, dtype=dtype)
 
 
 def _input_specs(texts: list[str], lengths: list[int]) -> list[InputSpec]:

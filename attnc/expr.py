@@ -301,6 +301,10 @@ def maximum(a: Expr, c: Expr) -> Expr:
 def unary(op: str, a: Expr) -> Expr:
     a = num(a) if a.kind == BOOL else a
     kind = INT if op == "trunc" or (op == "abs" and a.kind == INT) else FLOAT
+    if is_pick(a):
+        return choice(a.args[0], unary(op, a.args[1]), unary(op, a.args[2]))
+    if op == "log" and a.is_const and a.value == 0:
+        return const(float("-inf"))
     if op == "trunc" and a.kind == INT:
         return a
     if a.is_const and not (isinstance(a.value, float) and not math.isfinite(a.value)):

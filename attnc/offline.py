@@ -8,8 +8,10 @@ model's buffers are as before. A cache that is passed among the inputs is filled
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import random
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
+from torch._dynamo.pgo import get_code_state
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from attnc.errors import CaptureError, UsageError, did_you_mean
@@ -30,6 +33,9 @@ DEVICES = ("cpu",)
 
 # Further than any run goes: a limit would make Dynamo run later frames without showing them.
 MAX_GRAPHS = 1 << 20
+
+# How Dynamo quotes what an operator raised while it traced.
+WHILE_TRACING = re.compile(r"got (\w+)\(['\"](.*?)['\"]\)\s*$", re.MULTILINE)
 
 
 def explain(
@@ -61,8 +67,9 @@ def explain(
     if graphs:
         return report
     nothing = (
-        f"Dynamo made no graph of {name}: nothing in it runs on tensors, or compiling is switched off (TORCH_COMPILE_DISABLE, "
-        "torch.compiler.disable, a stance). Switch it on, or pass the part of the model that computes."
+        f"Dynamo made no graph of {name}: nothing in it runs on tensors, or compiling is switched off "
+        "(TORCH_COMPILE_DISABLE, torch.compiler.disable, a stance). Switch it on, or pass the part of the model that "
+        "computes."
     )
     return replace(report, problems=(nothing,))
 
@@ -87,7 +94,7 @@ def _as_written(model: Any) -> Callable[..., Any]:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
         elif isinstance(model, types.FunctionType) and hasattr(model, "_torchdynamo_orig_callable"):
-            model = model._torchdynamo_orig_callable  # type: ignore[attr-defined]
+            model = model._torchdynamo_orig_callable
         else:
             break
     if not callable(model) or isinstance(model, type):
@@ -173,7 +180,7 @@ def _graphs_of_run(
     compiled = torch.compile(_entry(model), backend=reader.read, dynamic=False, **apart)
     limits = {"recompile_limit": MAX_GRAPHS, "accumulated_recompile_limit": MAX_GRAPHS}
     try:
-        with torch._dynamo.config.patch(limits), _random_streams_kept(), _buffers_kept(model):
+        with torch._dynamo.config.patch(limits), _lengths_kept(), _random_streams_kept(), _buffers_kept(model):
             compiled(*args, **kwargs)
     except Exception as exc:
         reader.close()
@@ -188,8 +195,8 @@ def _module(model: Callable[..., Any]) -> torch.nn.Module | None:
 
 
 def _entry(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A function around `model` with code of its own: Dynamo keeps its caches by code, so the model's stay untouched."""
-    fn = model  # a name that module paths are known to start with
+    """A function around `model` with code of its own: Dynamo keeps caches by code, so the model's stay untouched."""
+    fn: Any = model  # a name that module paths are known to start with
     if isinstance(model, types.MethodType):
         fn, method = model.__self__, model.__func__
 
@@ -205,11 +212,10 @@ def _entry(model: Callable[..., Any]) -> Callable[..., Any]:
 
 def _error_of_run(name: str, exc: Exception) -> Exception:
     """The caller's mistake as a UsageError, Dynamo's own trouble as a CaptureError."""
-    cause: BaseException = exc
-    while isinstance(cause, TorchRuntimeError) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    said = f"{type(cause).__name__}: {lines[0] if lines else '(no message)'}".rstrip(".")
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    raised = [type(exc).__name__, lines[0] if lines else "(no message)"]
+    inside = WHILE_TRACING.search(str(exc)) if isinstance(exc, TorchRuntimeError) else None
+    said = ": ".join(inside.groups() if inside else raised).rstrip(".")
     if isinstance(exc, TorchDynamoException) and not isinstance(exc, TorchRuntimeError):
         return CaptureError(
             f"explain {name}: Dynamo cannot read it and raises {said}. Keep the part it names out of the graph with "
@@ -241,16 +247,29 @@ def _buffers_kept(model: Callable[..., Any]) -> Iterator[None]:
     """Buffers a run updates, as batch normalisation does, get their values back."""
     owner = _module(model)
     kept = [
-        (module, name, buffer, buffer.clone(), None if buffer.is_inference() else buffer._version)
+        (module, name, buffer, buffer.clone())
         for module in (owner.modules() if owner else ())
         for name, buffer in module.named_buffers(recurse=False)
     ]
     try:
         yield
     finally:
-        for module, name, buffer, values, version in kept:
+        for module, name, buffer, values in kept:
             if module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
-            if version is None or version != buffer._version:  # inference tensors do not count their writes
+            # By value: batch normalisation writes without counting the write in the tensor's version.
+            if not buffer.is_meta and not torch.equal(buffer, values):
                 with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
                     buffer.copy_(values)
+
+
+@contextlib.contextmanager
+def _lengths_kept() -> Iterator[None]:
+    """Lengths seen here make nothing dynamic in a later compile of the same code."""
+    seen = get_code_state()
+    before = copy.deepcopy(dict(seen))
+    try:
+        yield
+    finally:
+        seen.clear()
+        seen.update(before)

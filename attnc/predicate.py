@@ -25,7 +25,6 @@ from attnc.expr import (
     const,
     div,
     floordiv,
-    is_pick,
     load,
     maximum,
     minimum,
@@ -68,19 +67,45 @@ def _gcd_floor(e: Expr) -> Expr:
     return combination(-((-constant) // common), {atom: coef // common for atom, coef in terms}, INT)
 
 
+def _over_choices(rule: Callable[[Expr, Expr], Expr], a: Expr, c: Expr) -> Expr | None:
+    """Compare under a choice of constants: `where(p, 1, 0) == 1` is `p`."""
+    for side, other, swap in ((a, c, False), (c, a, True)):
+        if other.is_const and _is_table(side):
+            yes, no = (rule(other, x) if swap else rule(x, other) for x in side.args[1:])
+            return where(side.args[0], yes, no)
+    return None
+
+
+def _is_table(e: Expr) -> bool:
+    return e.op == "where" and all(x.is_const or _is_table(x) for x in e.args[1:])
+
+
+def _bound_of_abs(e: Expr) -> Expr | None:
+    """`|x| + c <= 0` as bounds of x, and `c - |x| <= 0` as a choice of two."""
+    constant, terms = terms_of(e)
+    if len(terms) != 1 or terms[0][0].op != "abs" or terms[0][0].kind != INT:
+        return None
+    x, coef = terms[0][0].args[0], terms[0][1]
+    below, above = (add(const(constant), scale(x, coef)), add(const(constant), scale(x, -coef)))
+    join = conjunction if coef > 0 else disjunction
+    return join(le(below, ZERO), le(above, ZERO))
+
+
 def le(a: Expr, c: Expr) -> Expr:
     a, c = as_int(a), as_int(c)
-    for pick, other, swap in ((a, c, False), (c, a, True)):
-        if is_pick(pick) and other.is_const:
-            yes, no = ((le(other, x) if swap else le(x, other)) for x in pick.args[1:])
-            return where(pick.args[0], yes, no)
+    chosen = _over_choices(le, a, c)
+    if chosen is not None:
+        return chosen
     if FLOAT in (a.kind, c.kind):
         if a.is_const and c.is_const:
             return const(a.value <= c.value)
         # Kept as two sides: moving terms across a float comparison can change it at a tie.
         return Expr("le2", (a, c), BOOL)
     e = _gcd_floor(sub(a, c))
-    return const(e.value <= 0) if e.is_const else Expr("le", (e,), BOOL)
+    if e.is_const:
+        return const(e.value <= 0)
+    split = _bound_of_abs(e)
+    return split if split is not None else Expr("le", (e,), BOOL)
 
 
 def lt(a: Expr, c: Expr) -> Expr:
@@ -98,9 +123,9 @@ def eq(a: Expr, c: Expr) -> Expr:
             return c if a.value else logical_not(c)
         return logical_not(xor(a, c))
     a, c = as_int(a), as_int(c)
-    for pick, other in ((a, c), (c, a)):
-        if is_pick(pick) and other.is_const:
-            return where(pick.args[0], eq(pick.args[1], other), eq(pick.args[2], other))
+    chosen = _over_choices(eq, a, c)
+    if chosen is not None:
+        return chosen
     if FLOAT in (a.kind, c.kind):
         if a.is_const and c.is_const:
             return const(a.value == c.value)

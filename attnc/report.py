@@ -24,6 +24,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -39,7 +40,7 @@ SCHEMA_ID = "attnc.report/1"
 # From this width on the reasons stand in a column of the table, below it in lines under the table.
 WIDE = 120
 LEAST_WIDTH = 60
-WHERE_WIDTH = 24
+WHERE_WIDE, WHERE_NARROW = 34, 22
 NOT_CHOSEN = "not chosen"
 
 
@@ -112,9 +113,7 @@ class Report:
         content = {
             "schema": SCHEMA_ID,
             "attnc": __version__,
-            "model": self.model,
-            "device": self.device,
-            "graphs": self.graphs,
+            **{name: getattr(self, name) for name in ("model", "device", "graphs")},
             "regions": [_region_content(r) for r in self.regions],
             "unmatched": [asdict(u) for u in self.unmatched],
             "problems": list(self.problems),
@@ -126,23 +125,20 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> Report:
         """The report that `to_json` wrote. Raises: ArtifactError if `text` is none of this version."""
-        advice = "Read what Report.to_json() of this version of attnc wrote."
         try:
             content = json.loads(text)
-        except ValueError as exc:
-            raise ArtifactError(f"read a report: found no JSON ({exc}), allowed is {SCHEMA_ID}. {advice}") from exc
-        found = content.get("schema") if isinstance(content, dict) else None
-        if found != SCHEMA_ID:
-            raise ArtifactError(f"read a report: found the schema {found!r}, allowed is {SCHEMA_ID!r}. {advice}")
-        try:
+            if content["schema"] != SCHEMA_ID:
+                raise ValueError(f"schema {content['schema']!r}")
             return cls(
                 regions=tuple(_region_of(r) for r in content["regions"]),
                 unmatched=tuple(Unmatched(**u) for u in content["unmatched"]),
                 **{name: content[name] for name in ("problems", "timings", "graphs", "model", "device")},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            reason = f"{type(exc).__name__}: {exc}"
-            raise ArtifactError(f"read a report: its content does not follow {SCHEMA_ID} ({reason}). {advice}") from exc
+            raise ArtifactError(
+                f"read a report: found {type(exc).__name__}: {exc}; allowed is JSON that follows {SCHEMA_ID}. "
+                "Read what Report.to_json() of this version of attnc wrote."
+            ) from exc
 
     def to_text(self, width: int | None = None) -> str:
         """The report as a table `width` columns wide; the terminal's width, or 120, when left out."""
@@ -158,10 +154,7 @@ class Report:
         wide = options.max_width >= WIDE
         yield Text(f"{self.model or 'model'} on {self.device}, {_plural(self.graphs, 'graph')}", style="bold")
         groups = fold_regions(self.regions)
-        if groups:
-            yield _region_table(groups, wide)
-        else:
-            yield Text("no region found")
+        yield _region_table(groups, wide) if groups else Text("no region found")
         if groups and not wide:
             for number, group in enumerate(groups, 1):
                 yield Text(f"{number}: " + "\n   ".join(_reasons(group[0])))
@@ -171,9 +164,6 @@ class Report:
         for problem in self.problems:
             yield Text(f"problem: {problem}")
         yield Text("\n".join(_totals(self)))
-
-
-# Folding: regions that differ only in where they are share a row.
 
 
 def fold_regions(regions: Iterable[Region]) -> list[list[Region]]:
@@ -186,28 +176,24 @@ def fold_regions(regions: Iterable[Region]) -> list[list[Region]]:
 
 def fold_paths(paths: Iterable[str]) -> list[str]:
     """Few patterns for many module paths: `layers.{0-31}.attn x32`; numbers fold from the last one to the first."""
-    rows = [(tuple(path.split(".")), count) for path, count in Counter(paths).items()]
-    for at in range(max((len(parts) for parts, _ in rows), default=0) - 1, -1, -1):
-        alike: dict[tuple[object, ...], list[tuple[tuple[str, ...], int]]] = {}
+    rows = [(path.split("."), count) for path, count in Counter(paths).items()]
+    for at in reversed(range(max((len(parts) for parts, _ in rows), default=0))):
+        alike: dict[tuple[tuple[str, ...], int], list[list[str]]] = {}
         for parts, count in rows:
-            folds = at < len(parts) and parts[at].isdigit()
-            key = (parts[:at], None, parts[at + 1 :], count) if folds else (parts, count)
-            alike.setdefault(key, []).append((parts, count))
-        rows = [
-            (
-                same[0][0][:at] + (_ranges(sorted(int(parts[at]) for parts, _ in same)),) + same[0][0][at + 1 :],
-                sum(count for _, count in same),
-            )
-            if len(same) > 1
-            else same[0]
-            for same in alike.values()
-        ]
+            is_number = at < len(parts) and parts[at].isdigit()
+            pattern = (*parts[:at], "#", *parts[at + 1 :]) if is_number else tuple(parts)
+            alike.setdefault((pattern, count), []).append(parts)
+        rows = []
+        for (_, count), same in alike.items():
+            if len(same) > 1:
+                same[0][at] = _ranges(sorted(int(parts[at]) for parts in same))
+            rows.append((same[0], count * len(same)))
     return [".".join(parts) + (f" x{count}" if count > 1 else "") for parts, count in rows]
 
 
 def _ranges(numbers: list[int]) -> str:
     """`{0-4,6-10}` of sorted numbers; `{0-30/2}` where they are equally far apart."""
-    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    steps = {b - a for a, b in pairwise(numbers)}
     if len(numbers) > 2 and len(steps) == 1 and steps != {1}:
         return f"{{{numbers[0]}-{numbers[-1]}/{steps.pop()}}}"
     runs: list[list[int]] = []
@@ -219,25 +205,19 @@ def _ranges(numbers: list[int]) -> str:
     return "{" + ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) + "}"
 
 
-# Text of a row.
-
-
 def _region_table(groups: list[list[Region]], wide: bool) -> Table:
     headings = ["where", "what", "FLOP", "bytes", "form", "speed-up"]
     table = _table(["#", *headings, "why"] if wide else ["#", *headings], right=("#", "FLOP", "bytes", "speed-up"))
+    longest = max(len(line) for group in groups for line in _where(group))
+    table.columns[1].width = min(longest, WHERE_WIDE if wide else WHERE_NARROW)
     for number, group in enumerate(groups, 1):
         region = group[0]
+        form = region.choice.form if region.choice else NOT_CHOSEN
         speedup = _speedup(region.choice)
-        cells = [
-            str(number),
-            "\n".join(_where(group)),
-            _what(region),
-            _amount(region.flops),
-            _amount(region.bytes, "B"),
-            region.choice.form if region.choice else NOT_CHOSEN,
-            "-" if speedup is None else f"{speedup:.2f}x",
-        ]
-        table.add_row(*(Text(cell) for cell in (cells + ["\n".join(_reasons(region))] if wide else cells)))
+        gain = "-" if speedup is None else f"{speedup:.2f}x"
+        amounts = _amount(region.flops).rstrip(), _amount(region.bytes, "B")
+        cells = [str(number), "\n".join(_where(group)), _what(region), *amounts, form, gain]
+        table.add_row(*map(Text, cells + ["\n".join(_reasons(region))] * wide))
     return table
 
 
@@ -256,10 +236,7 @@ def _table(headings: Iterable[str], right: tuple[str, ...] = ()) -> Table:
     table = Table(box=box.ASCII, show_edge=False, show_lines=True, pad_edge=False)
     for heading in headings:
         at_right = heading in right
-        least = WHERE_WIDTH if heading == "where" else None
-        table.add_column(
-            heading, justify="right" if at_right else "left", no_wrap=at_right, overflow="fold", min_width=least
-        )
+        table.add_column(heading, justify="right" if at_right else "left", no_wrap=at_right, overflow="fold")
     return table
 
 
@@ -286,19 +263,14 @@ def _what(region: Region) -> str:
         f"{'full' if region.mask == 'none' else region.mask} {region.kind}",
         f"{queries} x {keys}",
         f"heads {s.Hq}" if s.Hq == s.H else f"heads {s.Hq}/{s.H}",
-        f"E {s.E}" if s.E == s.Ev else f"E {s.E}/{s.Ev}",
+        f"E {s.E}" if s.Ev == s.E else f"E {s.E}/{s.Ev}",
         f"B {batch}",
         region.dtype,
     ]
-    extras = {
-        f"softcap {rule.softcap}": rule.softcap is not None,
-        "bias": rule.bias is not None,
-        "sink": rule.sink is not None,
-        f"dropout {rule.dropout}": rule.dropout,
-        f"written {region.written}": True,
-        "training": region.training,
-    }
-    return ", ".join(parts + [name for name, holds in extras.items() if holds])
+    parts += [f"softcap {rule.softcap}"] if rule.softcap is not None else []
+    parts += [name for name in ("bias", "sink") if getattr(rule, name) is not None]
+    parts += [f"dropout {rule.dropout}"] if rule.dropout else []
+    return ", ".join([*parts, f"written {region.written}", *(["training"] if region.training else [])])
 
 
 def _reasons(region: Region) -> list[str]:
@@ -342,22 +314,17 @@ def _amount(value: float, unit: str = "") -> str:
     return f"{value:.4g} P{unit}"
 
 
-# Content of the JSON.
-
 _TEXTS = ("kind", "path", "node", "dtype", "device", "mask", "written", "fill")
 
 
 def _region_content(region: Region) -> dict[str, object]:
     choice = region.choice
     return {
-        **{name: getattr(region, name) for name in _TEXTS},
+        **{name: getattr(region, name) for name in (*_TEXTS, "training", "flops", "bytes")},
         "captured": list(region.captured),
-        "training": region.training,
         "rule": region.rule.spell(),
         "shape": asdict(region.shape),
         "facts": region.facts,
-        "flops": region.flops,
-        "bytes": region.bytes,
         "choice": choice and {**asdict(choice), "rewrites": choice.rewrites, "speedup": _speedup(choice)},
     }
 
@@ -388,36 +355,32 @@ def _object(**properties: object) -> dict[str, object]:
     return {"type": "object", "required": sorted(properties), "properties": properties}
 
 
-def _several(items: object) -> dict[str, object]:
+def _array(items: object) -> dict[str, object]:
     return {"type": "array", "items": items}
-
-
-def _by_name(values: object) -> dict[str, object]:
-    return {"type": "object", "additionalProperties": values}
 
 
 _TEXT, _FLAG, _NUMBER = {"type": "string"}, {"type": "boolean"}, {"type": ["number", "null"]}
 _COUNT = {"type": "integer", "minimum": 0}
+_TEXTS_BY_NAME = {"type": "object", "additionalProperties": _TEXT}
+_COUNTS_BY_NAME = {"type": "object", "additionalProperties": _COUNT}
 _CHOICE = _object(
-    form=_TEXT,
-    reason=_TEXT,
+    **dict.fromkeys(("form", "reason"), _TEXT),
+    **dict.fromkeys(("predicted_s", "written_s", "speedup"), _NUMBER),
     rewrites=_FLAG,
-    predicted_s=_NUMBER,
-    written_s=_NUMBER,
-    speedup=_NUMBER,
-    refused=_by_name(_TEXT),
+    refused=_TEXTS_BY_NAME,
 )
 _REGION = _object(
-    **{name: _TEXT for name in _TEXTS if name != "kind"},
-    kind={"enum": list(KINDS)},
-    captured=_several(_TEXT),
+    **dict.fromkeys((*_TEXTS, "rule"), _TEXT) | {"kind": {"enum": list(KINDS)}},
+    **dict.fromkeys(("flops", "bytes"), _COUNT),
+    captured=_array(_TEXT),
     training=_FLAG,
-    rule=_TEXT,
-    shape=_object(**{name: _COUNT for name in ("B", "Hq", "H", "L", "S", "E", "Ev")}, symbols=_by_name(_TEXT)),
+    shape=_object(**dict.fromkeys(("B", "Hq", "H", "L", "S", "E", "Ev"), _COUNT), symbols=_TEXTS_BY_NAME),
     facts={"type": "object"},
-    flops=_COUNT,
-    bytes=_COUNT,
     choice={**_CHOICE, "type": ["object", "null"]},
+)
+_COUNTS = _object(
+    **dict.fromkeys(("regions", "rewritten", "unmatched"), _COUNT),
+    **dict.fromkeys(("kinds", "forms", "masks", "written"), _COUNTS_BY_NAME),
 )
 
 # JSON Schema of what `Report.to_json` writes; what the fields mean stands at the top of this file.
@@ -426,19 +389,12 @@ SCHEMA: dict[str, object] = {
     "title": SCHEMA_ID,
     **_object(
         schema={"const": SCHEMA_ID},
-        attnc=_TEXT,
-        model=_TEXT,
-        device=_TEXT,
+        **dict.fromkeys(("attnc", "model", "device"), _TEXT),
         graphs=_COUNT,
-        regions=_several(_REGION),
-        unmatched=_several(_object(anchor=_TEXT, reason=_TEXT, node=_TEXT, path=_TEXT)),
-        problems=_several(_TEXT),
-        timings=_by_name({"type": "number"}),
-        counts=_object(
-            regions=_COUNT,
-            rewritten=_COUNT,
-            unmatched=_COUNT,
-            **{name: _by_name(_COUNT) for name in ("kinds", "forms", "masks", "written")},
-        ),
+        regions=_array(_REGION),
+        unmatched=_array(_object(**dict.fromkeys(("anchor", "reason", "node", "path"), _TEXT))),
+        problems=_array(_TEXT),
+        timings={"type": "object", "additionalProperties": {"type": "number"}},
+        counts=_COUNTS,
     ),
 }

@@ -3,7 +3,7 @@
     out_i = sum_j softmax_j(score(factor * q_i . k_j, b, h, i, j) where keep(b, h, i, j)) v_j
 
 The operator is called below its public face, so that our own tile classes are its block mask and `create_block_mask`
-(which evaluates the whole mask) never runs. A sink is one further key: score = sink where j = S, value 0.
+(which evaluates the whole mask) never runs. A sink is one further key with value 0, in a block of its own.
 
 Source: Dong et al. 2024, "Flex Attention", arXiv:2412.05496; torch/_inductor/kernel/flex/flex_cpu.py (forward only,
 float32 and half types, no log-sum-exp under Inductor on CPU).
@@ -21,8 +21,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnc.codegen.tiles import Tiles, classify, static_tiles
-from attnc.expr import J, Expr, const, load, minimum, size, sub
-from attnc.predicate import disjunction, eq, rebuild, where
+from attnc.expr import J, Expr, const, load, maximum, sub
+from attnc.predicate import conjunction, disjunction, eq, le, rebuild, where
 from attnc.reading import picked, read
 from attnc.region import AttentionRule, linear_score
 
@@ -34,16 +34,15 @@ def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
     Under Inductor on CPU lse may not be used: its template has no such output.
     """
-    S = key.shape[2]
     keep, score, sizes = rule.keep, rule.score, tuple(sizes)
     if rule.sink is not None:
-        keep, score, sizes = _with_sink(rule, S, sizes)
-        key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
+        keep, score = _with_sink(rule, block_n)
+        key, value = (F.pad(t, (0, 0, block_n, 0)) for t in (key, value))
     linear = linear_score(score)
     factor, rest = (1.0, None) if linear is None else linear
     tiles = tile_classes(query, key, captured, sizes, keep, block_m=block_m, block_n=block_n)
 
-    masking, scoring = _Reads(keep, captured, sizes), _Reads(score, captured, sizes)
+    masking, scoring = (_Reads(e, captured, sizes, query.device) for e in (keep, score))
 
     def mask_mod(b, h, i, j, *buffers):
         return _scalar(read(keep, _axes(b, h, i, j), *masking.split(buffers)), j)
@@ -70,19 +69,25 @@ def _options(query: torch.Tensor) -> dict:
 
 
 class _Reads:
-    """The tensors and run-time sizes that an expression reads: a function of FlexAttention takes them as buffers."""
+    """The tensors and run-time sizes that an expression reads: a function of FlexAttention takes them as buffers.
 
-    def __init__(self, e: Expr, captured: Sequence[torch.Tensor], sizes: Sequence) -> None:
+    Sizes go in as tensors without dimensions. As symbols they meet a fault of Inductor's CPU template (torch 2.13): it
+    renames its tile sizes by replacing text, and "ks1" is also the beginning of "ks14".
+    """
+
+    def __init__(self, e: Expr, captured: Sequence[torch.Tensor], sizes: Sequence, device: torch.device) -> None:
         self.slots = sorted({x.args[0] for x in e.walk() if x.op == "load"})
         named = sorted({int(x.args[0][1:]) for x in e.walk() if x.op == "size"})
         self.known = {n: sizes[n] for n in named if isinstance(sizes[n], int)}
         self.open = [n for n in named if n not in self.known]
-        self.buffers = (*(captured[slot] for slot in self.slots), *(sizes[n] for n in self.open))
+        held = (torch.full((), sizes[n], dtype=torch.int64, device=device) for n in self.open)
+        self.buffers = (*(captured[slot] for slot in self.slots), *held)
 
     def split(self, buffers: tuple) -> tuple[dict, dict]:
         """Tensors by slot and sizes by number, from the buffers as the function receives them."""
-        tables = dict(zip(self.slots, buffers, strict=False))
-        return tables, self.known | dict(zip(self.open, buffers[len(self.slots) :], strict=True))
+        count = len(self.slots)
+        tables = dict(zip(self.slots, buffers[:count], strict=True))
+        return tables, self.known | dict(zip(self.open, buffers[count:], strict=True))
 
 
 def _axes(b, h, i, j):
@@ -93,26 +98,22 @@ def _scalar(keep, like: torch.Tensor) -> torch.Tensor:
     return keep if isinstance(keep, torch.Tensor) else like.new_full((), bool(keep), dtype=torch.bool)
 
 
-def _with_sink(rule: AttentionRule, S, sizes: tuple) -> tuple[Expr, Expr, tuple]:
-    """Mask and score with one more key that carries the sink; lookups by key stay inside their tables."""
-    if isinstance(S, int):
-        count: Expr = const(S)
-    else:
-        count, sizes = size(f"n{len(sizes)}"), (*sizes, S)
-    last = sub(count, const(1))
+def _with_sink(rule: AttentionRule, block_n: int) -> tuple[Expr, Expr]:
+    """Mask and score behind one more block of keys, whose first is the sink and whose others are never kept.
 
-    def inside(x: Expr) -> Expr | None:
-        if x.op == "load" and "j" in x.names():
-            return load(x.args[0], tuple(rebuild(a, _capped(last)) for a in x.args[1:]), x.kind)
-        return None
+    A whole block, and in front: the classes of all other tiles stay as they are, and no length is mentioned.
+    """
+    moved = sub(J, const(block_n))
 
-    at_sink = eq(J, count)
-    keep = disjunction(at_sink, rebuild(rule.keep, inside))
-    return keep, where(at_sink, rule.sink, rebuild(rule.score, inside)), sizes
+    def move(x: Expr) -> Expr | None:
+        if x.op == "load":  # positions in front of the table are not kept, but are read
+            return load(x.args[0], tuple(rebuild(a, inside.get) for a in x.args[1:]), x.kind)
+        return moved if x == J else None
 
-
-def _capped(last: Expr):
-    return lambda x: minimum(J, last) if x == J else None
+    inside = {J: maximum(moved, const(0))}
+    at_sink = eq(J, const(0))
+    keep = disjunction(at_sink, conjunction(le(const(block_n), J), rebuild(rule.keep, move)))
+    return keep, where(at_sink, rule.sink, rebuild(rule.score, move))
 
 
 def tile_classes(query: torch.Tensor, key: torch.Tensor, captured: Sequence[torch.Tensor], sizes: tuple, keep: Expr,

@@ -23,7 +23,8 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
     store = Store(options.store)
     changed = False
     for position, found in enumerate(analysis.found):
-        if found.region.choice is None or not found.region.choice.rewrites:
+        choice = found.region.choice
+        if choice is None or not choice.rewrites or found.match is None or found.facts is None:
             continue
         with analysis.timed("check"):
             verdict = _verdict(found, store) if options.check else Verdict(True, 0.0)
@@ -31,7 +32,7 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
             _leave(analysis, position, verdict.reason)
             continue
         with analysis.timed("rewrite"):
-            rewrite(found.facts, found.match, found.region.choice.form)
+            rewrite(found.facts, found.match, choice.form)
         changed = True
     if not changed:
         return None
@@ -55,7 +56,7 @@ def _verdict(found: Found, store: Store) -> Verdict:
     known = store.get(key)
     if known is not None:
         return Verdict(bool(known["passed"]), float(known["error"]), str(known["reason"]))  # type: ignore[arg-type]
-    assert found.region.choice is not None
+    assert found.region.choice is not None and found.match is not None
     try:
         verdict = check(found.match, found.region.choice.form, found.region.training)
     except Exception as exc:  # noqa: BLE001 - whatever a check raises, the region stays as written and says so

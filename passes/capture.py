@@ -30,14 +30,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnc.errors import CaptureError
+from attnc.passes.expand import EXPANSIONS
 
 log = logging.getLogger("attnc.passes.capture")
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
-
-# Operators that make_fx traces through by itself; every other higher-order operator is kept as one node.
-_TRACED_THROUGH = ("flex_attention", "flex_attention_backward")
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -45,6 +43,13 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
 
     Raises: CaptureError naming the node that could not be retraced.
     """
+    transform = next((n for n in gm.graph.nodes if "functorch" in str(getattr(n.target, "__module__", ""))), None)
+    if transform is not None:
+        raise CaptureError(
+            f"retrace the graph to ATen: found the torch.func transform {transform.target.__name__} at node "
+            f"{transform.name}, which cannot be retraced. The graph goes to the inner backend as written; build masks "
+            "outside of vmap, or compile the function inside the transform, to have it rewritten."
+        )
     fake_mode = _fake_mode(gm, example_inputs)
     fakes = _fake_inputs(gm, example_inputs, fake_mode)
     return _trace(gm, fakes, fake_mode)
@@ -62,7 +67,8 @@ def _trace(gm: fx.GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode) 
             f"{node.format_node() if node is not None else '(none)'}. The graph goes to the inner backend as written; "
             "move the operation out of the compiled region to have the rest rewritten."
         ) from exc
-    for node, original in zip(_placeholders(traced), _placeholders(gm), strict=True):
+    for node, original, fake in zip(_placeholders(traced), _placeholders(gm), fakes, strict=True):
+        node.meta["requires_grad"] = isinstance(fake, torch.Tensor) and fake.requires_grad
         node.meta.setdefault("val", original.meta.get("example_value"))
         node.meta["name"] = original.name
     return traced
@@ -171,8 +177,9 @@ class _Retracer(fx.Interpreter):
         if target is _EXIT:
             self.autocast.remove(args[0])
             return None
-        if isinstance(target, HigherOrderOperator) and target.name() not in _TRACED_THROUGH:
+        if isinstance(target, HigherOrderOperator):
             return self._keep(target, args, kwargs)
+        target = EXPANSIONS.get(target, target)
         with self._autocast_casts(target, args, kwargs) as (args, kwargs):
             return super().call_function(target, args, kwargs)
 

@@ -178,7 +178,7 @@ def _data(value: torch.Tensor, shape: Sequence[int], generator: torch.Generator)
 def _compare(written: fx.GraphModule, changed: fx.GraphModule, inputs: list[Any], training: bool) -> Verdict:
     expected = _run(written, inputs, training)
     found = _run(changed, inputs, training)
-    worst = 0.0
+    worst, limit = 0.0, _limit(written)
     for a, c in zip(expected, found, strict=True):
         if (a is None) != (c is None):
             return Verdict(False, float("inf"), "an input has a gradient on one side only")
@@ -191,11 +191,16 @@ def _compare(written: fx.GraphModule, changed: fx.GraphModule, inputs: list[Any]
         gap = torch.where(same, 0.0, ((a - c).abs() / scale).double())
         error = float("inf") if bool(torch.isnan(gap).any()) else float(gap.max()) if gap.numel() else 0.0
         worst = max(worst, error)
-        limit = TOLERANCE.get(a.dtype, 2e-4) * (4 if a is not expected[0] else 1)
-        if error > limit:
+        if error > limit * (4 if a is not expected[0] else 1):
             what = "output" if a is expected[0] else "gradient"
             return Verdict(False, error, f"its {what} differs by {error:.1e} of its largest value, {limit:.0e} is allowed")
     return Verdict(True, worst)
+
+
+def _limit(written: fx.GraphModule) -> float:
+    """The tolerance of the coarsest type that the written region computes in."""
+    types = {t.dtype for n in written.graph.nodes if (t := tensor_of(n)) is not None}
+    return max((TOLERANCE[d] for d in types if d in TOLERANCE), default=2e-4)
 
 
 def _run(gm: fx.GraphModule, inputs: list[Any], training: bool) -> list[torch.Tensor | None]:

@@ -27,6 +27,7 @@ from attnc.expr import (
     minimum,
     mul,
     neg,
+    scale,
     sub,
     to_float,
     unary,
@@ -312,6 +313,39 @@ def _power(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
     return unary("sqrt", x) if p.value == 0.5 else None
 
 
+def _sign(e: Expr) -> Expr:
+    one = const(1.0) if e.kind == FLOAT else ONE
+    return predicate.where(
+        predicate.lt(e, ZERO), neg(one), predicate.where(predicate.eq(e, ZERO), scale(one, 0), one)
+    )
+
+
+def _of_two(rule: Callable[[Expr, Expr], Expr]) -> Callable:
+    """`max(a, b)` of two tensors; the reduction of the same name is no element-wise operator."""
+
+    def apply(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
+        if len(node.args) != 2 or tensor_of(node.args[1]) is None or node.kwargs:
+            return None
+        return rule(*(_operand(lift, node, a, index) for a in node.args))
+
+    return apply
+
+
+def _index_put(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
+    """`x[..., mask] = number`: a fill by a boolean mask over the last axes."""
+    x, keys, value = node.args[:3]
+    accumulate = node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False)
+    masks = [k for k in keys if k is not None]
+    number = tensor_of(value)
+    if accumulate or len(masks) != 1 or keys[-1] is None or number is None or number.numel() != 1:
+        return None
+    mask = tensor_of(masks[0])
+    if mask is None or mask.dtype != torch.bool or len(keys) - 1 + mask.dim() != len(index):
+        return None
+    inside = lift.element(masks[0], index[len(keys) - 1 :])
+    return predicate.where(inside, lift.element(value, (ZERO,) * number.dim()), lift.element(x, index))
+
+
 def _one_minus(e: Expr) -> Expr:
     return predicate.logical_not(e)
 
@@ -337,6 +371,10 @@ RULES: dict[str, Callable[[Lift, fx.Node, Index], Expr | None]] = {
         op: _pointwise(lambda x, op=op: unary(op, x), 1)
         for op in ("exp", "tanh", "sqrt", "log", "sigmoid", "abs")
     },
+    "sign": _pointwise(_sign, 1),
+    "index_put": _index_put,
+    "max": _of_two(maximum),
+    "min": _of_two(minimum),
     "maximum": _pointwise(maximum, 2),
     "minimum": _pointwise(minimum, 2),
     "clamp": _clamp,

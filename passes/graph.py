@@ -47,7 +47,7 @@ def op_name(node: Any) -> str:
 
 
 def tensor_of(node: Any) -> torch.Tensor | None:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    value = node.meta.get("val", node.meta.get("example_value")) if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
 
 
@@ -150,7 +150,7 @@ class GraphFacts:
             value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
             if info is None or not isinstance(value, fx.Node):
                 continue
-            if info.is_write:
+            if info.is_write and op_name(node) != "detach_":
                 self.writes.setdefault(self.root(value), []).append(self.order[node])
             if returned and (
                 info.before_set & returned[0].before_set or info.after_set & returned[0].after_set
@@ -179,6 +179,26 @@ class GraphFacts:
         """Whether nothing writes to `node`'s memory after `after` has read it and before `until`."""
         low, high = self.order[after], self.order[until]
         return not any(low < at < high for at in self.writes.get(self.root(node), ()))
+
+    @cached_property
+    def _with_grad(self) -> set[fx.Node]:
+        enabled = torch.is_grad_enabled()
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if op_name(node) == "_set_grad_enabled":
+                enabled = bool(node.args[0])
+            elif node.op == "placeholder":
+                if node.meta.get("requires_grad") and torch.is_grad_enabled():
+                    found.add(node)
+            elif enabled and not op_name(node).startswith("detach"):
+                value = tensor_of(node)
+                if (value is None or value.is_floating_point()) and any(x in found for x in node.all_input_nodes):
+                    found.add(node)
+        return found
+
+    def needs_grad(self, node: Any) -> bool:
+        """Whether a gradient flows back through `node`."""
+        return node in self._with_grad
 
     @cached_property
     def symbol_nodes(self) -> dict[str, fx.Node]:

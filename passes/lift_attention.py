@@ -12,11 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
-from attnc.expr import FLOAT, SCORE, TRUE, ZERO, B, Expr, H, I, J, add, const, mul, scale, var
-from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, integer, op_name, shape_of, tensor_of
+from attnc.expr import FLOAT, SCORE, TRUE, ZERO, B, Expr, H, I, J, add, const, mul, scale, sub, var
+from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, op_name, shape_of, tensor_of
 from attnc.passes.masks import Lift
 from attnc.passes.operands import Operand, Roles, batch_roles, trace_operand
 from attnc.passes.products import Product, product
@@ -117,6 +116,8 @@ def _lift_scores(facts, anchor, weights, names, at, dim, ranges) -> Match | NoMa
         return NoMatch("the scores come from no product of queries and keys", scores)
     score_product, index = found[0]
     row = dict(zip(score_product.out_labels, index, strict=True))[score_product.row]
+    if row == ZERO:  # a single query: its row has no coordinate of its own
+        row = names[final.out_labels.index(final.row)]
     if row.op != "var" or row not in names:
         return NoMatch("the rows of the scores are not the rows of the output", score_product.node)
     sink = _sink(pulling, scores, at, dim, shape_of(final.left)[final.left_labels.index(final.contracted)])
@@ -154,6 +155,7 @@ def _product_leaf(facts, node, index, found, pulling: Lift, end) -> Expr | None:
 def _assemble(facts, anchor, weights, pulling, value, sink, found, row, col, batch) -> Match | NoMatch:
     """Name the coordinates b, h, i, j and trace the operands."""
     final, (score_product, index), ranges = weights.product, found, pulling.ranges
+    outer = tuple(var(f"y{d}") for d in range(len(final.out_labels)))
     q_index = score_product.index("left", index, var("e"))
     k_index = score_product.index("right", index, var("e"))
     pairs = [(n.args[0], e) for n, e in batch]
@@ -163,12 +165,13 @@ def _assemble(facts, anchor, weights, pulling, value, sink, found, row, col, bat
     substitution, batch_size, q_heads = split
     substitution[row.args[0]] = I
     extents = dict(zip(final.out_labels, shape_of(final.node), strict=True))
-    length_q = extents[final.row] if final.row in extents else None
+    row_label = dict(zip((n.args[0] for n in outer), final.out_labels, strict=True))[row.args[0]]
+    length_q = extents[row_label]
     names = Ranges()
     width = shape_of(score_product.left)[score_product.left_labels.index(score_product.contracted)]
     width_v = extents[final.col]
     length_k = shape_of(final.left)[final.left_labels.index(final.contracted)]
-    if not width.is_const or not width_v.is_const or length_q is None:
+    if not width.is_const or not width_v.is_const:
         return NoMatch("a head width is symbolic", score_product.node)
     for name, extent in (("b", batch_size), ("h", const(q_heads)), ("i", length_q), ("j", length_k), ("e", width)):
         names.declare(name, extent)
@@ -180,14 +183,16 @@ def _assemble(facts, anchor, weights, pulling, value, sink, found, row, col, bat
     sides = (
         (score_product.left, q_index, I),
         (score_product.right, k_index, J),
-        (final.right, final.index("right", tuple(var(f"y{d}") for d in range(len(final.out_labels))), J), J),
+        (final.right, final.index("right", outer, J), J),
     )
     substitution_v = substitution | {col.args[0]: var("e")}
     for node, at, position in sides:
         renamed = tuple(
             rebuild(x, lambda y: substitution_v.get(y.args[0]) if y.op == "var" else None) for x in at
         )
-        operand = trace_operand(facts, node, renamed, Roles(position, var("e"), q_heads), names, final.node)
+        extents_of = (batch_size, length_q if position == I else length_k, width if len(operands) < 2 else width_v)
+        roles = Roles(position, var("e"), q_heads, extents_of)
+        operand = trace_operand(facts, node, renamed, roles, names, final.node)
         if isinstance(operand, NoMatch):
             return operand
         operands.append(operand)
@@ -201,11 +206,11 @@ def _assemble(facts, anchor, weights, pulling, value, sink, found, row, col, bat
     masked = split_mask(score, names, (length_q, length_k), written="composed")
     if isinstance(masked, str):
         return NoMatch(masked, anchor)
-    layout = tuple("e" if label == final.col else "i" if label == final.row else label for label in final.out_labels)
+    layout = tuple("e" if label == final.col else "i" if label == row_label else label for label in final.out_labels)
     return Match(
         anchor, final.node, query, key, value_operand, masked, pulling.captured, batch_size, q_heads,
         (length_q, length_k), (int(width.value), int(width_v.value)), layout,
-        sink=None if sink is None else rename(sink), dropout=weights.dropout,
+        sink=None if sink is None else sub(rename(sink), masked.shift), dropout=weights.dropout,
         repeats_heads=_heads_of(score_product.right) > key.heads(q_heads), inner=[*weights.between, score_product.node],
     )
 
@@ -323,7 +328,8 @@ def _lift_sdpa(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
     for node, h, position, shape in ((query, H, I, shapes[0]), (key, head, J, shapes[1]), (value, head, J, shapes[2])):
         at = (B, h, position, var("e"))[4 - rank :]
         at = tuple(ZERO if s == const(1) and x in (B, h) else x for x, s in zip(at, shape, strict=True))
-        operand = trace_operand(facts, node, at, Roles(position, var("e"), q_heads), ranges, anchor)
+        roles = Roles(position, var("e"), q_heads, (batch, shape[-2], shape[-1]))
+        operand = trace_operand(facts, node, at, roles, ranges, anchor)
         if isinstance(operand, NoMatch):
             return operand
         operands.append(operand)
@@ -373,11 +379,3 @@ def sizes_of(match: Match) -> list[str]:
             if node.op == "size":
                 found[node.args[0]] = None
     return list(found)
-
-
-def requires_grad(*nodes: fx.Node) -> bool:
-    return torch.is_grad_enabled() and any(
-        value is not None and value.requires_grad for value in map(tensor_of, nodes)
-    )
-
-

@@ -56,6 +56,8 @@ class Lift:
         if not isinstance(node, fx.Node):
             return self._number(node)
         value = node.meta.get("val")
+        if value is None and node.op == "get_attr":
+            value = _attribute(self.facts.graph, node)
         if not isinstance(value, torch.Tensor):
             return self._scalar(node, value)
         key = (node, index)
@@ -68,6 +70,8 @@ class Lift:
         if found is not None:
             return found
         if not self._settled(node):
+            return self.capture(node, index)
+        if op_name(node) == "detach" and self.facts.needs_grad(node.args[0]):
             return self.capture(node, index)
         view = through(node, index, self.ranges)
         if view is not None:
@@ -108,7 +112,8 @@ class Lift:
     def capture(self, node: fx.Node, index: Index) -> Expr:
         """A lookup into the tensor that `node` is."""
         value = tensor_of(node)
-        assert value is not None
+        if value is None:
+            raise Unliftable("a constant of the graph that is no number", node)
         if not self.facts.unchanged(node, node, self.end):
             raise Unliftable("a tensor of the mask is modified in place before the attention reads it", node)
         if node not in self.captured:

@@ -2,7 +2,8 @@
 
     x.div_(c)                              -> x.div(c), where nothing else sees x's memory
     exp(x - max(x)) / sum(exp(x - max(x))) -> softmax(x)      also without the max
-    exp(x - logsumexp(x))                  -> softmax(x)
+    exp(x - logsumexp(x)), exp(log_softmax(x)) -> softmax(x)
+    (exp(x) @ v) / sum(exp(x))             -> softmax(x) @ v
 
 Both keep the graph's meaning by themselves; recognition then has fewer spellings to know.
 """
@@ -26,7 +27,15 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         softmax = _hand_written(node)
         if softmax is not None:
-            _replace_by_softmax(gm.graph, node, *softmax)
+            node.replace_all_uses_with(_softmax(gm.graph, node, node, *softmax))
+        late = _late(node)
+        if late is not None:
+            dot, x, dim = late
+            weights = _softmax(gm.graph, node, dot.args[0], x, dim)
+            with gm.graph.inserting_before(node):
+                product = gm.graph.call_function(dot.target, (weights, *dot.args[1:]))
+            product.meta.update(dot.meta)
+            node.replace_all_uses_with(product)
     gm.graph.eliminate_dead_code()
     return gm
 
@@ -37,18 +46,27 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _functionalize(graph: fx.Graph) -> None:
-    facts = GraphFacts(graph)
-    members: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        members.setdefault(facts.root(node), []).append(node)
+    facts, members, changed = *_families(graph), set()
     for node in list(graph.nodes):
         value = _functional(node)
         if value is None:
             continue
+        if facts.root(node.args[0]) in changed:
+            facts, members, changed = *_families(graph), set()
         target = node.args[0]
-        family = members[facts.root(target)]
-        if _is_private(facts, node, target, family):
-            _make_functional(graph, facts, node, target, value)
+        root = facts.root(target)
+        if _is_private(facts, node, target, members[root]):
+            _make_functional(facts, graph, node, value)
+            changed.add(root)
+
+
+def _families(graph: fx.Graph) -> tuple[GraphFacts, dict[fx.Node, list[fx.Node]]]:
+    """The nodes that may share memory, by the node that made the memory."""
+    facts = GraphFacts(graph)
+    members: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        members.setdefault(facts.root(node), []).append(node)
+    return facts, members
 
 
 def _functional(node: fx.Node) -> OpOverload | None:
@@ -88,7 +106,9 @@ def _is_private(facts: GraphFacts, node: fx.Node, target: fx.Node, family: list[
     return target in chain
 
 
-def _make_functional(graph: fx.Graph, facts: GraphFacts, node: fx.Node, target: fx.Node, op: OpOverload) -> None:
+def _make_functional(facts: GraphFacts, graph: fx.Graph, node: fx.Node, op: OpOverload) -> None:
+    target = node.args[0]
+    assert isinstance(target, fx.Node)
     before, after = tensor_of(target), tensor_of(node)
     assert before is not None and after is not None
     at = facts.order[node]
@@ -121,64 +141,81 @@ def _values(args: Any) -> Any:
 def _hand_written(node: fx.Node) -> tuple[fx.Node, int] | None:
     """(x, dim) where `node` is softmax(x, dim) written with exp."""
     name = op_name(node)
-    if name == "div":
-        return _quotient(node)
-    if name == "exp" and op_name(node.args[0]) == "sub" and len(node.args[0].args) == 2:
-        x, norm = node.args[0].args
-        if op_name(norm) == "logsumexp" and norm.args[0] is x and node.args[0].kwargs.get("alpha", 1) == 1:
-            return _reduced(norm, x)
+    if name == "div" and len(node.args) == 2 and not node.kwargs:
+        return _quotient(*node.args)
+    if name == "exp" and isinstance(node.args[0], fx.Node):
+        inner = node.args[0]
+        if op_name(inner) in ("log_softmax", "_log_softmax"):
+            return inner.args[0], int(inner.args[1])
+        if op_name(inner) == "sub" and len(inner.args) == 2 and inner.kwargs.get("alpha", 1) == 1:
+            x, norm = inner.args
+            row = _row(norm)
+            if row is not None and row[0] == "logsumexp" and row[1] is x:
+                return x, row[2]
     return None
 
 
-def _quotient(node: fx.Node) -> tuple[fx.Node, int] | None:
-    if len(node.args) != 2 or node.kwargs:
-        return None
-    numerator, total = node.args
-    if op_name(numerator) != "exp" or op_name(total) != "sum" or total.args[0] is not numerator:
+def _quotient(numerator: Any, total: Any) -> tuple[fx.Node, int] | None:
+    """exp(x) / sum(exp(x)), with or without the row's maximum subtracted in x."""
+    row = _row(total)
+    if op_name(numerator) != "exp" or row is None or row[0] != "sum" or row[1] is not numerator:
         return None
     value, summed = tensor_of(numerator), tensor_of(total)
-    if value is None or summed is None or value.dtype != summed.dtype:
-        return None
     x = numerator.args[0]
-    found = _reduced(total, numerator)
-    if found is None or not isinstance(x, fx.Node):
+    if value is None or summed is None or value.dtype != summed.dtype or not isinstance(x, fx.Node):
         return None
-    dim = found[1]
     if op_name(x) == "sub" and len(x.args) == 2 and x.kwargs.get("alpha", 1) == 1:
         inner, peak = x.args
-        if isinstance(inner, fx.Node) and _is_row_constant(peak, inner, dim):
-            return inner, dim
-    return x, dim
+        found = _row(peak)
+        if found is not None and found[0] in ("max", "amax") and found[2] == row[2] and _same(found[1], inner):
+            return inner, row[2]
+    return x, row[2]
 
 
-def _reduced(node: fx.Node, source: fx.Node) -> tuple[fx.Node, int] | None:
-    """(source, dim) of a reduction over one axis that keeps it, so that it broadcasts back over the same axis."""
-    value = tensor_of(source)
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    dims = [dims] if isinstance(dims, int) else dims
-    if value is None or not isinstance(dims, (list, tuple)) or len(dims) != 1 or not keep:
+def _same(a: Any, c: Any) -> bool:
+    return a is c or (op_name(a) == "detach" and a.args[0] is c)
+
+
+def _row(node: Any) -> tuple[str, fx.Node, int] | None:
+    """(operator, source, dim) of a reduction over one axis that broadcasts back over that axis."""
+    lifted: int | None = None
+    if op_name(node) == "detach":
+        node = node.args[0]
+    if op_name(node) == "unsqueeze":
+        value = tensor_of(node)
+        lifted = int(node.args[1]) % (value.dim() if value is not None else 1)
+        node = node.args[0]
+    keep_at = 2
+    if op_name(node) == "getitem" and node.args[1] == 0 and op_name(node.args[0]) == "max":
+        node = node.args[0]
+    if op_name(node) not in ("sum", "amax", "max", "logsumexp") or not isinstance(node.args[0], fx.Node):
         return None
-    return source, int(dims[0]) % value.dim()
+    value = tensor_of(node.args[0])
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    keep = node.args[keep_at] if len(node.args) > keep_at else node.kwargs.get("keepdim", False)
+    dims = [dims] if isinstance(dims, int) else dims
+    if value is None or not isinstance(dims, list | tuple) or len(dims) != 1 or not isinstance(dims[0], int):
+        return None
+    dim = dims[0] % value.dim()
+    if bool(keep) == (lifted is not None) or (lifted is not None and lifted != dim):
+        return None
+    return op_name(node), node.args[0], dim
 
 
-def _is_row_constant(peak: Any, inner: fx.Node, dim: int) -> bool:
-    """Whether `peak` has extent 1 along `dim`, so that subtracting it does not change the softmax over `dim`."""
-    if op_name(peak) == "detach":
-        peak = peak.args[0]
-    value, full = tensor_of(peak), tensor_of(inner)
-    if value is None or full is None or value.dim() != full.dim():
-        return False
-    source = peak.args[0] if op_name(peak) == "getitem" and peak.args[1] == 0 else peak
-    is_peak = op_name(source) in ("max", "amax") and source.args and source.args[0] is inner
-    return is_peak and value.shape[dim] == 1
+def _late(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
+    """(product, x, dim) where `node` is (exp(x) @ v) / sum(exp(x)): the division moves in front of the product."""
+    if op_name(node) != "div" or len(node.args) != 2 or node.kwargs or op_name(node.args[0]) != "matmul":
+        return None
+    dot, total = node.args
+    found = _quotient(dot.args[0], total)
+    value = tensor_of(dot.args[0])
+    if found is None or value is None or found[1] != value.dim() - 1 or len(dot.users) != 1:
+        return None
+    return dot, *found
 
 
-def _replace_by_softmax(graph: fx.Graph, node: fx.Node, x: fx.Node, dim: int) -> None:
-    value = tensor_of(x)
-    if value is None or value.dim() == 0:
-        return
-    with graph.inserting_before(node):
+def _softmax(graph: fx.Graph, before: fx.Node, like: fx.Node, x: fx.Node, dim: int) -> fx.Node:
+    with graph.inserting_before(before):
         softmax = graph.call_function(aten.softmax.int, (x, dim))
-    softmax.meta.update(node.meta)
-    node.replace_all_uses_with(softmax)
+    softmax.meta.update(like.meta)
+    return softmax

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from attnc.expr import ONE, ZERO, B, Expr, H, add, const, floordiv, mod, scale
-from attnc.passes.graph import GraphFacts, NoMatch, hint, op_name, tensor_of
+from attnc.passes.graph import GraphFacts, NoMatch, hint, op_name, shape_of, tensor_of
 from attnc.passes.views import Index, Ranges, join_heads, through
 
 
@@ -25,6 +25,19 @@ class Roles:
     length: Expr
     width: Expr
     q_heads: int
+    extents: tuple[Expr, Expr, Expr]  # batch, length, width
+
+    def whole(self, found: tuple[str, int], extent: Expr) -> bool:
+        """Whether an axis of `extent` holds all of the role, no more: a slice of a longer axis is not the operand."""
+        kind, group = found
+        if kind == "const":
+            return True
+        batch, length, width = self.extents
+        wanted = {
+            "b": batch, "n": length, "e": width, "h": const(self.q_heads // group), "g": const(group),
+            "bh": scale(batch, group),
+        }[kind]
+        return extent == wanted
 
     def of(self, e: Expr) -> tuple[str, int] | None:
         """(role, group) of one index expression; the group is how many query heads share the head it names."""
@@ -79,7 +92,7 @@ class Operand:
             heads = dict(self.roles)["bh"]
             node = _call(call, aten.unflatten.int, node, dim, [-1, heads])
             kinds[dim : dim + 1] = ["b", "h"]
-        for kind in ("b", "h"):
+        for kind in ("b", "h", "n"):
             if kind not in kinds:
                 node = _call(call, aten.unsqueeze.default, node, 0)
                 kinds.insert(0, kind)
@@ -115,12 +128,15 @@ def trace_operand(
         if facts.unchanged(node, reader, end) and all(f is not None for f in found):
             kinds = [f[0] for f in found if f is not None]
             plain = [k for k in kinds if k != "const"]
-            if len(set(plain)) == len(plain) and {"n", "e"} <= set(plain):
+            whole = all(roles.whole(f, x) for f, x in zip(found, shape_of(node), strict=True) if f is not None)
+            needed = {"e"} if roles.extents[1] == ONE else {"n", "e"}
+            distinct = len(set(plain)) == len(plain) and needed <= set(plain)
+            if whole and distinct and ("g" not in plain or "h" in plain):
                 best = Operand(node, index, tuple(f for f in found if f is not None), factor)
         elif not facts.unchanged(node, reader, end):
             break
         step = _step(node, index, ranges)
-        if step is None:
+        if step is None or (op_name(node) == "detach" and facts.needs_grad(node.args[0])):
             break
         reader = node
         node, index, by = step

@@ -12,12 +12,12 @@ import torch
 from torch import fx
 
 from attnc.errors import CaptureError
-from attnc.expr import TRUE
 from attnc.options import Options
 from attnc.passes.capture import capture
 from attnc.passes.choose import choose
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
-from attnc.passes.lift_attention import Match, anchors, lift, requires_grad
+from attnc.passes.lift_attention import Match, anchors, lift
+from attnc.passes.lift_flex import flex_regions
 from attnc.passes.normalize import normalize
 from attnc.passes.rewrite import rule_of, shape_of_match, size_nodes
 from attnc.passes.rules import label
@@ -27,10 +27,10 @@ from attnc.report import Unmatched
 
 @dataclass
 class Found:
-    """A match, the graph it is in, and its region."""
+    """A region, and its match and graph where it can be rewritten."""
 
-    match: Match
-    facts: GraphFacts
+    match: Match | None
+    facts: GraphFacts | None
     region: Region
 
 
@@ -70,6 +70,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         if options.strict:
             raise
         analysis.problems.append(str(exc))
+        analysis.found += [Found(None, None, region) for region in flex_regions(gm.graph)]
         return analysis
     for part in bodies(analysis.gm):
         _analyse_part(part, analysis, options)
@@ -88,6 +89,8 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
     with analysis.timed("normalize"):
         normalize(gm)
         facts = GraphFacts(gm.graph)
+    with analysis.timed("lift"):
+        analysis.found += [Found(None, None, region) for region in flex_regions(gm.graph)]
     for anchor in anchors(gm.graph):
         with analysis.timed("lift"):
             match = lift(facts, anchor)
@@ -124,11 +127,11 @@ def describe(facts: GraphFacts, match: Match) -> Region:
         shape=shape_of_match(match),
         dtype=str(widest).removeprefix("torch."),
         device=out.device.type,
-        mask="none" if rule.keep == TRUE else label(match.masked.keep),
+        mask=label(match.masked.keep, match.masked.score),
         written=match.written,
         fill=match.masked.fill,
         captured=captured,
         sizes=tuple(hint(node) for node in size_nodes(facts, match)),
         repeats_heads=match.repeats_heads,
-        training=requires_grad(*sources, *match.captured),
+        training=any(map(facts.needs_grad, [*sources, *match.captured])),
     )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from attnc.expr import ONE, ZERO, Expr
-from attnc.passes.graph import op_name, shape_of, tensor_of
+from attnc.passes.graph import hint, op_name, shape_of, tensor_of
 from attnc.passes.views import Index
 
 
@@ -92,12 +92,16 @@ def _einsum(node: fx.Node) -> Product | None:
     if any(len(set(x)) != len(x) for x in (left, right, outs)):
         return None
     contracted = [x for x in left if x in right and x not in outs]
+    extents = dict(zip(outs, (hint(s) for s in tensor_of(node).shape), strict=True))  # type: ignore[union-attr]
+    if len(contracted) != 1 or any(x not in outs for x in (*left, *right) if x != contracted[0]):
+        return None
     rows = [x for x in left if x not in right]
     cols = [x for x in right if x not in left]
-    if len(contracted) != 1 or len(rows) != 1 or len(cols) != 1 or any(x not in outs for x in (*rows, *cols)):
+    if not rows or not cols:
         return None
-    return Product(node, operands[0], operands[1], tuple(outs), tuple(left), tuple(right), contracted[0], rows[0],
-                   cols[0])
+    # Of several free axes (query heads beside rows) the longest, then the last, is the row; the others are batch axes.
+    row, col = (max(enumerate(free), key=lambda at: (extents[at[1]], at[0]))[1] for free in (rows, cols))
+    return Product(node, *operands, tuple(outs), tuple(left), tuple(right), contracted[0], row, col)
 
 
 def _labels(term: str, rank: int) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from attnc.expr import TRUE, Expr, size
-from attnc.passes.graph import GraphFacts, hint, op_name, tensor_of
+from attnc.passes.graph import GraphFacts, hint, tensor_of
 from attnc.passes.lift_attention import Match, sizes_of
 from attnc.ops import spell_attention
 from attnc.predicate import rebuild

@@ -12,18 +12,22 @@ from attnc import predicate
 from attnc.expr import FALSE, FLOAT, TRUE, ZERO, Expr, I, J, add, const, scale, sub, terms_of
 from attnc.passes.views import Ranges
 
-# A score this low has weight exp(score - max) = 0 beside any key that is kept: finfo(float16).min and below.
-LOWEST = -65504.0
+# A score this low has weight exp(score - max) = 0 beside any key that is kept, unless all kept scores of the row lie
+# below -9900 themselves: GPT-2's and BERT's -1e4, finfo(float16).min and below.
+LOWEST = -1e4
+# Adding this to a score leaves nothing of the score in float32: a row without keys is then uniform.
+SWALLOWS = -1e30
 
 
 @dataclass(frozen=True)
 class MaskedScore:
-    """Score and mask of an attention; `fill` is "none", "-inf" or "finite", `empty` one of region.EMPTY_ROWS."""
+    """Score and mask of an attention; `shift` was taken off the scores of each row (and goes off a sink); `fill` is "none", "-inf" or "finite", `empty` one of region.EMPTY_ROWS."""
 
     score: Expr
     keep: Expr
     fill: str
     empty: str
+    shift: Expr = ZERO
 
     @staticmethod
     def join(score: Expr, keep: Expr) -> Expr:
@@ -36,6 +40,7 @@ class _Stripped:
     score: Expr
     keep: Expr
     fills: tuple[float, ...]
+    uniform: bool = True  # whether all masked scores of a row are equal
 
 
 def split_mask(score: Expr, ranges: Ranges, lengths: tuple[Expr, Expr], *, written: str) -> MaskedScore | str:
@@ -44,12 +49,35 @@ def split_mask(score: Expr, ranges: Ranges, lengths: tuple[Expr, Expr], *, writt
     if "s" not in stripped.score.names():
         return "the scores do not depend on the product of queries and keys"
     keep = decide(stripped.keep, ranges)
+    stripped.score = assume(stripped.score, stripped.keep)
+    shift = row_shift(stripped.score)
     if "s" in keep.names():
         return "the mask depends on the scores themselves"
     if keep == FALSE:
         return "the mask keeps no pair"
     fill = "none" if keep == TRUE else "-inf" if float("-inf") in stripped.fills else "finite"
-    return MaskedScore(stripped.score, keep, fill, _empty(keep, stripped.fills, ranges, lengths, written))
+    return MaskedScore(sub(stripped.score, shift), keep, fill, _empty(keep, stripped, ranges, lengths, written), shift)
+
+
+def assume(score: Expr, keep: Expr) -> Expr:
+    """`score` where `keep` holds: choices by its conjuncts are made."""
+    known = set(keep.args if keep.op == "and" else (keep,)) | {keep}
+
+    def leaf(x: Expr) -> Expr | None:
+        if x.op == "where" and (x.args[0] in known or predicate.logical_not(x.args[0]) in known):
+            return assume(x.args[1] if x.args[0] in known else x.args[2], keep)
+        return None
+
+    return score if keep == TRUE else predicate.rebuild(score, leaf)
+
+
+def row_shift(score: Expr) -> Expr:
+    """The terms of `score` that are one number per row: softmax does not see them (a subtracted maximum)."""
+    if score.op != "lin":
+        return const(0.0)
+    constant, terms = score.args
+    rows = [scale(atom, coef) for atom, coef in terms if not atom.names() & {"s", "j"}]
+    return add(const(float(constant)), *rows)
 
 
 def _is_low(e: Expr) -> bool:
@@ -62,7 +90,8 @@ def _strip(e: Expr) -> _Stripped:
         for wanted, low, kept in ((p, no, yes), (predicate.logical_not(p), yes, no)):
             if _is_low(low):
                 inner = _strip(kept)
-                return _Stripped(inner.score, predicate.conjunction(wanted, inner.keep), (low.value, *inner.fills))
+                fills = (low.value, *inner.fills)
+                return _Stripped(inner.score, predicate.conjunction(wanted, inner.keep), fills, not inner.fills)
     if e.op == "lin" and e.kind == FLOAT:
         return _strip_sum(e)
     if e.op == "max" and any(_is_low(a) for a in e.args):
@@ -81,7 +110,8 @@ def _strip_sum(e: Expr) -> _Stripped:
         parts.append(scale(inner.score, coef))
         keep = predicate.conjunction(keep, inner.keep)
         fills += scaled
-    return _Stripped(add(*parts), keep, fills)
+    alone = len(terms) == 1 and constant == 0
+    return _Stripped(add(*parts), keep, fills, alone or all(fill <= SWALLOWS for fill in fills))
 
 
 def decide(p: Expr, ranges: Ranges) -> Expr:
@@ -98,11 +128,12 @@ def decide(p: Expr, ranges: Ranges) -> Expr:
     return predicate.rebuild(p, leaf)
 
 
-def _empty(keep: Expr, fills: tuple[float, ...], ranges: Ranges, lengths: tuple[Expr, Expr], written: str) -> str:
+def _empty(keep: Expr, stripped: _Stripped, ranges: Ranges, lengths: tuple[Expr, Expr], written: str) -> str:
     if keep == TRUE or _each_row_keeps(keep, ranges, lengths):
         return "never"
+    fills = stripped.fills
     finite = [f for f in fills if f != float("-inf")]
-    if len(finite) == len(fills) == 1:
+    if len(finite) == len(fills) == 1 and stripped.uniform:
         return "mean"
     if not finite:
         return "zero" if written == "sdpa" else "nan"
@@ -129,10 +160,10 @@ def _each_row_keeps(keep: Expr, ranges: Ranges, lengths: tuple[Expr, Expr]) -> b
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def label(keep: Expr) -> str:
+def label(keep: Expr, score: Expr) -> str:
     """What a mask means, in one word: none, causal, window, chunked, prefix, document, padding, predicate or tensor."""
     if keep == TRUE:
-        return "none"
+        return _label_of_bias(score)
     parts = keep.args if keep.op == "and" else (keep,)
     kinds = {_part(p) for p in parts}
     if "tensor" in kinds:
@@ -143,9 +174,19 @@ def label(keep: Expr) -> str:
     return "causal"
 
 
+def _label_of_bias(score: Expr) -> str:
+    """A mask that stayed a number from run-time data: a lookup times something so large that only a mask can be meant."""
+    for node in score.walk():
+        if node.op == "lin" and any(abs(coef) >= -LOWEST for _, coef in node.args[1]):
+            loads = [x for x in node.walk() if x.op == "load"]
+            if loads:
+                return "tensor" if any({I, J} <= set(x.args[1:]) for x in loads) else "padding"
+    return "none"
+
+
 def _part(p: Expr) -> str:
     loads = [x for x in p.walk() if x.op == "load"]
-    if any({"i", "j"} <= set().union(*(a.names() for a in x.args[1:])) for x in loads):
+    if any({I, J} <= set(x.args[1:]) for x in loads):
         return "tensor"
     if p.op == "le":
         constant, terms = terms_of(p.args[0])
@@ -166,8 +207,9 @@ def _part(p: Expr) -> str:
     inner = p.args[0] if p.op == "not" else p
     if loads and "i" not in inner.names():
         return "padding"
-    if p.op == "or" and not loads and any(q.op == "le" and q.names() <= {"j"} for q in p.args):
-        return "prefix"
+    if p.op == "or" and not loads and len(p.args) == 2:
+        if {_part(q) if {"i"} & q.names() else "columns" for q in p.args} == {"causal", "columns"}:
+            return "prefix"
     return "predicate"
 
 

@@ -321,8 +321,6 @@ _VIEWS: dict[str, Rule] = {
             "contiguous",
             "clone",
             "alias",
-            "detach",
-            "detach_",
             "lift_fresh",
             "lift_fresh_copy",
             "positive",
@@ -357,6 +355,8 @@ _VIEWS: dict[str, Rule] = {
     "tile": _repeat,
     "flip": _flip,
     "getitem": _item,
+    "detach": _same,  # callers that need gradients stop before it, see GraphFacts.needs_grad
+    "detach_": _same,
     "dropout": _dropout,
     "dropout_": _dropout,
 }

@@ -61,6 +61,10 @@ class BlockSparse(Form):
         if region.dtype not in FLEX_DTYPES:
             return (f"block_sparse{{provider=flex}} takes {', '.join(FLEX_DTYPES)} on the CPU, found {region.dtype}; "
                     "use provider=blocked.")
+        moving = _symbolic_lookups(region)
+        if moving:
+            return (f"block_sparse{{provider=flex}} reads no table of symbolic length on the CPU (torch 2.13 compiles it "
+                    f"wrongly), found lookups by {', '.join(moving)}; compile with dynamic=False, or use dense.")
         if rule.keep == TRUE and linear_score(rule.score) is not None and rule.bias is None:
             return "block_sparse skips masked tiles, found no mask and a plain score; use dense."
         return None
@@ -127,3 +131,11 @@ class BlockSparse(Form):
                      for n in (64, 128, 256, 512) if n <= m and m <= max(64, region.shape.L)]
         fits = [form for form in tried if form.refuse(region) is None]
         return tuple(sorted(fits, key=lambda form: seconds(form.cost(region, device), device)))
+
+
+def _symbolic_lookups(region: Region) -> list[str]:
+    """Coordinates of symbolic length by which the rule looks captured tensors up."""
+    names = {"b": "B", "i": "L", "j": "S"}
+    rule = region.rule
+    loads = [x for e in (rule.keep, rule.score, rule.sink) if e is not None for x in e.walk() if x.op == "load"]
+    return sorted({name for x in loads for name in x.names() if names.get(name) in region.shape.symbols})
