@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+# Share of the tiles that may be added to save calls: each call is compiled and launched on its own.
+SPARE = 0.06
+
 Visits = tuple[tuple[tuple[int, bool], ...], ...]
 
 
@@ -75,11 +78,18 @@ def grouped(visits: Visits, ragged_row: bool, ragged_col: int | None, limit: int
 
 
 def _merged(by_count: dict[int, list[int]], limit: int) -> list[list[int]]:
-    """Round the smallest steps between counts up until `limit` buckets are left; empty rows stay apart."""
+    """Round the smallest steps between counts up while that costs little, and on until `limit` buckets are left.
+
+    Rows that see nothing stay apart.
+    """
     buckets = [(count, sorted(rows)) for count, rows in sorted(by_count.items()) if count]
-    while len(buckets) > limit:
+    spare = SPARE * sum(count * len(rows) for count, rows in buckets)
+    while len(buckets) > 1:
         waste = [len(rows) * (buckets[n + 1][0] - count) for n, (count, rows) in enumerate(buckets[:-1])]
         n = waste.index(min(waste))
+        if len(buckets) <= limit and waste[n] > spare:
+            break
+        spare -= waste[n]
         buckets[n : n + 2] = [(buckets[n + 1][0], sorted(buckets[n][1] + buckets[n + 1][1]))]
     return [rows for _, rows in buckets] + ([sorted(by_count[0])] if 0 in by_count else [])
 

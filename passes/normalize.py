@@ -4,6 +4,8 @@
     exp(x - max(x)) / sum(exp(x - max(x))) -> softmax(x)      also without the max
     exp(x - logsumexp(x)), exp(log_softmax(x)) -> softmax(x)
     (exp(x) @ v) / sum(exp(x))             -> softmax(x) @ v
+    exp(x - logaddexp(logsumexp(x), t)), softmax(x) @ v * sigmoid(logsumexp(x) - t)
+                                           -> softmax([x, t]) without its last column: t is a sink
 
 Both keep the graph's meaning by themselves; recognition then has fewer spellings to know.
 """
@@ -28,14 +30,11 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
         softmax = _hand_written(node)
         if softmax is not None:
             node.replace_all_uses_with(_softmax(gm.graph, node, node, *softmax))
-        late = _late(node)
-        if late is not None:
-            dot, x, dim = late
-            weights = _softmax(gm.graph, node, dot.args[0], x, dim)
-            with gm.graph.inserting_before(node):
-                product = gm.graph.call_function(dot.target, (weights, *dot.args[1:]))
-            product.meta.update(dot.meta)
-            node.replace_all_uses_with(product)
+        for rule in (_divided_late, _sink_in_norm, _sink_in_gate):
+            result = rule(gm.graph, node)
+            if result is not None:
+                node.replace_all_uses_with(result)
+                break
     gm.graph.eliminate_dead_code()
     return gm
 
@@ -202,8 +201,8 @@ def _row(node: Any) -> tuple[str, fx.Node, int] | None:
     return op_name(node), node.args[0], dim
 
 
-def _late(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
-    """(product, x, dim) where `node` is (exp(x) @ v) / sum(exp(x)): the division moves in front of the product."""
+def _divided_late(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """(exp(x) @ v) / sum(exp(x)): the division moves in front of the product."""
     if op_name(node) != "div" or len(node.args) != 2 or node.kwargs or op_name(node.args[0]) != "matmul":
         return None
     dot, total = node.args
@@ -211,7 +210,72 @@ def _late(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
     value = tensor_of(dot.args[0])
     if found is None or value is None or found[1] != value.dim() - 1 or len(dot.users) != 1:
         return None
-    return dot, *found
+    return _again(graph, node, dot, _softmax(graph, node, dot.args[0], *found))
+
+
+def _sink_in_norm(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """exp(x - logaddexp(logsumexp(x), t)), weights with a sink."""
+    if op_name(node) != "exp" or op_name(node.args[0]) != "sub" or node.args[0].kwargs:
+        return None
+    x, norm = node.args[0].args[:2]
+    if op_name(norm) != "logaddexp":
+        return None
+    for total, sink in (norm.args, norm.args[::-1]):
+        row = _row(total)
+        if row is not None and row[0] == "logsumexp" and row[1] is x:
+            return _with_sink(graph, node, x, sink, row[2])
+    return None
+
+
+def _sink_in_gate(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """(softmax(x) @ v) * sigmoid(logsumexp(x) - t), output with a sink."""
+    if op_name(node) != "mul" or len(node.args) != 2:
+        return None
+    for dot, gate in (node.args, node.args[::-1]):
+        weights = dot.args[0] if op_name(dot) == "matmul" else None
+        if op_name(weights) != "softmax" or op_name(gate) != "sigmoid" or op_name(gate.args[0]) != "sub":
+            continue
+        total, sink = gate.args[0].args[:2]
+        row, value = _row(total), tensor_of(weights)
+        if row is None or value is None or row[0] != "logsumexp" or row[1] is not weights.args[0]:
+            continue
+        same_axis = int(weights.args[1]) % value.dim() == row[2] == value.dim() - 1
+        if same_axis and len(weights.args) == 2 and not gate.args[0].kwargs and len(dot.users) == 1:
+            return _again(graph, node, dot, _with_sink(graph, node, row[1], sink, row[2]))
+    return None
+
+
+def _with_sink(graph: fx.Graph, before: fx.Node, x: fx.Node, sink: Any, dim: int) -> fx.Node | None:
+    """softmax([x, sink]) along `dim` without its last column."""
+    value, logit = tensor_of(x), tensor_of(sink)
+    if value is None or logit is None or logit.dtype != value.dtype or logit.dim() > value.dim():
+        return None
+    width = value.shape[dim]
+    column = [1 if d == dim else extent for d, extent in enumerate(value.shape)]
+    if logit.dim() == value.dim() and logit.shape[dim] != 1 or isinstance(width, torch.SymInt):
+        return None
+    with graph.inserting_before(before):
+        spread = _emit(graph, before, aten.expand.default, sink, column)
+        joined = _emit(graph, before, aten.cat.default, [x, spread], dim)
+        weights = _emit(graph, before, aten.softmax.int, joined, dim)
+        return _emit(graph, before, aten.slice.Tensor, weights, dim, 0, width)
+
+
+def _again(graph: fx.Graph, before: fx.Node, dot: fx.Node, weights: fx.Node | None) -> fx.Node | None:
+    """The product `dot` with other weights."""
+    if weights is None:
+        return None
+    with graph.inserting_before(before):
+        product = graph.call_function(dot.target, (weights, *dot.args[1:]))
+    product.meta.update(dot.meta)
+    return product
+
+
+def _emit(graph: fx.Graph, like: fx.Node, target: OpOverload, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")})
+    node.meta["val"] = target(*_values(args))
+    return node
 
 
 def _softmax(graph: fx.Graph, before: fx.Node, like: fx.Node, x: fx.Node, dim: int) -> fx.Node:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.gallery_entry import is_float
 from tests.tolerance import assert_close
@@ -42,8 +44,21 @@ def run(model, args: tuple, backward: bool = False, named: nn.Module | None = No
     return Run(outputs, gradients, {name: b.clone() for name, b in named.named_buffers()})
 
 
-def attnc_compiled(model: nn.Module):
-    return torch.compile(model, backend="attnc", options={"inner": "aot_eager"})
+class RoundedTo(TorchDispatchMode):
+    """The coarsest floating type of any tensor that a run makes: what it rounds to, whatever its inputs are."""
+
+    coarsest: torch.dtype | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x.dtype for x in tree_leaves(out) if isinstance(x, Tensor) and x.is_floating_point()]
+        known = [self.coarsest] if self.coarsest is not None else []
+        self.coarsest = max((*known, *made), key=lambda d: torch.finfo(d).eps, default=None)
+        return out
+
+
+def attnc_compiled(model: nn.Module, **options):
+    return torch.compile(model, backend="attnc", options={"inner": "aot_eager", **options})
 
 
 def assert_same(got: Run, want: Run, dtype: torch.dtype | None = None) -> None:

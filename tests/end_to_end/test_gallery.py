@@ -8,7 +8,7 @@ import attnc
 from tests import gallery_modules
 from tests.gallery import BY_NAME, GALLERY, disagreements
 from tests.gallery_entry import Entry
-from tests.gallery_run import assert_same, attention, attnc_compiled, run
+from tests.gallery_run import RoundedTo, assert_same, attention, attnc_compiled, run
 
 LIFTED = [entry for entry in GALLERY if entry.expect == "lifted"]
 REFUSED = [entry for entry in GALLERY if entry.expect == "refused"]
@@ -31,14 +31,15 @@ def slow_unless_module(entry: Entry):
     return () if entry.name in MODULES else pytest.mark.slow
 
 
-def check(entry: Entry, backward: bool, dtype: torch.dtype | None = None):
-    """Compare attnc with eager; return the report."""
+def check(entry: Entry, backward: bool, dtype: torch.dtype | None = None, **options):
+    """Compare attnc with eager, at the tolerance of the coarsest type that the written module rounds to."""
     model, args = entry.make(dtype)
-    want = run(model, args, backward)
+    with RoundedTo() as rounded:
+        want = run(model, args, backward)
     model, args = entry.make(dtype)
-    compiled = attnc_compiled(model)
+    compiled = attnc_compiled(model, **options)
     got = run(compiled, args, backward, named=model)
-    assert_same(got, want)
+    assert_same(got, want, rounded.coarsest)
     return attnc.last_report(compiled)
 
 
@@ -68,6 +69,17 @@ def test_spelling_is_recognised_without_gradients(entry):
 def test_spelling_is_recognised_in_double_precision(name):
     entry = BY_NAME[name]
     check_facts(entry, check(entry, backward=entry.train, dtype=torch.float64))
+
+
+FORCED = ("dense", "block_sparse{provider=blocked,block_m=64,block_n=64}", "block_sparse{provider=flex}")
+
+
+@pytest.mark.parametrize("form", FORCED)
+@pytest.mark.parametrize("entry", by_name(e for e in LIFTED if e.name.startswith(("means_", "bias_", "sink_", "gqa_"))))
+def test_forced_form_equals_eager(entry, form):
+    report = check(entry, backward=entry.train and "flex" not in form, force=form)
+    for region in attention(report):
+        assert region.choice.rewrites or len(region.choice.reason.split()) > 5
 
 
 @pytest.mark.parametrize("entry", by_name(VALUES))
