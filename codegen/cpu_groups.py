@@ -72,26 +72,32 @@ def grouped(visits: Visits, ragged_row: bool, ragged_col: int | None, limit: int
             touching.setdefault(len(seen), []).append(row)
         else:
             plain.setdefault(len(seen), []).append(row)
-    buckets = _merged(plain, limit) + _merged(touching, limit) + [[row] for row in alone]
+    buckets = _merged(plain, visits, limit) + _merged(touching, visits, limit) + [[row] for row in alone]
     groups = [group for rows in buckets for group in _split(rows, visits)]
     return tuple(sorted(groups, key=lambda g: g.rows[0]))
 
 
-def _merged(by_count: dict[int, list[int]], limit: int) -> list[list[int]]:
-    """Round the smallest steps between counts up while that costs little, and on until `limit` buckets are left.
-
-    Rows that see nothing stay apart.
+def _merged(by_count: dict[int, list[int]], visits: Visits, limit: int) -> list[list[int]]:
+    """Round the smallest steps between counts up: while that costs little and the rows come to share their keys, and on
+    until `limit` buckets are left. Rows that see nothing stay apart.
     """
     buckets = [(count, sorted(rows)) for count, rows in sorted(by_count.items()) if count]
     spare = SPARE * sum(count * len(rows) for count, rows in buckets)
     while len(buckets) > 1:
-        waste = [len(rows) * (buckets[n + 1][0] - count) for n, (count, rows) in enumerate(buckets[:-1])]
-        n = waste.index(min(waste))
-        if len(buckets) <= limit and waste[n] > spare:
+        pairs = list(zip(buckets, buckets[1:]))
+        waste = [len(rows) * (more - count) for (count, rows), (more, _) in pairs]
+        cheap = [n for n, (one, two) in enumerate(pairs)
+                 if waste[n] <= spare and len(_seen(one[1] + two[1], visits)) == two[0]]
+        if not cheap and len(buckets) <= limit:
             break
+        n = min(cheap or range(len(waste)), key=waste.__getitem__)
         spare -= waste[n]
         buckets[n : n + 2] = [(buckets[n + 1][0], sorted(buckets[n][1] + buckets[n + 1][1]))]
     return [rows for _, rows in buckets] + ([sorted(by_count[0])] if 0 in by_count else [])
+
+
+def _seen(rows: list[int], visits: Visits) -> set[int]:
+    return {n for row in rows for n, _ in visits[row]}
 
 
 def _split(rows: list[int], visits: Visits) -> list[Group]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from attnc.cost_models.cost import Cost, Work
 from attnc.cost_models.device import Device
 from attnc.expr import TRUE
-from attnc.region import ITEM_BYTES, Region
+from attnc.region import ITEM_BYTES, Region, linear_score
 
 BACKWARD = {"flash": 2.5, "masked": 2.5, "flex": 2.5, "composed": 2.0}
 # Passes over the scores of a composed attention: written and read by product, mask, maximum, exponential and sum.
@@ -25,20 +25,32 @@ def attention_cost(region: Region, engine: str, pairs: float, *, mask: bool = Fa
     """Cost of one attention over `pairs` pairs per head and batch entry.
 
     engine: "flash", "flex" or "composed". mask: a flash call reads an additive mask, element by element.
+    extra_bytes: moved by passes of their own, before the products.
     """
     s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)
     heads = s.B * s.Hq
     width = 2 * max(s.E, s.Ev) if engine == "flash" else s.E + s.Ev
     flops, scores = 2.0 * heads * pairs * width, heads * pairs
-    moved = region.bytes + extra_bytes
+    moved = float(region.bytes)
     if engine == "composed":
         moved += COMPOSED_PASSES * scores * max(item, 4)
-    name = "masked" if engine == "flash" and mask else engine
-    works = [Work(name, flops, scores, moved, launches)]
+    works = [Work(_kernel(region, engine, mask), flops, scores, moved, launches)]
+    if extra_bytes:
+        works.append(Work("memory", bytes=extra_bytes, launches=1))
     if region.training:
-        factor = BACKWARD[name]
-        works.append(Work(name, factor * flops, factor * scores, factor * moved, 2 * launches))
+        factor = BACKWARD[engine]
+        works.append(Work(works[0].engine, factor * flops, factor * scores, factor * moved, 2 * launches))
+        if extra_bytes:
+            works.append(Work("memory", bytes=extra_bytes, launches=1))
     return Cost(tuple(works))
+
+
+def _kernel(region: Region, engine: str, mask: bool) -> str:
+    if engine == "flash":
+        return "masked" if mask else "flash"
+    linear = linear_score(region.rule.score)
+    scored = linear is None or (engine == "flex" and not linear[1].is_const)
+    return f"{engine}_scored" if scored else engine
 
 
 def seconds(cost: Cost, device: Device, dtype: str = "float32") -> float:
@@ -54,22 +66,21 @@ def seconds(cost: Cost, device: Device, dtype: str = "float32") -> float:
 def written_cost(region: Region, device: Device) -> Cost:
     """Cost of the region as it is written.
 
-    "sdpa" runs flash over all pairs, with a boolean mask in memory where there is one, made additive, and with repeated
-    heads; "flex_attention" is taken at its own form's cost; "composed" keeps all scores in memory.
+    "sdpa" runs flash over all pairs, a mask being in memory and made additive on the way; "sdpa_causal" has the flag
+    is_causal instead; "composed" keeps all scores. Heads are repeated.
     """
     s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)
     pairs = float(s.L * s.S)
+    # Repeated heads are written and read again.
+    repeated = 0.0 if s.group == 1 else 2.0 * s.B * s.Hq * s.S * (s.E + s.Ev) * item
     if region.written == "composed":
-        return attention_cost(region, "composed", pairs, launches=6, extra_bytes=_repeated(region, item))
-    if region.written == "sdpa" and region.mask == "is_causal":
-        return attention_cost(region, "flash", pairs / 2, extra_bytes=_repeated(region, item))
+        return attention_cost(region, "composed", pairs, launches=6, extra_bytes=repeated)
+    if region.written == "flex_attention":
+        return attention_cost(region, "flex", pairs)
+    if region.written == "sdpa_causal":
+        return attention_cost(region, "flash", pairs / 2, extra_bytes=repeated)
     if region.rule.keep == TRUE and region.rule.bias is None:
-        return attention_cost(region, "flash", pairs, extra_bytes=_repeated(region, item))
-    mask_bytes = 3.0 * s.B * s.L * s.S * item  # written, made additive, read
-    return attention_cost(region, "flash", pairs, mask=True, launches=3, extra_bytes=mask_bytes + _repeated(region, item))
-
-
-def _repeated(region: Region, item: int) -> float:
-    """Bytes written and read again to give each query head its own keys and values."""
-    s = region.shape
-    return 0.0 if s.group == 1 else 2.0 * s.B * s.Hq * s.S * (s.E + s.Ev) * item
+        return attention_cost(region, "flash", pairs, extra_bytes=repeated)
+    # One boolean read, one number written and read for each pair.
+    mask = s.B * pairs * (1 + 2 * item)
+    return attention_cost(region, "flash", pairs, mask=True, launches=2, extra_bytes=mask + repeated)

@@ -19,6 +19,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from attnc.passes.extent import inside, leaves_of
 from attnc.passes.graph import GraphFacts, NoMatch, hint, tensor_of
 from attnc.passes.lift_attention import Match, anchors, lift
 from attnc.passes.rewrite import rewrite
@@ -72,25 +73,6 @@ def lift_again(facts: GraphFacts, anchor: fx.Node) -> Match:
     return found
 
 
-def leaves_of(match: Match) -> list[fx.Node]:
-    """The nodes at which the region begins: operands and captured tensors."""
-    nodes = [match.query.source, match.key.source, match.value.source, *match.captured]
-    return list(dict.fromkeys(nodes))
-
-
-def _inside(match: Match, leaves: Sequence[fx.Node]) -> list[fx.Node]:
-    """The region's nodes in order, from what lies behind the leaves to its output."""
-    needed: set[fx.Node] = set()
-    stack = [match.out]
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            if node not in leaves and tensor_of(node) is not None:
-                stack.extend(node.all_input_nodes)
-    return [n for n in match.out.graph.nodes if n in needed]
-
-
 def _substitution(match: Match, leaves: Sequence[fx.Node]) -> dict[int, int] | str:
     """Small values for the lengths and large constants of the region; {} keeps its own size."""
     query, key = tensor_of(match.query.source), tensor_of(match.key.source)
@@ -103,7 +85,7 @@ def _substitution(match: Match, leaves: Sequence[fx.Node]) -> dict[int, int] | s
     if pairs <= AFFORDABLE:
         return {}
     numbers = {rows, cols}
-    for node in _inside(match, leaves):
+    for node in inside(match, leaves):
         flat = pytree.arg_tree_leaves(*node.args, **node.kwargs) if node not in leaves else []
         numbers |= {x for x in flat if isinstance(x, int) and not isinstance(x, bool) and SMALL_FROM <= x < 1 << 40}
     fixed = {hint(s) for leaf in leaves if (t := tensor_of(leaf)) is not None for s in t.shape} - {rows, cols}
@@ -137,7 +119,7 @@ def _instance(match: Match, leaves: Sequence[fx.Node], smaller: dict[int, int]) 
             x = hint(x)
         return smaller.get(x, x) if isinstance(x, int) and not isinstance(x, bool) else x
 
-    for node in _inside(match, leaves):
+    for node in inside(match, leaves):
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt | torch.SymFloat | int | float) and not isinstance(value, bool):
             env[node] = small(value) if isinstance(value, torch.SymInt | int) else float(value)

@@ -15,6 +15,7 @@ from attnc.errors import CaptureError
 from attnc.options import Options
 from attnc.passes.capture import capture
 from attnc.passes.choose import choose
+from attnc.passes.extent import cut_gradient
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
 from attnc.passes.lift_attention import Match, anchors, lift
 from attnc.passes.lift_flex import flex_regions
@@ -94,6 +95,8 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
     for anchor in anchors(gm.graph):
         with analysis.timed("lift"):
             match = lift(facts, anchor)
+            cut = cut_gradient(facts, match) if isinstance(match, Match) else None
+            match = match if cut is None else cut
         if isinstance(match, NoMatch):
             path = module_path(anchor)
             analysis.unmatched.append(Unmatched(anchor.name, match.reason, match.node.name, path))

@@ -5,6 +5,7 @@ Source: torch/_inductor/fx_passes/fuse_attention.py: its search functions with i
 from __future__ import annotations
 
 import inspect
+import types
 import logging
 import re
 from dataclasses import dataclass
@@ -32,7 +33,11 @@ class Pattern:
 
     @property
     def function(self):
-        return getattr(fuse_attention, PATTERN.match(self.name).group())
+        """The search function, as if it were written in this file: Dynamo runs torch._inductor's own files eagerly."""
+        written = getattr(fuse_attention, PATTERN.match(self.name).group())
+        code = written.__code__.replace(co_filename=__file__)
+        names = {**vars(fuse_attention), "__name__": __name__, "__file__": __file__}
+        return types.FunctionType(code, names, written.__name__, written.__defaults__, written.__closure__)
 
     @property
     def has_dropout(self) -> bool:
