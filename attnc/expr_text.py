@@ -1,7 +1,7 @@
 """Index expressions as one line of text, and back.
 
-The text is Python's expression grammar: `i - j <= 511 and t0[b, j] != 0`, `50.0 * tanh(0.0025 * s)`. `parse(spell(e)) == e`
-for every expression; numbers are written in full (`repr`), so nothing is lost.
+The text is Python's expression grammar: `i - j <= 511 and t0[b, j] != 0`, `50.0 * tanh(0.0025 * s)`.
+`parse(spell(e)) == e` for every expression; numbers are written in full (`repr`), so nothing is lost.
 """
 
 from __future__ import annotations
@@ -108,7 +108,14 @@ _BINARY = {
     ast.FloorDiv: floordiv,
     ast.Mod: mod,
 }
-_COMPARE = {ast.LtE: predicate.le, ast.Eq: predicate.eq, ast.Lt: predicate.lt, ast.NotEq: predicate.ne}
+_COMPARE = {
+    ast.LtE: predicate.le,
+    ast.Lt: predicate.lt,
+    ast.GtE: lambda a, c: predicate.le(c, a),
+    ast.Gt: lambda a, c: predicate.lt(c, a),
+    ast.Eq: predicate.eq,
+    ast.NotEq: predicate.ne,
+}
 _CALLS = {
     "where": predicate.where,
     "min": minimum,

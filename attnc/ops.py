@@ -3,7 +3,7 @@
     attention(query, key, value, captured, sizes, spelling) -> (out, lse)
     spelling = FORM{knobs} | RULE        e.g. "dense | score=0.125 * s; keep=-i + j <= 0; empty=never"
 
-It is composite: tracing (AOTAutograd, export) goes through it and sees ATen or FlexAttention, autograd differentiates it.
+It is composite: tracing (AOTAutograd, export) goes through it and sees ATen or FlexAttention; autograd likewise.
 lse (B, Hq, L) is natural, float32 (float64 for float64), holds the sink, and is not differentiable; unused, it leaves
 nothing behind in a traced graph.
 
@@ -19,6 +19,7 @@ import torch
 
 from attnc.errors import UsageError
 from attnc.forms import Form, parse_form
+from attnc.forms.masked import scaled_rows
 from attnc.region import AttentionRule
 
 SCHEMA = (
@@ -46,8 +47,14 @@ def parse_attention(spelling: str) -> tuple[Form, AttentionRule]:
     return parse_form(form), AttentionRule.parse(rule)
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
-              sizes: Sequence[int], spelling: str) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    spelling: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the spelled form.
 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
@@ -56,6 +63,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captu
     form, rule = parse_attention(spelling)
     # Types are facts of the region already: an autocast around the call must not cast inside it.
     with torch.amp.autocast(query.device.type, enabled=False):
+        query, rule = scaled_rows(query, key, captured, sizes, rule)
         return form.cpu(query, key, value, captured, sizes, rule)
 
 

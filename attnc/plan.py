@@ -42,7 +42,7 @@ class Plan:
         for path, given in data.get("choices", {}).items():
             if not isinstance(given, dict) or not {"form", "reason"} <= set(given) <= known:
                 raise ArtifactError(
-                    f"read a plan: the choice for {path!r} has {sorted(given) if isinstance(given, dict) else given!r}, "
+                    f"read a plan: the choice for {path!r} has {sorted(given) if isinstance(given, dict) else given}, "
                     f"allowed are {', '.join(sorted(known))}. Make the plan again."
                 )
             choices[path] = Choice(**given)

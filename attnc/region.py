@@ -33,6 +33,7 @@ class AttentionRule:
     empty:   what a row without any kept key gives, one of EMPTY_ROWS.
     sink:    a further logit (b, h, i) in the normaliser without a value; None: no sink.
     dropout: probability with which weights are dropped, 0 outside training.
+    row:     a factor (b, h, i) of the query, None: 1. The product of the scores is then `row * q_i . k_j`.
     """
 
     score: Expr = SCORE
@@ -40,6 +41,7 @@ class AttentionRule:
     empty: str = "never"
     sink: Expr | None = None
     dropout: float = 0.0
+    row: Expr | None = None
 
     @property
     def scale(self) -> float | None:
@@ -75,17 +77,19 @@ class AttentionRule:
             parts.append(f"sink={spell(self.sink)}")
         if self.dropout:
             parts.append(f"dropout={self.dropout!r}")
+        if self.row is not None:
+            parts.append(f"row={spell(self.row)}")
         return "; ".join(parts)
 
     @classmethod
     def parse(cls, text: str) -> AttentionRule:
         """The rule that `text` spells. Raises: UsageError if it is not one."""
         given = dict(part.split("=", 1) for part in text.split("; ") if part)
-        unknown = set(given) - {"score", "keep", "empty", "sink", "dropout"}
+        unknown = set(given) - {"score", "keep", "empty", "sink", "dropout", "row"}
         if unknown or given.get("empty", "never") not in EMPTY_ROWS:
             raise UsageError(
                 f"parse the attention rule {text!r}: found {sorted(unknown) or given['empty']}, allowed are score, keep, "
-                f"empty ({', '.join(EMPTY_ROWS)}), sink and dropout. Spell rules with AttentionRule.spell()."
+                f"empty ({', '.join(EMPTY_ROWS)}), sink, dropout and row. Spell rules with AttentionRule.spell()."
             )
         return cls(
             score=parse(given["score"]) if "score" in given else SCORE,
@@ -93,6 +97,7 @@ class AttentionRule:
             empty=given.get("empty", "never"),
             sink=parse(given["sink"]) if "sink" in given else None,
             dropout=float(given.get("dropout", 0.0)),
+            row=parse(given["row"]) if "row" in given else None,
         )
 
 
@@ -218,6 +223,7 @@ class Region:
             "softcap": capped,
             "bias": rule.bias is not None,
             "sink": rule.sink is not None,
+            "row": rule.row is not None,
             "dropout": rule.dropout,
             "empty": rule.empty,
             "fill": self.fill,

@@ -1,53 +1,117 @@
-"""The reports of this process's latest compiles, found again by the parameters of the model that was compiled."""
+"""The reports of this process's latest compiles, found again by the compiled object whose call led to them.
+
+A graph is compiled while the compiled object runs, so the Python stack at that moment says for whom. A recompile of a
+frame replaces its report; frames between graph breaks stand side by side.
+"""
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import CodeType, FrameType, MethodType
 from typing import Any
 
 import torch
+from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from attnc.report import Report
 
 KEPT = 512  # frames whose latest report is kept
 
+# The function of torch.compile through which a compiled object is called, and its variable for what was compiled.
+_WRAPPER, _WRAPPED = ("torch._dynamo.eval_frame", "compile_wrapper"), "fn"
+
 
 @dataclass(frozen=True)
-class _Entry:
-    inputs: tuple[weakref.ref, ...]
-    report: Report
+class Place:
+    """Where a graph comes from.
+
+    code: of the frame, None outside of Dynamo. owners: modules that the frame holds. parameters: among the graph's
+    inputs. calls: what was given to torch.compile and is running, innermost first.
+    """
+
+    code: CodeType | None
+    owners: tuple[weakref.ref, ...]
+    parameters: tuple[weakref.ref, ...]
+    calls: tuple[weakref.ref, ...]
+
+    @property
+    def frame(self) -> tuple[object, ...]:
+        """Equal for compiles of one frame of one object, whichever torch.compile they come from."""
+        return (self.code, *(id(ref()) for ref in self.owners or self.parameters))
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for a compile of a frame and its recompiles."""
+        return (self.frame, *(id(ref()) for ref in self.calls))
+
+    def belongs_to(self, written: object) -> bool:
+        """Whether the frame is one of `written`: a module, one of its parts, or a function."""
+        module = written.__self__ if isinstance(written, MethodType) else written
+        if not isinstance(module, torch.nn.Module):
+            return self.code is not None and self.code is getattr(written, "__code__", None)
+        own = {id(x) for x in (*module.modules(), *module.parameters())}
+        return any(id(x) in own for ref in (*self.owners, *self.parameters) if (x := ref()) is not None)
+
+
+def place_of(inputs: Sequence[Any]) -> Place:
+    """The place of the graph that Dynamo is compiling now."""
+    parameters = tuple(weakref.ref(x) for x in inputs if isinstance(x, torch.nn.Parameter))
+    calls = tuple(weakref.ref(fn) for fn in _running_calls())
+    try:
+        frame = InstructionTranslator.current_tx()
+    except AttributeError:  # called by hand, outside of Dynamo
+        return Place(None, (), parameters, calls)
+    owners = {id(x): weakref.ref(x) for x in frame.f_locals.values() if isinstance(x, torch.nn.Module)}
+    return Place(frame.f_code, tuple(owners.values()), parameters, calls)
+
+
+def _running_calls() -> Iterator[Any]:
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == _WRAPPER and _WRAPPED in frame.f_locals:
+            yield frame.f_locals[_WRAPPED]
+        frame = frame.f_back
 
 
 class Reports:
     """The latest report of each compiled frame, oldest first."""
 
     def __init__(self) -> None:
-        self._frames: OrderedDict[int, _Entry] = OrderedDict()
+        self._frames: dict[tuple[object, ...], tuple[Place, Report]] = {}
 
-    def add(self, frame: int, inputs: Sequence[Any], report: Report) -> None:
-        parameters = tuple(weakref.ref(x) for x in inputs if isinstance(x, torch.nn.Parameter) or _is_buffer(x))
-        self._frames.pop(frame, None)
-        self._frames[frame] = _Entry(parameters, report)
+    def add(self, place: Place, report: Report) -> Report | None:
+        """Keep `report`; returns the one it replaces."""
+        before = self._frames.pop(place.key, None)
+        self._frames[place.key] = (place, report)
         while len(self._frames) > KEPT:
-            self._frames.popitem(last=False)
+            del self._frames[next(iter(self._frames))]
+        return None if before is None else before[1]
 
     def of(self, compiled: Any) -> Report | None:
-        """The merged reports of all frames that read a parameter of `compiled`; else the latest one without any."""
-        module = getattr(compiled, "_orig_mod", compiled)
-        module = module if isinstance(module, torch.nn.Module) else getattr(module, "__self__", None)
-        own = {id(t) for t in (*module.parameters(), *module.buffers())} if isinstance(module, torch.nn.Module) else set()
-        mine = [e.report for e in self._frames.values() if own & {id(r()) for r in e.inputs if r() is not None}]
-        if mine:
-            return Report.merge(mine)
-        loose = [e.report for e in self._frames.values() if not e.inputs]
-        return loose[-1] if loose else None
+        """The merged reports of all frames compiled in calls of `compiled`.
+
+        Code that an equal torch.compile of the same module or function compiled before is reused by Dynamo; then the
+        latest report of each frame of that module or function is taken.
+        """
+        called = _given(compiled)
+        found = [report for place, report in self._frames.values() if any(ref() is called for ref in place.calls)]
+        written = compiled._orig_mod if isinstance(compiled, torch._dynamo.OptimizedModule) else called
+        if not found:
+            frames = {place.frame: report for place, report in self._frames.values() if place.belongs_to(written)}
+            found = list(frames.values())
+        return Report.merge(found) if found else None
 
 
-def _is_buffer(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and not x.requires_grad and getattr(x, "_is_buffer", False)
+def _given(compiled: Any) -> Any:
+    """What torch.compile wraps in `compiled`."""
+    if isinstance(compiled, torch._dynamo.OptimizedModule):
+        compiled = compiled.forward
+    elif isinstance(compiled, torch.nn.Module):  # compiled in place by module.compile(), or not at all
+        compiled = getattr(compiled, "_compiled_call_impl", None) or compiled
+    return getattr(compiled, "_torchdynamo_orig_callable", compiled)
 
 
 REPORTS = Reports()

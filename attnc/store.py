@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-import attnc
+from attnc import __version__
 
 log = logging.getLogger("attnc.store")
 
@@ -23,8 +23,8 @@ log = logging.getLogger("attnc.store")
 @cache
 def source_version() -> str:
     """A digest of attnc's own sources and torch's version; a change of either makes every stored verdict stale."""
-    digest = sha256(f"{attnc.__version__} {torch.__version__}".encode())
-    root = Path(attnc.__file__).parent
+    digest = sha256(f"{__version__} {torch.__version__}".encode())
+    root = Path(__file__).parent
     for folder in [root, *(Path(p) for name in ("passes", "codegen") for p in _folder(root, name))]:
         for file in sorted(folder.rglob("*.py")):
             digest.update(file.read_bytes())

@@ -35,8 +35,16 @@ Run = Callable[[], torch.Tensor]
 
 
 def region(rule: str, L: int, written: str) -> Region:
-    return Region("attention", "", "", AttentionRule.parse(RULES[rule]), Shape(B, Hq, H, L, L, E, E), "float32", "cpu",
-                  written=written)
+    return Region(
+        "attention",
+        "",
+        "",
+        AttentionRule.parse(RULES[rule]),
+        Shape(B, Hq, H, L, L, E, E),
+        "float32",
+        "cpu",
+        written=written,
+    )
 
 
 def inputs(L: int) -> list[torch.Tensor]:
@@ -119,24 +127,37 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, float32, {args.threads} threads, "
-          f"B={B} Hq={Hq} H={H} E={E}")
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, float32, {args.threads} threads, "
+        f"B={B} Hq={Hq} H={H} E={E}"
+    )
     print(f"{'rule':<12} {'L':>5}  {'way':<52} {'predicted':>9} {'measured':>9} {'ratio':>5} {'error':>8}")
     with torch.no_grad():
         for rule in args.rules:
             for L in args.lengths:
                 want = None
-                if L == min(args.lengths):
+                if min(args.lengths) == L:
                     want, _ = reference(*(t.double() for t in inputs(L)), [], [], AttentionRule.parse(RULES[rule]))
                 for name, predicted, run in ways(rule, L, args.threads):
                     torch.compiler.reset()
                     off = None if want is None else (run() - want).abs().max().item()
                     measured = timed(run)
-                    rows.append({"rule": rule, "L": L, "way": name, "predicted_s": predicted, "measured_s": measured,
-                                 "error": off})
+                    rows.append(
+                        {
+                            "rule": rule,
+                            "L": L,
+                            "way": name,
+                            "predicted_s": predicted,
+                            "measured_s": measured,
+                            "error": off,
+                        }
+                    )
                     shown = "" if off is None else f"{off:.1e}"
-                    print(f"{rule:<12} {L:>5}  {name:<52} {predicted * 1e3:>7.1f}ms {measured * 1e3:>7.1f}ms "
-                          f"{predicted / measured:>5.2f} {shown:>8}", flush=True)
+                    print(
+                        f"{rule:<12} {L:>5}  {name:<52} {predicted * 1e3:>7.1f}ms {measured * 1e3:>7.1f}ms "
+                        f"{predicted / measured:>5.2f} {shown:>8}",
+                        flush=True,
+                    )
     path = Path(__file__).parent / "results" / "cpu" / "cost_fit.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"torch": torch.__version__, "threads": args.threads, "rows": rows}, indent=1))

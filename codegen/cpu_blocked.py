@@ -2,11 +2,11 @@
 
     out_i = sum_{j in visited blocks of i} softmax_j(score_ij where keep_ij) v_j
 
-Each group of query blocks (`attnc.codegen.cpu_groups`) gathers its key blocks and runs one flash call; tiles kept whole
-go in without a mask where they are the larger share. Masks are read on the visited tiles only, once for all blocks of a
+Each group of query blocks (`attnc.codegen.cpu_groups`) gathers its key blocks and runs one flash call; whole tiles go
+in without a mask where they are the larger share. Masks are read on the visited tiles only, once for all blocks of a
 group that repeat the same pattern. Scores that are not linear in the product run composed, tile by tile.
 
-Source: Zaheer et al. 2020, "Big Bird", arXiv:2007.14062, appendix D; Beltagy et al. 2020, arXiv:2004.05150, section 3.2.
+Source: Zaheer et al. 2020, "Big Bird", arXiv:2007.14062, appendix D; Beltagy et al. 2020, arXiv:2004.05150, sec. 3.2.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.nn import functional as F
 from attnc.codegen.cpu_composed import composed
 from attnc.codegen.cpu_flash import Part, flash
 from attnc.codegen.cpu_groups import Group, grouped, is_run
-from attnc.codegen.cpu_scores import additive, constant_bias
+from attnc.codegen.cpu_scores import additive, as_tensor, constant_bias, factor_of, is_zero
 from attnc.codegen.tiles import blocks, visited
-from attnc.expr import I, J, Expr, add, const
+from attnc.expr import Expr, I, J, add, const
 from attnc.predicate import rebuild
 from attnc.reading import Axis, picked, read
-from attnc.region import AttentionRule, linear_score
+from attnc.region import AttentionRule
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,22 @@ class Problem:
     block_n: int
 
     @property
-    def S(self) -> int:
+    def S(self) -> int:  # noqa: N802  the house's name of the key length
         return self.key.shape[2]
 
 
-def blocked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
-            sizes: Sequence, rule: AttentionRule, *, block_m: int, block_n: int,
-            limit: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def blocked(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence,
+    rule: AttentionRule,
+    *,
+    block_m: int,
+    block_n: int,
+    limit: int = 16,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend block by block; rows that keep no key give 0 and lse -inf (or the sink).
 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
@@ -58,12 +67,14 @@ def blocked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, capture
     S = key.shape[2]
     names = rule.keep.names()
     known = tuple(sizes) if all(isinstance(n, int) for n in sizes) else ()
-    visits = visited(rule.keep, L, S, block_m, block_n, sizes=known, B=B if "b" in names else 1,
-                     Hq=Hq if "h" in names else 1)
+    visits = visited(
+        rule.keep, L, S, block_m, block_n, sizes=known, B=B if "b" in names else 1, Hq=Hq if "h" in names else 1
+    )
     ragged = S // block_n if S % block_n else None
     problem = Problem(query, key, value, captured, tuple(sizes), rule, block_m, block_n)
     groups = grouped(visits, bool(L % block_m), ragged, limit)
-    outs, lses, order = [], [], []
+    outs, lses = [], []
+    order: list[int] = []
     for group in groups:
         out, lse = _run(problem, group, ragged)
         outs.append(out)
@@ -86,21 +97,26 @@ def _rows_in_order(order: list[int], L: int, block_m: int, device: torch.device)
 
 
 def _run(p: Problem, group: Group, ragged: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    B, Hq, L, _ = p.query.shape
+    B, Hq = p.query.shape[:2]
     if not group.width:
         return _nothing(p, group)
     query, rows = _queries(p, group)
     nb = 1 if group.shared else len(group.rows)
-    full = [n for n, whole in enumerate(group.full) if whole and group.cols[0][n] != ragged]
+    # A ragged key block is padded where blocks are batched, and the padding has to be masked.
+    full = [
+        n for n, whole in enumerate(group.full) if whole and (group.shared or all(c[n] != ragged for c in group.cols))
+    ]
     sink = None if p.rule.sink is None else _value(p, p.rule.sink, rows, None)
     bias = constant_bias(p.rule, p.captured)
     if bias is None:
         out, lse = _composed(p, group, query, rows, ragged, len(full) == group.width, sink)
     else:
-        factor, _ = linear_score(p.rule.score)
-        flat = bias.is_const
         # Merging two parts costs about as much as masking a thousand keys.
-        split = flat and 2 * len(full) >= group.width and (len(full) == group.width or len(full) * p.block_n >= 1024)
+        split = (
+            is_zero(bias)
+            and 2 * len(full) >= group.width
+            and (len(full) == group.width or len(full) * p.block_n >= 1024)
+        )
         parts = []
         if split:
             parts.append(Part(*_keys(p, group, full)))
@@ -108,8 +124,13 @@ def _run(p: Problem, group: Group, ragged: int | None) -> tuple[torch.Tensor, to
         if rest:
             mask = _mask(p, group, rest, rows, ragged, bias)
             parts.append(Part(*_keys(p, group, rest), mask))
-        out, lse = flash(query, parts, factor, sink=None if sink is None else _merge(sink, B, nb),
-                         never_empty=p.rule.empty == "never")
+        out, lse = flash(
+            query,
+            parts,
+            factor_of(p.rule),
+            sink=None if sink is None else _merge(sink, B, nb),
+            never_empty=p.rule.empty == "never",
+        )
     if group.shared:
         return out, lse
     out = out.view(B, nb, Hq, -1, out.shape[-1]).transpose(2, 3).reshape(B, -1, Hq, out.shape[-1]).transpose(1, 2)
@@ -135,7 +156,7 @@ def _lse_dtype(query: torch.Tensor) -> torch.dtype:
 
 def _queries(p: Problem, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
     """The group's query rows, (B or B * blocks, Hq, rows, E), and their positions, (1 or blocks, rows)."""
-    B, Hq, L, E = p.query.shape
+    _, Hq, L, E = p.query.shape
     bm, first = p.block_m, group.rows[0]
     index = torch.arange(bm, device=p.query.device)
     if is_run(group.rows):
@@ -197,15 +218,15 @@ def _columns(p: Problem, group: Group, at: list[int], ragged: int | None) -> tup
     device, bn = p.query.device, p.block_n
     index = torch.arange(bn, device=device)
     if group.shared:
-        cols = [group.cols[0][n] for n in at]
-        pieces = [torch.arange(lo * bn, min(hi * bn, p.S), device=device) for lo, hi in _runs(cols)]
+        seen = [group.cols[0][n] for n in at]
+        pieces = [torch.arange(lo * bn, min(hi * bn, p.S), device=device) for lo, hi in _runs(seen)]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
     if group.step is not None:
         firsts = torch.cat([index + group.cols[0][n] * bn for n in at])
         moves = torch.arange(len(group.rows), device=device) * (group.step * bn)
         cols = firsts + moves[:, None]
     else:
-        numbers = torch.tensor([[cols[n] for n in at] for cols in group.cols], device=device)
+        numbers = torch.tensor([[row[n] for n in at] for row in group.cols], device=device)
         cols = torch.where(numbers[:, :, None] < 0, p.S, numbers[:, :, None] * bn + index).flatten(1)
     dead = any(n < 0 or n == ragged for row in group.cols for n in row)
     return (cols.clamp(max=p.S - 1), cols < p.S) if dead else (cols, None)
@@ -213,14 +234,14 @@ def _columns(p: Problem, group: Group, at: list[int], ragged: int | None) -> tup
 
 def _repeats(p: Problem, group: Group, e: Expr) -> bool:
     """Whether `e` is the same on every block of the group, moved along."""
-    if group.shared or group.step is None or e.has("load"):
+    step = group.step
+    if step is None or e.has("load"):
         return False
-    along = {I: add(I, const(p.block_m)), J: add(J, const(group.step * p.block_n))}
+    along = {I: add(I, const(p.block_m)), J: add(J, const(step * p.block_n))}
     return rebuild(e, along.get) == e
 
 
-def _value(p: Problem, e: Expr, rows: torch.Tensor, cols: torch.Tensor | None,
-           score: torch.Tensor | None = None):
+def _value(p: Problem, e: Expr, rows: torch.Tensor, cols: torch.Tensor | None, score: torch.Tensor | None = None):
     """`e` at (B, blocks, Hq, rows, cols); the last dimension is left out without `cols`."""
     axes: dict[str, Axis] = {}
     B, Hq = p.query.shape[:2]
@@ -232,8 +253,7 @@ def _value(p: Problem, e: Expr, rows: torch.Tensor, cols: torch.Tensor | None,
     if cols is not None:
         axes["j"] = picked("j", cols.view(1, cols.shape[0], 1, 1, -1))
     value = read(e, axes, p.captured, p.sizes, score=score)
-    if not isinstance(value, torch.Tensor):
-        value = torch.full((1,) * rank, value, device=device)
+    value = as_tensor(value, p.query, rank)
     return value.view((1,) * (rank - value.dim()) + tuple(value.shape))
 
 
@@ -244,22 +264,27 @@ def _merge(t: torch.Tensor, B: int, nb: int) -> torch.Tensor:
     return t.expand(B, nb, *t.shape[2:]).reshape(B * nb, *t.shape[2:])
 
 
-def _mask(p: Problem, group: Group, at: list[int], rows: torch.Tensor, ragged: int | None,
-          bias: Expr) -> torch.Tensor:
+def _mask(p: Problem, group: Group, at: list[int], rows: torch.Tensor, ragged: int | None, bias: Expr) -> torch.Tensor:
     cols, exist = _columns(p, group, at, ragged)
     if exist is None and _repeats(p, group, p.rule.keep) and _repeats(p, group, bias):
         rows, cols = rows[:1], cols[:1]
     keep = _value(p, p.rule.keep, rows, cols)
     keep = keep if exist is None else keep & exist.view(1, exist.shape[0], 1, 1, -1)
-    added = None if bias.is_const and not bias.value else _value(p, bias, rows, cols)
+    added = None if is_zero(bias) else _value(p, bias, rows, cols)
     nb = 1 if group.shared else len(group.rows)
     return _merge(additive(keep, added, p.query.dtype), p.query.shape[0], nb)
 
 
-def _composed(p: Problem, group: Group, query: torch.Tensor, rows: torch.Tensor, ragged: int | None, full: bool,
-              sink: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    B, Hq = p.query.shape[:2]
-    nb = 1 if group.shared else len(group.rows)
+def _composed(
+    p: Problem,
+    group: Group,
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    ragged: int | None,
+    full: bool,
+    sink: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, nb = p.query.shape[0], 1 if group.shared else len(group.rows)
     at = list(range(group.width))
     cols, exist = _columns(p, group, at, ragged)
     key, value = _keys(p, group, at)
@@ -272,6 +297,6 @@ def _composed(p: Problem, group: Group, query: torch.Tensor, rows: torch.Tensor,
         same = exist is None and _repeats(p, group, p.rule.keep)
         keep = _value(p, p.rule.keep, rows[:1] if same else rows, cols[:1] if same else cols)
         keep = keep if exist is None else keep & exist.view(1, exist.shape[0], 1, 1, -1)
-        keep = _merge(keep, B, nb)
+        keep = _merge(as_tensor(keep, query), B, nb)
     out, lse, _ = composed(query, key, value, score, keep, sink=None if sink is None else _merge(sink, B, nb))
     return out, lse

@@ -14,9 +14,15 @@ from collections.abc import Callable
 import torch
 
 
-def composed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-             score: Callable[[torch.Tensor], torch.Tensor], keep: torch.Tensor | bool = True,
-             *, sink: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def composed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score: Callable[[torch.Tensor], torch.Tensor],
+    keep: torch.Tensor | bool = True,
+    *,
+    sink: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Attend with `score(raw product)`.
 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev); keep broadcasts to (B, Hq, L, S), sink to
@@ -28,22 +34,22 @@ def composed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     raw = (query.reshape(B, H, Hq // H * L, E) @ key.mT).view(B, Hq, L, -1)
     raw = raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
     scores = score(raw)
+    mask = keep if isinstance(keep, torch.Tensor) else None
     if keep is False:
-        keep = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=query.device)
-    masked = isinstance(keep, torch.Tensor)
-    if masked:
-        scores = torch.where(keep, scores, -torch.inf)
+        mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=query.device)
+    if mask is not None:
+        scores = torch.where(mask, scores, -torch.inf)
     top = scores.detach().amax(-1)
     if sink is not None:
         top = torch.maximum(top, sink.detach().to(top.dtype))
-    if masked:
+    if mask is not None:
         top = torch.where(top == -torch.inf, 0.0, top)
     e = (scores - top.unsqueeze(-1)).exp()
     z = e.sum(-1)
-    alive = (z > 0) if masked else None
+    alive = (z > 0) if mask is not None else None
     if sink is not None:
         z = z + (sink.to(z.dtype) - top).exp()
-    elif masked:
+    elif alive is not None:
         z = torch.where(alive, z, 1.0)
     out = (e.to(value.dtype).view(B, H, Hq // H * L, -1) @ value).view(B, Hq, L, Ev)
     out = (out / z.unsqueeze(-1)).to(query.dtype)

@@ -36,8 +36,14 @@ class Part:
     causal: bool = False
 
 
-def flash(query: torch.Tensor, parts: Sequence[Part], scale: float, *, sink: torch.Tensor | None = None,
-          never_empty: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def flash(
+    query: torch.Tensor,
+    parts: Sequence[Part],
+    scale: float,
+    *,
+    sink: torch.Tensor | None = None,
+    never_empty: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend `query` to all `parts` under one normaliser.
 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
@@ -48,9 +54,10 @@ def flash(query: torch.Tensor, parts: Sequence[Part], scale: float, *, sink: tor
     width, L = parts[0].value.shape[-1], query.shape[2]
     alive = None
     if not never_empty and sink is None and all(part.mask is not None for part in parts):
-        alive = kept_rows(parts[0].mask, parts[0].causal, L)
-        for part in parts[1:]:
-            alive = alive | kept_rows(part.mask, part.causal, L)
+        for part in parts:
+            assert part.mask is not None
+            kept = kept_rows(part.mask, part.causal, L)
+            alive = kept if alive is None else alive | kept
     query, parts = _one_width(query, parts)
     if len(parts) == 1 and sink is None:
         part = parts[0]
@@ -81,7 +88,7 @@ def kept_rows(mask: torch.Tensor, causal: bool, L) -> torch.Tensor:
 def _one_width(query: torch.Tensor, parts: Sequence[Part]) -> tuple[torch.Tensor, Sequence[Part]]:
     """Pad the narrower of query/key and value with zeros: the kernel has one head width."""
     E, Ev = query.shape[-1], parts[0].value.shape[-1]
-    if E < Ev:
+    if Ev > E:
         pad = (0, Ev - E)
         return F.pad(query, pad), [Part(F.pad(p.key, pad), p.value, p.mask, p.causal) for p in parts]
     if Ev < E:
@@ -132,8 +139,9 @@ class _Merged(torch.autograd.Function):
         grad_query, grads = None, []
         for n, diagonal in enumerate(ctx.causal):
             key, value, mask = flat[3 * n : 3 * n + 3]
-            dq, dk, dv = _flash_backward(grad, query, key, value, out, lse, 0.0, diagonal, attn_mask=mask,
-                                         scale=ctx.scale)
+            dq, dk, dv = _flash_backward(
+                grad, query, key, value, out, lse, 0.0, diagonal, attn_mask=mask, scale=ctx.scale
+            )
             grad_query = dq if grad_query is None else grad_query + dq
             grads += [dk, dv, None]
         grad_sink = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch._higher_order_ops.flex_attention import flex_attention as flex_operator
@@ -21,14 +22,23 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnc.codegen.tiles import Tiles, classify, static_tiles
-from attnc.expr import J, Expr, const, load, maximum, sub
+from attnc.expr import Expr, J, const, load, maximum, sub
 from attnc.predicate import conjunction, disjunction, eq, le, rebuild, where
 from attnc.reading import picked, read
 from attnc.region import AttentionRule, linear_score
 
 
-def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
-         sizes: Sequence, rule: AttentionRule, *, block_m: int, block_n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence,
+    rule: AttentionRule,
+    *,
+    block_m: int,
+    block_n: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend through FlexAttention; rows that keep no key give 0.
 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
@@ -36,7 +46,7 @@ def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: 
     """
     keep, score, sizes = rule.keep, rule.score, tuple(sizes)
     if rule.sink is not None:
-        keep, score = _with_sink(rule, block_n)
+        keep, score = _with_sink(rule, rule.sink, block_n)
         key, value = (F.pad(t, (0, 0, block_n, 0)) for t in (key, value))
     linear = linear_score(score)
     factor, rest = (1.0, None) if linear is None else linear
@@ -57,15 +67,22 @@ def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: 
 
     mask = block_mask(tiles, query.shape[2], key.shape[2], mask_mod, query.device)
     mask_buffers = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in masking.buffers)
-    out, lse, *_ = flex_operator(query, key, value, score_mod, mask.as_tuple(), factor, _options(query),
-                                 scoring.buffers, mask_buffers)
+    out, lse, *_ = flex_operator(
+        query, key, value, score_mod, mask.as_tuple(), factor, _options(query), scoring.buffers, mask_buffers
+    )
     return out, (lse * math.log(2.0)).detach()
 
 
 def _options(query: torch.Tensor) -> dict:
     on_gpu = query.device.type != "cpu"
-    return {"PRESCALE_QK": False, "ROWS_GUARANTEED_SAFE": False, "BLOCKS_ARE_CONTIGUOUS": False,
-            "WRITE_DQ": True, "OUTPUT_LOGSUMEXP": on_gpu, "OUTPUT_MAX": False}
+    return {
+        "PRESCALE_QK": False,
+        "ROWS_GUARANTEED_SAFE": False,
+        "BLOCKS_ARE_CONTIGUOUS": False,
+        "WRITE_DQ": True,
+        "OUTPUT_LOGSUMEXP": on_gpu,
+        "OUTPUT_MAX": False,
+    }
 
 
 class _Reads:
@@ -83,7 +100,7 @@ class _Reads:
         held = (torch.full((), sizes[n], dtype=torch.int64, device=device) for n in self.open)
         self.buffers = (*(captured[slot] for slot in self.slots), *held)
 
-    def split(self, buffers: tuple) -> tuple[dict, dict]:
+    def split(self, buffers: tuple) -> tuple[Any, Any]:
         """Tensors by slot and sizes by number, from the buffers as the function receives them."""
         count = len(self.slots)
         tables = dict(zip(self.slots, buffers[:count], strict=True))
@@ -98,7 +115,7 @@ def _scalar(keep, like: torch.Tensor) -> torch.Tensor:
     return keep if isinstance(keep, torch.Tensor) else like.new_full((), bool(keep), dtype=torch.bool)
 
 
-def _with_sink(rule: AttentionRule, block_n: int) -> tuple[Expr, Expr]:
+def _with_sink(rule: AttentionRule, sink: Expr, block_n: int) -> tuple[Expr, Expr]:
     """Mask and score behind one more block of keys, whose first is the sink and whose others are never kept.
 
     A whole block, and in front: the classes of all other tiles stay as they are, and no length is mentioned.
@@ -113,11 +130,19 @@ def _with_sink(rule: AttentionRule, block_n: int) -> tuple[Expr, Expr]:
     inside = {J: maximum(moved, const(0))}
     at_sink = eq(J, const(0))
     keep = disjunction(at_sink, conjunction(le(const(block_n), J), rebuild(rule.keep, move)))
-    return keep, where(at_sink, rule.sink, rebuild(rule.score, move))
+    return keep, where(at_sink, sink, rebuild(rule.score, move))
 
 
-def tile_classes(query: torch.Tensor, key: torch.Tensor, captured: Sequence[torch.Tensor], sizes: tuple, keep: Expr,
-                 *, block_m: int, block_n: int) -> Tiles:
+def tile_classes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: tuple,
+    keep: Expr,
+    *,
+    block_m: int,
+    block_n: int,
+) -> Tiles:
     """Constants where lengths and sizes are numbers and the mask has no lookups, else operations in the graph."""
     B, Hq, L, _ = query.shape
     S = key.shape[2]
@@ -136,8 +161,17 @@ def block_mask(tiles: Tiles, L, S, mask_mod, device: torch.device) -> BlockMask:
         parts = [torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in _numbers(tiles)]
     else:
         parts = _lists(tiles)
-    return BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=(tiles.block_m, tiles.block_n), mask_mod=mask_mod,
-                                    seq_lengths=(L, S), compute_q_blocks=False)
+    counts, order, full_counts, full_order = parts
+    return BlockMask.from_kv_blocks(
+        counts,
+        order,
+        full_counts,
+        full_order,
+        BLOCK_SIZE=(tiles.block_m, tiles.block_n),
+        mask_mod=mask_mod,
+        seq_lengths=(L, S),
+        compute_q_blocks=False,
+    )
 
 
 def _lists(tiles: Tiles) -> list[torch.Tensor]:

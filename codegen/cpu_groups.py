@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 # Share of the tiles that may be added to save calls: each call is compiled and launched on its own.
 SPARE = 0.06
@@ -42,7 +43,7 @@ class Group:
         """By how many key blocks the visits move from one row to the next, where that is the same throughout."""
         if self.shared or any(n < 0 for cols in self.cols for n in cols) or not is_run(self.rows):
             return None
-        steps = {b - a for one, two in zip(self.cols, self.cols[1:]) for a, b in zip(one, two, strict=True)}
+        steps = {b - a for one, two in pairwise(self.cols) for a, b in zip(one, two, strict=True)}
         return steps.pop() if len(steps) == 1 and min(steps) > 0 else None
 
     def tiles(self) -> int:
@@ -51,7 +52,7 @@ class Group:
 
 def is_run(numbers: Sequence[int]) -> bool:
     """Whether `numbers` are consecutive."""
-    return all(b == a + 1 for a, b in zip(numbers, numbers[1:]))
+    return all(b == a + 1 for a, b in pairwise(numbers))
 
 
 @lru_cache(maxsize=256)
@@ -84,10 +85,13 @@ def _merged(by_count: dict[int, list[int]], visits: Visits, limit: int) -> list[
     buckets = [(count, sorted(rows)) for count, rows in sorted(by_count.items()) if count]
     spare = SPARE * sum(count * len(rows) for count, rows in buckets)
     while len(buckets) > 1:
-        pairs = list(zip(buckets, buckets[1:]))
+        pairs = list(pairwise(buckets))
         waste = [len(rows) * (more - count) for (count, rows), (more, _) in pairs]
-        cheap = [n for n, (one, two) in enumerate(pairs)
-                 if waste[n] <= spare and len(_seen(one[1] + two[1], visits)) == two[0]]
+        cheap = [
+            n
+            for n, (one, two) in enumerate(pairs)
+            if waste[n] <= spare and len(_seen(one[1] + two[1], visits)) == two[0]
+        ]
         if not cheap and len(buckets) <= limit:
             break
         n = min(cheap or range(len(waste)), key=waste.__getitem__)

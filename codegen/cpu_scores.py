@@ -26,10 +26,27 @@ def constant_bias(rule: AttentionRule, captured: Sequence[torch.Tensor]) -> Expr
     return rest
 
 
-def additive(keep: torch.Tensor | bool, bias: torch.Tensor | float | None, dtype: torch.dtype) -> torch.Tensor:
+def factor_of(rule: AttentionRule) -> float:
+    """The factor of a score that is linear in the product."""
+    linear = linear_score(rule.score)
+    assert linear is not None, rule
+    return linear[0]
+
+
+def additive(keep: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """`bias` where kept, -inf elsewhere, broadcast no further than the two need."""
-    if bias is None:
-        zero = torch.zeros((), dtype=dtype, device=keep.device)
-        return torch.where(keep, zero, -torch.inf)
-    bias = bias.to(dtype)
-    return bias if keep is True else torch.where(keep, bias, -torch.inf)
+    added = torch.zeros((), dtype=dtype, device=keep.device) if bias is None else bias.to(dtype)
+    return torch.where(keep, added, -torch.inf)
+
+
+def is_zero(bias: Expr) -> bool:
+    """Whether nothing is added."""
+    return bias.is_const and not bias.value
+
+
+def as_tensor(value: torch.Tensor | float, like: torch.Tensor, rank: int = 4) -> torch.Tensor:
+    """A value read from an expression as a tensor of `rank` dimensions; plain booleans stay boolean."""
+    if isinstance(value, torch.Tensor):
+        return value
+    dtype = torch.bool if isinstance(value, bool) else like.dtype
+    return torch.full((1,) * rank, value, dtype=dtype, device=like.device)

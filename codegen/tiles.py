@@ -58,9 +58,19 @@ def blocks(length, block: int):
     return (length + block - 1) // block
 
 
-def classify(keep: Expr, L, S, block_m: int, block_n: int, *, B: int = 1, Hq: int = 1,
-             captured: Sequence[torch.Tensor] | None = None, sizes: Sequence = (),
-             device: torch.device | str = "cpu") -> Tiles:
+def classify(
+    keep: Expr,
+    L,
+    S,
+    block_m: int,
+    block_n: int,
+    *,
+    B: int = 1,
+    Hq: int = 1,
+    captured: Sequence[torch.Tensor] | None = None,
+    sizes: Sequence = (),
+    device: torch.device | str = "cpu",
+) -> Tiles:
     """Classify every tile of `keep`.
 
     Shapes: one class per batch entry and head where `keep` depends on them and `captured` is given (or it has no
@@ -78,10 +88,11 @@ def classify(keep: Expr, L, S, block_m: int, block_n: int, *, B: int = 1, Hq: in
             box[name] = (0, count - 1)
     for dim, (name, length, block) in ((2, ("i", L, block_m)), (3, ("j", S, block_n))):
         low = torch.arange(blocks(length, block), device=device) * block
-        shape = [-1 if d == dim else 1 for d in range(4)]
-        box[name] = (low.view(shape), (low + (block - 1)).clamp(max=length - 1).view(shape))
-    table = _TableBounds(captured, sizes, {"b": B, "h": Hq, "i": L, "j": S}, {"i": block_m, "j": block_n}, device)
-    found = bounds(keep, box, sizes, table if captured is not None else None)
+        along = [-1 if d == dim else 1 for d in range(4)]
+        box[name] = (low.view(along), (low + (block - 1)).clamp(max=length - 1).view(along))
+    lengths = {"b": B, "h": Hq, "i": L, "j": S}
+    tables = None if captured is None else _TableBounds(captured, sizes, lengths, {"i": block_m, "j": block_n}, device)
+    found = bounds(keep, box, sizes, tables)
     may, must = found if found is not None else (True, False)
     shape = (per["b"], per["h"], blocks(L, block_m), blocks(S, block_n))
     return Tiles(_filled(may, shape, device), _filled(must, shape, device), block_m, block_n)
@@ -97,20 +108,24 @@ def _filled(flag, shape, device) -> torch.Tensor:
 class _TableBounds:
     """Least and greatest captured values that a tile can read."""
 
-    captured: Sequence[torch.Tensor] | None
+    captured: Sequence[torch.Tensor]
     sizes: Sequence
     lengths: dict
     block: dict[str, int]
     device: torch.device | str
 
     def __call__(self, x: Expr) -> Bound | None:
-        names = [next(iter(n)) if len(n := a.names()) == 1 else None if n else "" for a in x.args[1:]]
-        live = [n for n in names if n]
-        if None in names or len(set(live)) != len(live) or any(a.has("load") for a in x.args[1:]):
+        used = [sorted(a.names()) for a in x.args[1:]]
+        live = [n for names in used for n in names]
+        if (
+            any(len(names) > 1 for names in used)
+            or len(set(live)) != len(live)
+            or any(a.has("load") for a in x.args[1:])
+        ):
             return None
         table = self.captured[x.args[0]]
-        for d in reversed(range(len(names))):
-            table = self._along(table, d, names[d], x.args[1 + d])
+        for d in reversed(range(len(used))):
+            table = self._along(table, d, "".join(used[d]), x.args[1 + d])
         table = table.permute(sorted(range(len(live)), key=lambda k: "bhij".index(live[k])))
         for d, name in enumerate("bhij"):
             if name not in live:
@@ -123,15 +138,17 @@ class _TableBounds:
             return high, low
         if x.kind == FLOAT:  # NaN compares false, and must not make a tile look empty or full
             return low.nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf), high.nan_to_num(
-                nan=torch.inf, neginf=-torch.inf, posinf=torch.inf)
+                nan=torch.inf, neginf=-torch.inf, posinf=torch.inf
+            )
         return low, high
 
     def _along(self, table: torch.Tensor, d: int, name: str, index: Expr) -> torch.Tensor:
+        every = torch.arange(self.lengths[name] if name else 1, device=self.device)
+        at = read(index, {name: Axis(every)}, (), self.sizes)
         if not name:
-            return table.select(d, read(index, {}, (), self.sizes))
-        at = torch.arange(self.lengths[name], device=self.device)
-        at = read(index, {name: Axis(at)}, (), self.sizes).clamp(0, table.shape[d] - 1)
-        return table.index_select(d, at)
+            return table.select(d, at)  # type: ignore[arg-type]  # a number without coordinates
+        assert isinstance(at, torch.Tensor)
+        return table.index_select(d, at.clamp(0, table.shape[d] - 1))
 
     def _reduced(self, table: torch.Tensor, d: int, name: str, top: bool) -> torch.Tensor:
         block, length = self.block[name], self.lengths[name]
@@ -144,16 +161,18 @@ class _TableBounds:
 
 
 @lru_cache(maxsize=512)
-def static_tiles(keep: Expr, L: int, S: int, block_m: int, block_n: int, *, B: int = 1, Hq: int = 1,
-                 sizes: tuple[int, ...] = ()) -> Tiles:
+def static_tiles(
+    keep: Expr, L: int, S: int, block_m: int, block_n: int, *, B: int = 1, Hq: int = 1, sizes: tuple[int, ...] = ()
+) -> Tiles:
     """Classes known at compile time, as real CPU tensors, also while a graph is being traced."""
     with _disable_current_modes():
         return replace(classify(keep, L, S, block_m, block_n, B=B, Hq=Hq, sizes=sizes), is_static=True)
 
 
 @lru_cache(maxsize=512)
-def visited(keep: Expr, L: int, S: int, block_m: int, block_n: int, *, B: int = 1, Hq: int = 1,
-            sizes: tuple[int, ...] = ()) -> tuple[tuple[tuple[int, bool], ...], ...]:
+def visited(
+    keep: Expr, L: int, S: int, block_m: int, block_n: int, *, B: int = 1, Hq: int = 1, sizes: tuple[int, ...] = ()
+) -> tuple[tuple[tuple[int, bool], ...], ...]:
     """For each query block its visited key blocks, each with whether all heads and entries keep the whole tile."""
     with _disable_current_modes():
         tiles = classify(keep, L, S, block_m, block_n, B=B, Hq=Hq, sizes=sizes)
@@ -163,4 +182,3 @@ def visited(keep: Expr, L: int, S: int, block_m: int, block_n: int, *, B: int = 
         tuple((n, full) for n, (seen, full) in enumerate(zip(row, whole, strict=True)) if seen)
         for row, whole in zip(may, must, strict=True)
     )
-

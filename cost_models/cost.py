@@ -13,8 +13,8 @@ from dataclasses import dataclass
 class Work:
     """Work done by one engine: a kernel family with an efficiency of its own, see `devices.toml`.
 
-    flops: of matrix products. exps: exponentials and other element work on scores, in elements. bytes: moved from and to
-    memory. launches: calls.
+    flops: of matrix products. exps: exponentials and other element work on scores, in elements.
+    bytes: moved from and to memory. launches: calls.
     """
 
     engine: str

@@ -65,8 +65,10 @@ def device_named(name: str = "cpu", threads: int | None = None) -> Device:
     head = table[name]
     count = threads if threads is not None else torch.get_num_threads()
     engines = tuple(
-        (section.split(".", 1)[1], Engine(float(body["rate"]) * count, float(body["elements"]) * count,
-                                          float(body["launch_s"])))
+        (
+            section.split(".", 1)[1],
+            Engine(float(body["rate"]) * count, float(body["elements"]) * count, float(body["launch_s"])),
+        )
         for section, body in table.items()
         if section.startswith(f"{name}.") and section != f"{name}.dtype_speed"
     )

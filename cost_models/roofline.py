@@ -20,8 +20,9 @@ BACKWARD = {"flash": 2.5, "masked": 2.5, "flex": 2.5, "composed": 2.0}
 COMPOSED_PASSES = 6
 
 
-def attention_cost(region: Region, engine: str, pairs: float, *, mask: bool = False, launches: int = 1,
-                   extra_bytes: float = 0.0) -> Cost:
+def attention_cost(
+    region: Region, engine: str, pairs: float, *, mask: bool = False, launches: int = 1, extra_bytes: float = 0.0
+) -> Cost:
     """Cost of one attention over `pairs` pairs per head and batch entry.
 
     engine: "flash", "flex" or "composed". mask: a flash call reads an additive mask, element by element.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from attnc.passes.extent import inside, leaves_of
+from attnc.passes.factors import settle
 from attnc.passes.graph import GraphFacts, NoMatch, hint, tensor_of
 from attnc.passes.lift_attention import Match, anchors, lift
 from attnc.passes.rewrite import rewrite
@@ -54,10 +56,9 @@ def check(match: Match, spelling: str, training: bool) -> Verdict:
     if len(again) != 1:
         refusals = "; ".join(str(m) for m in found if isinstance(m, NoMatch))
         return Verdict(False, 0.0, f"the region at a smaller size does not lift ({refusals or 'no anchor'})")
-    changed = fx.GraphModule(written, fx.Graph())
-    renamed: dict[fx.Node, fx.Node] = {}
-    output = changed.graph.graph_copy(written.graph, renamed)
-    changed.graph.output(output)
+    copied, renamed = fx.Graph(), {}
+    copied.output(copied.graph_copy(written.graph, renamed))
+    changed = fx.GraphModule(written, copied)
     for old, new in renamed.items():
         new.meta = dict(old.meta)
     twin = GraphFacts(changed.graph)
@@ -70,7 +71,7 @@ def check(match: Match, spelling: str, training: bool) -> Verdict:
 def lift_again(facts: GraphFacts, anchor: fx.Node) -> Match:
     found = lift(facts, anchor)
     assert isinstance(found, Match), found
-    return found
+    return settle(found)
 
 
 def _substitution(match: Match, leaves: Sequence[fx.Node]) -> dict[int, int] | str:
@@ -78,7 +79,7 @@ def _substitution(match: Match, leaves: Sequence[fx.Node]) -> dict[int, int] | s
     query, key = tensor_of(match.query.source), tensor_of(match.key.source)
     assert query is not None and key is not None
     kinds_q, kinds_k = ([k for k, _ in o.roles] for o in (match.query, match.key))
-    rows, cols = hint(query.shape[kinds_q.index("n")]), hint(key.shape[kinds_k.index("n")])
+    rows, cols = (hint(x.shape[kinds.index("n")]) if "n" in kinds else 1 for x, kinds in ((query, kinds_q), (key, kinds_k)))
     value = tensor_of(match.out)
     assert value is not None
     pairs = rows * cols * match.q_heads * max(1, hint(value.shape[0]))
@@ -110,7 +111,7 @@ def small_sizes(numbers: set[int]) -> dict[int, int]:
 
 def _instance(match: Match, leaves: Sequence[fx.Node], smaller: dict[int, int]) -> tuple[fx.GraphModule, list[Any]]:
     """The region alone as a graph over its leaves, at the smaller size, with data to run it on."""
-    graph, env, inputs = fx.Graph(), {}, []
+    graph, env, inputs, root = fx.Graph(), {}, [], torch.nn.Module()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     generator = torch.Generator().manual_seed(0)
 
@@ -123,6 +124,13 @@ def _instance(match: Match, leaves: Sequence[fx.Node], smaller: dict[int, int]) 
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt | torch.SymFloat | int | float) and not isinstance(value, bool):
             env[node] = small(value) if isinstance(value, torch.SymInt | int) else float(value)
+            continue
+        number = _number(node)
+        if number is not None and node not in leaves:
+            root.register_buffer(f"number_{len(env)}", number)
+            env[node] = graph.get_attr(f"number_{len(env)}")
+            with mode:
+                env[node].meta["val"] = mode.from_tensor(number)
             continue
         if node in leaves or node.op in ("placeholder", "get_attr"):
             data = _data(value, [small(s) for s in value.shape], generator)
@@ -138,7 +146,15 @@ def _instance(match: Match, leaves: Sequence[fx.Node], smaller: dict[int, int]) 
             plain_args, plain_kwargs = _fakes(args), _fakes(kwargs)
             env[node].meta["val"] = node.target(*plain_args, **plain_kwargs)
     graph.output(env[match.out])
-    return fx.GraphModule(torch.nn.Module(), graph), inputs
+    return fx.GraphModule(root, graph), inputs
+
+
+def _number(node: fx.Node) -> torch.Tensor | None:
+    """A constant of the graph that is one number: it keeps its value, others are data like inputs."""
+    if node.op != "get_attr":
+        return None
+    table = attrgetter(str(node.target))(node.graph.owning_module)
+    return table if isinstance(table, torch.Tensor) and table.numel() == 1 else None
 
 
 def _mapped(tree: Any, env: dict[fx.Node, Any], small: Callable[[Any], Any]) -> Any:

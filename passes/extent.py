@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from attnc.passes.graph import GraphFacts, NoMatch, tensor_of
@@ -24,7 +25,8 @@ def inside(match: Match, leaves: Sequence[fx.Node]) -> list[fx.Node]:
         node = stack.pop()
         if node not in needed:
             needed.add(node)
-            if node not in leaves and tensor_of(node) is not None:
+            computed = isinstance(node.meta.get("val"), torch.Tensor | list | tuple)  # a number is taken as it is
+            if node not in leaves and computed:
                 stack.extend(node.all_input_nodes)
     return [n for n in match.out.graph.nodes if n in needed]
 

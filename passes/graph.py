@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -51,13 +52,19 @@ def tensor_of(node: Any) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+# Where Dynamo found the outermost module: a local, a global (also of an imported file), a closure or container of one.
+_OUTERMOST = re.compile(
+    r"^(?:G\['__import_[^']*'\]\.\w+|[LG]\[(?:'[^']*'|\"[^\"]*\")\])"
+    r"(?:\.__closure__\[\d+\]\.cell_contents|\[[^\]]*\])*"
+)
+
+
 def module_path(node: fx.Node) -> str:
-    """The module that produced `node`, as `model.layers.3.self_attn`."""
+    """The module that produced `node`, as `layers.3.self_attn`: its place in the outermost module that was called."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(list(stack.values())[-1][0])
-    path = path.replace("L['self']", "").replace("L['fn']", "").replace("._modules", "")
+    path = _OUTERMOST.sub("", str(list(stack.values())[-1][0])).replace("._modules", "")
     for quote in ("['", "']", '["', '"]'):
         path = path.replace(quote, "." if quote.startswith("[") else "")
     for call in (".slice(None, None, None)", "__call__"):

@@ -14,17 +14,17 @@ from typing import Any
 
 from torch import fx
 
-from attnc.expr import FLOAT, SCORE, TRUE, ZERO, B, Expr, H, I, J, add, const, mul, scale, sub, var
-from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, op_name, shape_of, tensor_of
+from attnc.expr import FLOAT, ONE, SCORE, TRUE, ZERO, B, Expr, H, I, J, add, const, mul, scale, sub, var
+from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, op_name, shape_of
 from attnc.passes.masks import Lift
 from attnc.passes.operands import Operand, Roles, batch_roles, trace_operand
 from attnc.passes.products import Product, product
-from attnc.passes.rules import MaskedScore, split_mask
-from attnc.passes.views import Index, Ranges, broadcast_index, through
-from attnc.predicate import conjunction, le, rebuild, truth
+from attnc.passes.rules import MaskedScore, split_mask, zero_after
+from attnc.passes.views import Index, Ranges, broadcast_index
+from attnc.passes.weights import Weights, Zeroing, follow, pull
+from attnc.predicate import conjunction, le, logical_not, rebuild, truth
 
 ANCHORS = ("softmax", "_softmax", "_safe_softmax", "scaled_dot_product_attention")
-_CASTS = ("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double")
 
 
 @dataclass
@@ -47,7 +47,9 @@ class Match:
     dropout: float = 0.0
     written: str = "composed"
     repeats_heads: bool = False
+    row_factor: Expr | None = None
     inner: list[fx.Node] = field(default_factory=list)
+    readers: list[fx.Node] = field(default_factory=list)  # what else reads the weights, which must then stay
 
 
 def anchors(graph: fx.Graph) -> list[fx.Node]:
@@ -69,17 +71,8 @@ def lift(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Weights:
-    """The weights on their way from the softmax to the product with the values."""
-
-    product: Product
-    dropout: float
-    between: list[fx.Node]
-
-
 def _lift_softmax(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
-    weights = _follow(anchor)
+    weights = follow(anchor)
     if isinstance(weights, NoMatch):
         return weights
     final = weights.product
@@ -91,16 +84,17 @@ def _lift_softmax(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
     axis = final.left_labels.index(final.contracted)
     length = shape_of(final.left)[axis]
     ranges.declare("j", length)
-    at = _pull_weights(final.left, inner, anchor, ranges)
-    if isinstance(at, NoMatch):
-        return at
+    pulled = pull(final.left, inner, anchor, ranges)
+    if isinstance(pulled, NoMatch):
+        return pulled
+    at, zeroings = pulled
     dim = int(anchor.args[1]) % len(at)
     if "j" not in at[dim].names() or any("j" in x.names() for d, x in enumerate(at) if d != dim):
         return NoMatch("the softmax does not run over the axis that is contracted with the values", anchor)
-    return _lift_scores(facts, anchor, weights, names, at, dim, ranges)
+    return _lift_scores(facts, anchor, weights, names, at, dim, ranges, zeroings)
 
 
-def _lift_scores(facts, anchor, weights, names, at, dim, ranges) -> Match | NoMatch:
+def _lift_scores(facts, anchor, weights: Weights, names, at, dim, ranges, zeroings) -> Match | NoMatch:
     final = weights.product
     found: list[tuple[Product, Index]] = []
 
@@ -125,7 +119,17 @@ def _lift_scores(facts, anchor, weights, names, at, dim, ranges) -> Match | NoMa
         return sink
     col_axis = final.out_labels.index(final.col)
     batch = [(n, e) for n, e in zip(names, shape_of(final.node), strict=True) if n not in (row, names[col_axis])]
-    return _assemble(facts, anchor, weights, pulling, value, sink, found[0], row, names[col_axis], batch)
+    kept = [_kept(pulling, zeroing) for zeroing in zeroings]
+    return _assemble(facts, anchor, weights, pulling, value, sink, kept, found[0], row, names[col_axis], batch)
+
+
+def _kept(pulling: Lift, zeroing: Zeroing) -> Expr:
+    """Which weights a mask behind the softmax leaves."""
+    fill = pulling.element(zeroing.fill, zeroing.at(zeroing.fill))
+    if not fill.is_const or fill.value != 0:
+        raise Unliftable("the weights are replaced by something other than zero", zeroing.node)
+    inside = truth(pulling.element(zeroing.mask, zeroing.at(zeroing.mask)))
+    return inside if zeroing.keeps else logical_not(inside)
 
 
 def _product_leaf(facts, node, index, found, pulling: Lift, end) -> Expr | None:
@@ -152,10 +156,9 @@ def _product_leaf(facts, node, index, found, pulling: Lift, end) -> Expr | None:
     return add(score, scale(added, candidate.beta))
 
 
-def _assemble(facts, anchor, weights, pulling, value, sink, found, row, col, batch) -> Match | NoMatch:
+def _assemble(facts, anchor, weights, pulling, value, sink, kept, found, row, col, batch) -> Match | NoMatch:
     """Name the coordinates b, h, i, j and trace the operands."""
     final, (score_product, index), ranges = weights.product, found, pulling.ranges
-    outer = tuple(var(f"y{d}") for d in range(len(final.out_labels)))
     q_index = score_product.index("left", index, var("e"))
     k_index = score_product.index("right", index, var("e"))
     pairs = [(n.args[0], e) for n, e in batch]
@@ -163,56 +166,70 @@ def _assemble(facts, anchor, weights, pulling, value, sink, found, row, col, bat
     if split is None:
         return NoMatch("more than one batch axis has a symbolic length", final.node)
     substitution, batch_size, q_heads = split
-    substitution[row.args[0]] = I
+    substitution |= {row.args[0]: I, col.args[0]: var("e")}
+    outer = tuple(var(f"y{d}") for d in range(len(final.out_labels)))
+    row_label = final.out_labels[outer.index(row)]
     extents = dict(zip(final.out_labels, shape_of(final.node), strict=True))
-    row_label = dict(zip((n.args[0] for n in outer), final.out_labels, strict=True))[row.args[0]]
-    length_q = extents[row_label]
-    names = Ranges()
-    width = shape_of(score_product.left)[score_product.left_labels.index(score_product.contracted)]
-    width_v = extents[final.col]
-    length_k = shape_of(final.left)[final.left_labels.index(final.contracted)]
-    if not width.is_const or not width_v.is_const:
+    widths = shape_of(score_product.left)[score_product.left_labels.index(score_product.contracted)], extents[final.col]
+    lengths = extents[row_label], shape_of(final.left)[final.left_labels.index(final.contracted)]
+    if not all(width.is_const for width in widths):
         return NoMatch("a head width is symbolic", score_product.node)
-    for name, extent in (("b", batch_size), ("h", const(q_heads)), ("i", length_q), ("j", length_k), ("e", width)):
-        names.declare(name, extent)
 
     def rename(e: Expr) -> Expr:
         return rebuild(e, lambda x: substitution.get(x.args[0]) if x.op == "var" else None)
 
-    operands = []
     sides = (
-        (score_product.left, q_index, I),
-        (score_product.right, k_index, J),
-        (final.right, final.index("right", outer, J), J),
+        (score_product.left, tuple(map(rename, q_index))),
+        (score_product.right, tuple(map(rename, k_index))),
+        (final.right, tuple(map(rename, final.index("right", outer, J)))),
     )
-    substitution_v = substitution | {col.args[0]: var("e")}
-    for node, at, position in sides:
-        renamed = tuple(
-            rebuild(x, lambda y: substitution_v.get(y.args[0]) if y.op == "var" else None) for x in at
-        )
-        extents_of = (batch_size, length_q if position == I else length_k, width if len(operands) < 2 else width_v)
-        roles = Roles(position, var("e"), q_heads, extents_of)
-        operand = trace_operand(facts, node, renamed, roles, names, final.node)
-        if isinstance(operand, NoMatch):
-            return operand
-        operands.append(operand)
+    names = _named(batch_size, const(q_heads), *lengths, widths[0])
+    operands = _operands(facts, sides, (batch_size, q_heads, lengths, widths), names, final.node)
+    if isinstance(operands, NoMatch):
+        return operands
     query, key, value_operand = operands
-    score = rename(value)
-    factor = query.factor * key.factor
-    if factor != 1.0:
-        score = rebuild(score, lambda x: scale(SCORE, factor) if x == SCORE else None)
-    if value_operand.factor != 1.0:
-        return NoMatch("the values are scaled inside the region", value_operand.source)
-    masked = split_mask(score, names, (length_q, length_k), written="composed")
+    score = _scaled(rename(value), query.factor * key.factor)
+    masked = split_mask(score, names, lengths, written="composed")
+    if not isinstance(masked, str) and kept:
+        masked = zero_after(masked, conjunction(*map(rename, kept)), names, trains=facts.needs_grad(anchor))
     if isinstance(masked, str):
         return NoMatch(masked, anchor)
     layout = tuple("e" if label == final.col else "i" if label == row_label else label for label in final.out_labels)
     return Match(
         anchor, final.node, query, key, value_operand, masked, pulling.captured, batch_size, q_heads,
-        (length_q, length_k), (int(width.value), int(width_v.value)), layout,
+        lengths, (int(widths[0].value), int(widths[1].value)), layout,
         sink=None if sink is None else sub(rename(sink), masked.shift), dropout=weights.dropout,
         repeats_heads=_heads_of(score_product.right) > key.heads(q_heads), inner=[*weights.between, score_product.node],
+        readers=weights.readers,
     )
+
+
+def _named(batch: Expr, heads: Expr, length_q: Expr, length_k: Expr, width: Expr) -> Ranges:
+    """The ranges of b, h, i, j and e."""
+    ranges = Ranges()
+    for name, extent in (("b", batch), ("h", heads), ("i", length_q), ("j", length_k), ("e", width)):
+        ranges.declare(name, extent)
+    return ranges
+
+
+def _operands(facts, sides, sizes, names: Ranges, end: fx.Node) -> list[Operand] | NoMatch:
+    """Query, key and value behind their views; a constant factor is peeled off query and key only."""
+    batch, q_heads, (length_q, length_k), (width, width_v) = sizes
+    query = Roles(I, var("e"), q_heads, (batch, length_q, width))
+    key = Roles(J, var("e"), q_heads, (batch, length_k, width))
+    value = Roles(J, var("e"), q_heads, (batch, length_k, width_v), scalars=False)
+    operands = []
+    for (node, index), roles in zip(sides, (query, key, value), strict=True):
+        operand = trace_operand(facts, node, index, roles, names, end)
+        if isinstance(operand, NoMatch):
+            return operand
+        operands.append(operand)
+    return operands
+
+
+def _scaled(score: Expr, factor: float) -> Expr:
+    """`score` of a product that lacks `factor`."""
+    return score if factor == 1.0 else rebuild(score, lambda x: scale(SCORE, factor) if x == SCORE else None)
 
 
 def _heads_of(node: fx.Node) -> int:
@@ -240,60 +257,6 @@ def _sink(pulling: Lift, scores: fx.Node, at: Index, dim: int, kept: Expr) -> Ex
     return sink
 
 
-def _follow(anchor: fx.Node) -> _Weights | NoMatch:
-    """Walk from the softmax to the product with the values; nothing else may read the weights."""
-    node, dropout, between = anchor, 0.0, [anchor]
-    while True:
-        users = [u for u in node.users if not _is_dead(u)]
-        if len(users) != 1:
-            names = ", ".join(sorted(u.name for u in users)) or "nothing"
-            return NoMatch(f"the weights are read by {len(users)} nodes ({names}), one product is allowed", node)
-        (user,) = users
-        final = product(user)
-        if final is not None:
-            oriented = _orient(final, node)
-            if oriented is None:
-                return NoMatch("the weights meet the values in a product of another shape", user)
-            return _Weights(oriented, dropout, between)
-        if user.op == "output":
-            return NoMatch("the weights are an output of the graph", node)
-        if op_name(user) in ("dropout", "dropout_", "native_dropout") and len(user.args) > 2 and user.args[2]:
-            dropout = float(user.args[1])
-        elif through(user, _any_index(user), Ranges()) is None and op_name(user) not in _CASTS:
-            return NoMatch(f"{op_name(user) or user.op} changes the weights before they meet the values", user)
-        node = user
-        between.append(node)
-
-
-def _is_dead(node: fx.Node) -> bool:
-    return not node.users and node.op != "output" and not node.is_impure()
-
-
-def _any_index(node: fx.Node) -> Index:
-    value = tensor_of(node)
-    return tuple(var(f"z{d}") for d in range(value.dim())) if value is not None else ()
-
-
-def _orient(final: Product, weights: fx.Node) -> Product | None:
-    if final.left is weights and final.right is weights:
-        return None
-    oriented = final if final.left is weights else final.swapped()
-    return None if oriented.addend is not None or oriented.alpha != 1 else oriented
-
-
-def _pull_weights(node: fx.Node, index: Index, anchor: fx.Node, ranges: Ranges) -> Index | NoMatch:
-    """Index into the softmax of the weight at `index` of `node`."""
-    while node is not anchor:
-        view = through(node, index, ranges)
-        if view is not None:
-            node, index = view
-        elif op_name(node) in (*_CASTS, "dropout", "dropout_") and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        else:
-            return NoMatch(f"{op_name(node)} stands between the weights and the values", node)
-    return index
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # scaled_dot_product_attention
 # --------------------------------------------------------------------------------------------------------------------
@@ -312,37 +275,27 @@ def _lift_sdpa(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
         return NoMatch("the number of heads is symbolic", anchor)
     q_heads, k_heads = int(heads.value), int(shapes[1][-3].value)
     lengths = (shapes[0][-2], shapes[1][-2])
-    ranges = Ranges()
-    for name, extent in (("b", batch), ("h", heads), ("i", lengths[0]), ("j", lengths[1]), ("e", shapes[0][-1])):
-        ranges.declare(name, extent)
+    ranges = _named(batch, heads, *lengths, shapes[0][-1])
     head = ranges.floordiv(H, const(q_heads // k_heads)) if given.get("enable_gqa") else H
+    sides = []
+    for node, h, position, shape in ((query, H, I, shapes[0]), (key, head, J, shapes[1]), (value, head, J, shapes[2])):
+        at = (B, h, position, var("e"))[4 - rank :]
+        sides.append((node, tuple(ZERO if s == ONE and x in (B, h) else x for x, s in zip(at, shape, strict=True))))
+    widths = shapes[0][-1], shapes[2][-1]
+    operands = _operands(facts, sides, (batch, q_heads, lengths, widths), ranges, anchor)
+    if isinstance(operands, NoMatch):
+        return operands
     pulling = Lift(facts, anchor)
     pulling.ranges = ranges
     factor = given.get("scale")
-    factor = int(shapes[0][-1].value) ** -0.5 if factor is None else factor
-    score = _sdpa_score(pulling, given, factor, (lengths[0], lengths[1]), rank)
+    factor = int(widths[0].value) ** -0.5 if factor is None else factor
+    score = _scaled(_sdpa_score(pulling, given, factor, lengths, rank), operands[0].factor * operands[1].factor)
     masked = split_mask(score, ranges, lengths, written="sdpa")
     if isinstance(masked, str):
         return NoMatch(masked, anchor)
-    operands = []
-    for node, h, position, shape in ((query, H, I, shapes[0]), (key, head, J, shapes[1]), (value, head, J, shapes[2])):
-        at = (B, h, position, var("e"))[4 - rank :]
-        at = tuple(ZERO if s == const(1) and x in (B, h) else x for x, s in zip(at, shape, strict=True))
-        roles = Roles(position, var("e"), q_heads, (batch, shape[-2], shape[-1]))
-        operand = trace_operand(facts, node, at, roles, ranges, anchor)
-        if isinstance(operand, NoMatch):
-            return operand
-        operands.append(operand)
-    if any(o.factor != 1.0 for o in operands[2:]):
-        return NoMatch("the values are scaled inside the region", anchor)
-    scaled = operands[0].factor * operands[1].factor
-    if scaled != 1.0:
-        again = rebuild(score, lambda x: scale(SCORE, scaled) if x == SCORE else None)
-        masked = split_mask(again, ranges, lengths, written="sdpa")
-        assert not isinstance(masked, str)
     return Match(
         anchor, anchor, *operands, masked, pulling.captured, batch, q_heads, lengths,
-        (int(shapes[0][-1].value), int(shapes[2][-1].value)), ("n0", "n1", "i", "e")[4 - rank :],
+        (int(widths[0].value), int(widths[1].value)), ("n0", "n1", "i", "e")[4 - rank :],
         dropout=float(given.get("dropout_p", 0.0) or 0.0), inner=[anchor],
         written="sdpa_causal" if given.get("is_causal") and given.get("attn_mask") is None else "sdpa",
         repeats_heads=operands[1].heads(q_heads) < k_heads,

@@ -26,6 +26,7 @@ class Roles:
     width: Expr
     q_heads: int
     extents: tuple[Expr, Expr, Expr]  # batch, length, width
+    scalars: bool = True  # whether a constant factor may be peeled off and applied to the scores
 
     def whole(self, found: tuple[str, int], extent: Expr) -> bool:
         """Whether an axis of `extent` holds all of the role, no more: a slice of a longer axis is not the operand."""
@@ -135,7 +136,7 @@ def trace_operand(
                 best = Operand(node, index, tuple(f for f in found if f is not None), factor)
         elif not facts.unchanged(node, reader, end):
             break
-        step = _step(node, index, ranges)
+        step = _step(node, index, ranges, roles.scalars)
         if step is None or (op_name(node) == "detach" and facts.needs_grad(node.args[0])):
             break
         reader = node
@@ -146,11 +147,11 @@ def trace_operand(
     return best
 
 
-def _step(node: fx.Node, index: Index, ranges: Ranges) -> tuple[fx.Node, Index, float] | None:
+def _step(node: fx.Node, index: Index, ranges: Ranges, scalars: bool = True) -> tuple[fx.Node, Index, float] | None:
     view = through(node, index, ranges)
     if view is not None:
         return (*view, 1.0)
-    if op_name(node) in ("mul", "div") and len(node.args) == 2:
+    if scalars and op_name(node) in ("mul", "div") and len(node.args) == 2:
         source, scalar = node.args
         a, c = tensor_of(source), tensor_of(node)
         if isinstance(scalar, int | float) and scalar != 0 and a is not None and c is not None and a.dtype == c.dtype:

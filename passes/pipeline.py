@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from attnc.options import Options
 from attnc.passes.capture import capture
 from attnc.passes.choose import choose
 from attnc.passes.extent import cut_gradient
+from attnc.passes.factors import settle
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
 from attnc.passes.lift_attention import Match, anchors, lift
 from attnc.passes.lift_flex import flex_regions
 from attnc.passes.normalize import normalize
 from attnc.passes.rewrite import rule_of, shape_of_match, size_nodes
 from attnc.passes.rules import label
-from attnc.region import Region
+from attnc.region import AS_WRITTEN, Choice, Region
 from attnc.report import Unmatched
 
 
@@ -96,15 +97,20 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
         with analysis.timed("lift"):
             match = lift(facts, anchor)
             cut = cut_gradient(facts, match) if isinstance(match, Match) else None
-            match = match if cut is None else cut
+            match = cut if cut is not None else settle(match) if isinstance(match, Match) else match
         if isinstance(match, NoMatch):
             path = module_path(anchor)
             analysis.unmatched.append(Unmatched(anchor.name, match.reason, match.node.name, path))
             continue
         with analysis.timed("choose"):
             region = describe(facts, match)
-            region = choose(region, options)
+            region = choose(region, options) if not match.readers else replace(region, choice=_kept_weights(match))
         analysis.found.append(Found(match, facts, region))
+
+
+def _kept_weights(match: Match) -> Choice:
+    names = ", ".join(sorted(node.name for node in match.readers))
+    return Choice(AS_WRITTEN, f"its weights are also read by {names}, so they must be there as written")
 
 
 def describe(facts: GraphFacts, match: Match) -> Region:

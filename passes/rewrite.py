@@ -26,6 +26,7 @@ def rule_of(match: Match) -> AttentionRule:
     return AttentionRule(
         rename(masked.score), rename(masked.keep), masked.empty if masked.keep != TRUE else "never",
         None if match.sink is None else rename(match.sink), match.dropout,
+        None if match.row_factor is None else rename(match.row_factor),
     )
 
 

@@ -6,7 +6,7 @@ A mask is a choice whose losing side is so low that its weight is 0 (-inf, finfo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attnc import predicate
 from attnc.expr import FALSE, FLOAT, TRUE, ZERO, Expr, I, J, add, const, scale, sub, terms_of
@@ -57,6 +57,23 @@ def split_mask(score: Expr, ranges: Ranges, lengths: tuple[Expr, Expr], *, writt
         return "the mask keeps no pair"
     fill = "none" if keep == TRUE else "-inf" if float("-inf") in stripped.fills else "finite"
     return MaskedScore(sub(stripped.score, shift), keep, fill, _empty(keep, stripped, ranges, lengths, written), shift)
+
+
+def zero_after(masked: MaskedScore, kept: Expr, ranges: Ranges, *, trains: bool) -> MaskedScore | str:
+    """`masked` where weights outside of `kept` are set to zero behind the softmax, or why that is another function.
+
+    Where a row keeps a key the softmax gives zero outside of `keep` already; a row without keys becomes zero.
+    """
+    kept = decide(kept, ranges)
+    if predicate.conjunction(masked.keep, predicate.logical_not(kept)) != FALSE:
+        return "weights that the scores' mask keeps are set to zero behind the softmax"
+    if masked.empty == "never":
+        return masked
+    if kept != masked.keep:
+        return "the masks before and behind the softmax differ, and a row may lose all its keys"
+    if trains and masked.empty == "nan":
+        return "a row may lose all its keys, whose weights are zero but whose gradient is NaN"
+    return replace(masked, empty="zero")
 
 
 def assume(score: Expr, keep: Expr) -> Expr:

@@ -37,6 +37,7 @@ LAYERS = {
     "attnc.ops": 5,
     "attnc.store": 5,
     "attnc.report": 5,
+    "attnc.reports": 5,
     "attnc.passes": 6,
     "attnc.tuning": 6,
     "attnc.distributed": 6,

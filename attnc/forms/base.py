@@ -56,8 +56,15 @@ class Form(ABC):
         """What one run of the region costs, forward, and backward where it trains."""
 
     @abstractmethod
-    def cpu(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
-            sizes: Sequence, rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
+    def cpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence,
+        rule: AttentionRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse in plain torch; differentiable, traceable."""
 
     @abstractmethod

@@ -49,22 +49,30 @@ class BlockSparse(Form):
         if region.device != "cpu":
             return f"block_sparse is lowered for the CPU, found a region on {region.device}; leave it as written."
         if region.rule.dropout:
-            return (f"block_sparse keeps no random stream, found dropout {region.rule.dropout:g} active; "
-                    "use model.eval() or dropout 0.")
+            return (
+                f"block_sparse keeps no random stream, found dropout {region.rule.dropout:g} active; "
+                "use model.eval() or dropout 0."
+            )
         return self._refuse_flex(region) if self.provider == "flex" else self._refuse_blocked(region)
 
     def _refuse_flex(self, region: Region) -> str | None:
         rule = region.rule
         if region.training:
-            return ("block_sparse{provider=flex} has no backward on the CPU, found a region that trains; "
-                    "use provider=blocked.")
+            return (
+                "block_sparse{provider=flex} has no backward on the CPU, found a region that trains; "
+                "use provider=blocked."
+            )
         if region.dtype not in FLEX_DTYPES:
-            return (f"block_sparse{{provider=flex}} takes {', '.join(FLEX_DTYPES)} on the CPU, found {region.dtype}; "
-                    "use provider=blocked.")
+            return (
+                f"block_sparse{{provider=flex}} takes {', '.join(FLEX_DTYPES)} on the CPU, found {region.dtype}; "
+                "use provider=blocked."
+            )
         moving = _symbolic_lookups(region)
         if moving:
-            return (f"block_sparse{{provider=flex}} reads no table of symbolic length on the CPU (torch 2.13 compiles it "
-                    f"wrongly), found lookups by {', '.join(moving)}; compile with dynamic=False, or use dense.")
+            return (
+                f"block_sparse{{provider=flex}} reads no table of symbolic length on the CPU (torch 2.13 compiles it "
+                f"wrongly), found lookups by {', '.join(moving)}; compile with dynamic=False, or use dense."
+            )
         if rule.keep == TRUE and linear_score(rule.score) is not None and rule.bias is None:
             return "block_sparse skips masked tiles, found no mask and a plain score; use dense."
         return None
@@ -73,12 +81,16 @@ class BlockSparse(Form):
         shape = region.shape
         symbolic = sorted(set(shape.symbols) & {"L", "S", "B", "Hq", "H"})
         if symbolic:
-            return (f"block_sparse{{provider=blocked}} needs lengths known at compile time, found "
-                    f"{', '.join(symbolic)} symbolic; compile with dynamic=False, or use provider=flex.")
+            return (
+                f"block_sparse{{provider=blocked}} needs lengths known at compile time, found "
+                f"{', '.join(symbolic)} symbolic; compile with dynamic=False, or use provider=flex."
+            )
         share = self._visits(region)[1] / max(shape.L * shape.S, 1)
         if share > MOST_VISITED:
-            return (f"block_sparse{{provider=blocked}} skips tiles the mask empties, found {share:.0%} of the pairs in "
-                    f"visited tiles of {self.block_m} x {self.block_n}, at most {MOST_VISITED:.0%} pays; use dense.")
+            return (
+                f"block_sparse{{provider=blocked}} skips tiles the mask empties, found {share:.0%} of the pairs in "
+                f"visited tiles of {self.block_m} x {self.block_n}, at most {MOST_VISITED:.0%} pays; use dense."
+            )
         return None
 
     def is_exact(self, region: Region) -> bool:
@@ -88,16 +100,28 @@ class BlockSparse(Form):
         """Groups of tiles and the pairs in them."""
         s, keep = region.shape, region.rule.keep
         names = keep.names()
-        visits = visited(keep, s.L, s.S, self.block_m, self.block_n, sizes=region.sizes,
-                         B=s.B if "b" in names else 1, Hq=s.Hq if "h" in names else 1)
+        visits = visited(
+            keep,
+            s.L,
+            s.S,
+            self.block_m,
+            self.block_n,
+            sizes=region.sizes,
+            B=s.B if "b" in names else 1,
+            Hq=s.Hq if "h" in names else 1,
+        )
         ragged = s.S // self.block_n if s.S % self.block_n else None
         if self.provider == "flex":
-            pairs = sum(min(self.block_m, s.L - m * self.block_m) * min(self.block_n, s.S - n * self.block_n)
-                        for m, row in enumerate(visits) for n, _ in row)
+            pairs = sum(
+                min(self.block_m, s.L - m * self.block_m) * min(self.block_n, s.S - n * self.block_n)
+                for m, row in enumerate(visits)
+                for n, _ in row
+            )
             return (), pairs
         groups = grouped(visits, bool(s.L % self.block_m), ragged)
-        pairs = sum(min(self.block_m, s.L - m * self.block_m) * min(g.width * self.block_n, s.S)
-                    for g in groups for m in g.rows)
+        pairs = sum(
+            min(self.block_m, s.L - m * self.block_m) * min(g.width * self.block_n, s.S) for g in groups for m in g.rows
+        )
         return groups, pairs
 
     def cost(self, region: Region, device: Device) -> Cost:
@@ -110,8 +134,15 @@ class BlockSparse(Form):
         engine = "flash" if linear_score(rule.score) is not None else "composed"
         return attention_cost(region, engine, pairs, mask=True, launches=8 * len(groups), extra_bytes=moved)
 
-    def cpu(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
-            sizes: Sequence, rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
+    def cpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence,
+        rule: AttentionRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         run = flex if self.provider == "flex" else blocked
         out, lse = run(query, key, value, captured, sizes, rule, block_m=self.block_m, block_n=self.block_n)
         if rule.sink is None and rule.empty in ("nan", "mean"):
@@ -127,8 +158,12 @@ class BlockSparse(Form):
         if self.provider == "flex":
             tried = [BlockSparse("flex", 128, 128)]
         else:
-            tried = [BlockSparse("blocked", m, n) for m in (64, 128, 256, 512, 1024)
-                     for n in (64, 128, 256, 512) if n <= m and m <= max(64, region.shape.L)]
+            tried = [
+                BlockSparse("blocked", m, n)
+                for m in (64, 128, 256, 512, 1024)
+                for n in (64, 128, 256, 512)
+                if n <= m and m <= max(64, region.shape.L)
+            ]
         fits = [form for form in tried if form.refuse(region) is None]
         return tuple(sorted(fits, key=lambda form: seconds(form.cost(region, device), device)))
 

@@ -20,11 +20,11 @@ import torch
 
 from attnc.codegen.cpu_composed import composed
 from attnc.codegen.cpu_flash import Part, flash
-from attnc.codegen.cpu_scores import additive, constant_bias
+from attnc.codegen.cpu_scores import additive, as_tensor, constant_bias, factor_of, is_zero
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device
 from attnc.cost_models.roofline import attention_cost
-from attnc.expr import I, J, TRUE, Expr, sub, terms_of
+from attnc.expr import TRUE, Expr, I, J, sub, terms_of
 from attnc.forms.base import Form
 from attnc.forms.masked import axes_of, settle_empty, sink_of
 from attnc.predicate import conjunction
@@ -44,8 +44,10 @@ class Dense(Form):
         if region.device != "cpu":
             return f"dense is lowered for the CPU, found a region on {region.device}; leave it as written."
         if region.rule.dropout:
-            return (f"dense keeps no random stream, found dropout {region.rule.dropout:g} active; "
-                    "use model.eval() or dropout 0.")
+            return (
+                f"dense keeps no random stream, found dropout {region.rule.dropout:g} active; "
+                "use model.eval() or dropout 0."
+            )
         return None
 
     def is_exact(self, region: Region) -> bool:
@@ -65,19 +67,30 @@ class Dense(Form):
             return attention_cost(region, "flash", pairs, mask=True)
         return attention_cost(region, "flash", pairs)
 
-    def cpu(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
-            sizes: Sequence, rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
+    def cpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence,
+        rule: AttentionRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         sink = sink_of(query, key, captured, sizes, rule)
         bias = constant_bias(rule, captured)
         if bias is None:
             axes = axes_of(query, key)
             out, lse, alive = composed(
-                query, key, value, lambda raw: read(rule.score, axes, captured, sizes, score=raw),
-                read(rule.keep, axes, captured, sizes), sink=sink)
+                query,
+                key,
+                value,
+                lambda raw: as_tensor(read(rule.score, axes, captured, sizes, score=raw), raw).expand(raw.shape),
+                _mask(query, key, captured, sizes, rule.keep),
+                sink=sink,
+            )
             return (out if alive is None else settle_empty(out, alive, value, rule)), lse
         parts = _parts(query, key, value, captured, sizes, rule, bias)
-        factor, _ = linear_score(rule.score)
-        out, lse = flash(query, parts, factor, sink=sink, never_empty=rule.empty == "never")
+        out, lse = flash(query, parts, factor_of(rule), sink=sink, never_empty=rule.empty == "never")
         if rule.empty in ("nan", "mean"):
             out = settle_empty(out, lse > -torch.inf, value, rule)
         return out, lse
@@ -87,7 +100,7 @@ class Dense(Form):
 
 
 def split_causal(keep: Expr) -> tuple[int | Expr | None, Expr]:
-    """Split `j <= i + offset and rest`: the offset, a number or an expression of sizes, and the rest; None: not causal."""
+    """Split `j <= i + offset and rest`: the offset, a number or an expression of sizes, and the rest; None: none."""
     conditions = keep.args if keep.op == "and" else (keep,)
     for n, condition in enumerate(conditions):
         if condition.op != "le":
@@ -101,14 +114,16 @@ def split_causal(keep: Expr) -> tuple[int | Expr | None, Expr]:
     return None, keep
 
 
-def causal_pairs(L: int, S: int, offset: int) -> float:
+def causal_pairs(L: int, S: int, offset: int) -> int:
     """Number of pairs with j <= i + offset."""
-    first = min(max(offset + 1, 0), S)
-    rising = min(max(S - offset - 1, 0), L)  # rows before all S keys are seen
-    started = min(max(-offset - 1, 0), rising)
-    count = rising - started
-    low = first if started == 0 else 1
-    return count * (2 * low + count - 1) / 2 + (L - rising) * S
+
+    def below(rows: int) -> int:  # sum of max(i + offset + 1, 0) over the first `rows` rows
+        seen = max(rows + offset, 0)
+        before = max(offset, 0)
+        return seen * (seen + 1) // 2 - before * (before + 1) // 2
+
+    rising = min(max(S - offset, 0), L)  # rows that do not see all S keys yet
+    return below(rising) + (L - rising) * S
 
 
 def _is_narrow(e: Expr) -> bool:
@@ -118,7 +133,6 @@ def _is_narrow(e: Expr) -> bool:
 
 def _parts(query, key, value, captured, sizes, rule: AttentionRule, bias: Expr) -> list[Part]:
     """The kernel calls: causal by flag where that holds, a mask for what is left."""
-    flat = bias.is_const
     causal, rest = split_causal(rule.keep)
     L, S = query.shape[2], key.shape[2]
     offset = None if causal is None else read(causal, {}, (), sizes) if isinstance(causal, Expr) else causal
@@ -130,20 +144,20 @@ def _parts(query, key, value, captured, sizes, rule: AttentionRule, bias: Expr) 
         return [_part(query, key, value, captured, sizes, rest, bias)]
     if offset == 0:
         return [_part(query, key, value, captured, sizes, rest, bias, causal=True)]
-    if 0 < offset and rest == TRUE and flat and isinstance(L, int):
-        seen = [t.narrow(2, 0, offset) for t in (key, value)]
-        fresh = [t.narrow(2, offset, S - offset) for t in (key, value)]
-        return [Part(*seen), Part(*fresh, causal=True)]
+    if offset > 0 and rest == TRUE and is_zero(bias) and isinstance(L, int):
+        seen = Part(key.narrow(2, 0, offset), value.narrow(2, 0, offset))
+        return [seen, Part(key.narrow(2, offset, S - offset), value.narrow(2, offset, S - offset), causal=True)]
     return [_part(query, key, value, captured, sizes, rule.keep, bias)]
 
 
 def _part(query, key, value, captured, sizes, keep: Expr, bias: Expr, *, causal: bool = False) -> Part:
-    flat = bias.is_const
-    if keep == TRUE and flat:
+    mask = _mask(query, key, captured, sizes, keep)
+    if mask is True and is_zero(bias):
         return Part(key, value, None, causal)
-    axes = axes_of(query, key)
-    kept = read(keep, axes, captured, sizes)
-    if not isinstance(kept, torch.Tensor):
-        kept = True if kept else torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=query.device)
-    added = None if flat else read(bias, axes, captured, sizes)
-    return Part(key, value, additive(kept, added, query.dtype), causal)
+    added = None if is_zero(bias) else as_tensor(read(bias, axes_of(query, key), captured, sizes), query)
+    return Part(key, value, additive(as_tensor(mask, query), added, query.dtype), causal)
+
+
+def _mask(query, key, captured, sizes, keep: Expr) -> torch.Tensor | bool:
+    kept = read(keep, axes_of(query, key), captured, sizes)
+    return kept if isinstance(kept, torch.Tensor) else bool(kept)

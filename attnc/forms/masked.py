@@ -2,8 +2,8 @@
 
     o_i = sum_{j kept} exp(score_ij - lse_i) v_j,   lse_i = log(exp(sink_i) + sum_{j kept} exp(score_ij))
 
-A row that keeps no key gives what `rule.empty` says: 0 (also under a sink, which then holds all weight), NaN, or the mean
-of the values of all S keys. lse is natural, holds the sink, is -inf for such a row without a sink, and is not
+A row that keeps no key gives what `rule.empty` says: 0 (also under a sink, which then holds all weight), NaN, or the
+mean of the values of all S keys. lse is natural, holds the sink, is -inf for such a row without a sink, and is not
 differentiable. Query head h reads key head h // (Hq / H).
 
 Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; sinks: Xiao et al. 2023, arXiv:2309.17453, and gpt-oss.
@@ -12,9 +12,11 @@ Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; sinks: Xiao et al.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from attnc.codegen.cpu_scores import as_tensor
 from attnc.reading import Axis, read, span
 from attnc.region import AttentionRule
 
@@ -26,30 +28,51 @@ def axes_of(query: torch.Tensor, key: torch.Tensor) -> dict[str, Axis]:
     return {name: span(name, 0, length, query.device) for name, length in lengths.items()}
 
 
-def sink_of(query: torch.Tensor, key: torch.Tensor, captured: Sequence[torch.Tensor], sizes: Sequence,
-            rule: AttentionRule) -> torch.Tensor | None:
+def sink_of(
+    query: torch.Tensor, key: torch.Tensor, captured: Sequence[torch.Tensor], sizes: Sequence, rule: AttentionRule
+) -> torch.Tensor | None:
     """The sink's logits, broadcastable to (B, Hq, L); None where the rule has no sink."""
     if rule.sink is None:
         return None
     found = read(rule.sink, axes_of(query, key), captured, sizes)
-    if not isinstance(found, torch.Tensor):
-        return query.new_full((1, 1, 1), found)
+    found = as_tensor(found, query)
     return found.expand(*found.shape[:-1], 1)[..., 0]
 
 
-def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, captured: Sequence[torch.Tensor],
-              sizes: Sequence[int], rule: AttentionRule) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    rule: AttentionRule,
+) -> tuple[torch.Tensor, AttentionRule]:
+    """The query times the rule's row factor, and the rule without it: done once, so no form knows of it."""
+    if rule.row is None:
+        return query, rule
+    factor = as_tensor(read(rule.row, axes_of(query, key), captured, sizes), query)
+    return (query * factor).to(query.dtype), replace(rule, row=None)
+
+
+def reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    rule: AttentionRule,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend as the rule reads, with every score in memory: the oracle of the family.
 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    query, rule = scaled_rows(query, key, captured, sizes, rule)
     axes = axes_of(query, key)
     raw = query @ key.mT
     score = read(rule.score, axes, captured, sizes, score=raw)
     keep = torch.as_tensor(read(rule.keep, axes, captured, sizes)).expand(raw.shape)
-    score = score.expand(raw.shape).masked_fill(~keep, -torch.inf)
+    score = as_tensor(score, raw).expand(raw.shape).masked_fill(~keep, -torch.inf)
     sink = sink_of(query, key, captured, sizes, rule)
     if sink is not None:
         score = torch.cat([score, sink.expand(raw.shape[:-1]).unsqueeze(-1).to(score.dtype)], -1)

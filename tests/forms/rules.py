@@ -29,6 +29,7 @@ RULES = {
     "bias": "score=0.25 * s + f3[h, i, j]; keep=j - i <= 0 and i - j <= 15; empty={empty}",
     "alibi": "score=0.25 * s + f2[h] * float(j - i); keep=j - i <= 0",
     "per_head": "score=0.25 * s; keep=i - j <= 4 + 8 * h and j - i <= 0; empty={empty}",
+    "constant_bias_sink": "score=0.25 * s + 1.5; keep=j - i <= 0 and i - j <= 15; empty={empty}; sink=f2[h]",
     "nothing": "score=0.25 * s; keep=i - j <= -1000; empty={empty}",
 }
 ALWAYS_KEEPING = tuple(name for name, text in RULES.items() if "{empty}" not in text)

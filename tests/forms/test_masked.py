@@ -45,8 +45,10 @@ def test_a_form_is_the_reference(name: str, dims: Dims) -> None:
             grads = torch.autograd.grad(got, leaves, cotangent, allow_unused=True)
             for one, two in zip(grads, want_grads, strict=True):
                 one, two = (torch.zeros(()) if g is None else g for g in (one, two))
-                assert error(one.expand_as(two) if one.dim() == 0 else one,
-                             two.expand_as(one) if two.dim() == 0 else two) < CLOSE, (form, empty)
+                assert (
+                    error(one.expand_as(two) if one.dim() == 0 else one, two.expand_as(one) if two.dim() == 0 else two)
+                    < CLOSE
+                ), (form, empty)
         with torch.no_grad():
             got, lse = run(FLEX, qkv, captured, rule)
         assert error(got, want) < CLOSE and error(lse, want_lse) < CLOSE, (FLEX, empty)
@@ -81,8 +83,9 @@ def test_low_precision_is_as_good_as_the_written_model(name: str, dtype: torch.d
     dims = Dims(70, 70, 4, 2)
     rule = rule_of(name, dims)
     qkv, captured = inputs(dims, dtype, grad=False)
-    exact, _ = reference(*(t.double() for t in qkv), [t.double() if t.is_floating_point() else t for t in captured],
-                         [], rule)
+    exact, _ = reference(
+        *(t.double() for t in qkv), [t.double() if t.is_floating_point() else t for t in captured], [], rule
+    )
     written, _ = reference(*qkv, captured, [], rule)
     for form in (*TRAINS, FLEX):
         got, lse = run(form, qkv, captured, rule)
