@@ -9,23 +9,24 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
-from torch._guards import CompileContext
+from torch._dynamo.exc import RestartAnalysis
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
 from attnc.errors import LoweringError, UsageError
 from attnc.options import Options, configure_logging
 from attnc.passes import shield
-from attnc.passes.capture import ambient_autocast_off
-from attnc.passes.pipeline import Analysis, analyse
 from attnc.passes.apply import apply_choices
+from attnc.passes.capture import ambient_autocast_off, device_of
+from attnc.passes.pipeline import Analysis, analyse
+from attnc.region import AS_WRITTEN
 from attnc.report import Report
-from attnc.reports import REPORTS
+from attnc.reports import REPORTS, Place, place_of
 
 log = logging.getLogger("attnc.backend")
 
@@ -43,18 +44,71 @@ def attnc_backend(
     """
     configure_logging()
     chosen = Options.from_torch(options, mode)
-    analysis = analyse(gm, example_inputs, chosen)
-    rewritten = apply_choices(analysis, gm, chosen) if analysis.gm is not None else None
-    for sentence in analysis.problems:
-        if chosen.strict:
-            raise LoweringError(sentence)
-        warnings.warn(f"attnc: {sentence}", stacklevel=2)
-    REPORTS.add(_frame(), example_inputs, report_of(analysis))
+    place = place_of(example_inputs)
+    analysis, rewritten = _rewritten(gm, example_inputs, chosen)
+    _tell(analysis, place, chosen)
     if rewritten is None:
         return inner_compile(gm, example_inputs, chosen)
-    device = next((x.device.type for x in example_inputs if isinstance(x, torch.Tensor)), "cpu")
-    with ambient_autocast_off(device):
-        return inner_compile(rewritten, example_inputs, chosen)
+    try:
+        with ambient_autocast_off(device_of(example_inputs)):
+            return inner_compile(rewritten, example_inputs, chosen)
+    except RestartAnalysis:  # not trouble: Dynamo traces the frame again and comes back
+        raise
+    except Exception as exc:  # the graph as written may still compile; if not, its own error is raised below
+        if chosen.strict:
+            raise
+        log.debug("inner compile of the rewritten graph failed", exc_info=True)
+        _give_up(analysis, f"compile the rewritten graph with {chosen.inner}", exc)
+    compiled = inner_compile(gm, example_inputs, chosen)
+    _tell(analysis, place, chosen)
+    return compiled
+
+
+def _rewritten(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[Analysis, fx.GraphModule | None]:
+    """The analysis of `gm` and the graph to compile in its place; None: `gm` itself."""
+    analysis = Analysis(None)
+    try:
+        analysis = analyse(gm, example_inputs, options)
+        return analysis, apply_choices(analysis, gm, options) if analysis.gm is not None else None
+    except UsageError:
+        raise
+    except Exception as exc:  # a fault of attnc's must not stop a model that runs without it
+        if options.strict:
+            raise LoweringError(_sentence("analyse the graph", exc)) from exc
+        log.debug("analysis failed", exc_info=True)
+        _give_up(analysis, "analyse the graph", exc)
+        return analysis, None
+
+
+def _sentence(what: str, exc: Exception) -> str:
+    said = str(exc).strip().partition("\n")[0]
+    return (
+        f"{what}: {type(exc).__name__}: {said}. The graph goes to the inner backend as written; "
+        "set ATTNC_LOG=debug for the traceback, and report the model."
+    )
+
+
+def _give_up(analysis: Analysis, what: str, exc: Exception) -> None:
+    """Enter in `analysis` that no region was rewritten, and why."""
+    sentence = _sentence(what, exc)
+    analysis.problems.append(sentence)
+    for at, found in enumerate(analysis.found):
+        choice = found.region.choice
+        if choice is not None and choice.rewrites:
+            left = replace(choice, form=AS_WRITTEN, reason=f"left as written: {sentence}")
+            analysis.found[at] = replace(found, region=replace(found.region, choice=left))
+
+
+def _tell(analysis: Analysis, place: Place, options: Options) -> None:
+    """Keep the report; warn of each problem once, recompiles of the same frame included. With `strict`, raise."""
+    before = REPORTS.add(place, report_of(analysis))
+    for sentence in dict.fromkeys(analysis.problems):
+        if options.strict:
+            raise LoweringError(sentence)
+        if before is None or sentence not in before.problems:
+            warnings.warn(f"attnc: {sentence}", stacklevel=3)
 
 
 def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
@@ -64,7 +118,9 @@ def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     if options.inner != "inductor":
         return lookup_backend(options.inner)(gm, example_inputs)
     patches = dict(list_mode_options(options.mode)) if options.mode else {}
-    return compile_fx(gm, example_inputs, config_patches=shield.settings({**patches, **options.inductor}))
+    settings = shield.settings({**patches, **options.inductor})
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=settings)
+    return compiled
 
 
 def report_of(analysis: Analysis) -> Report:
@@ -75,12 +131,6 @@ def report_of(analysis: Analysis) -> Report:
         timings=dict(analysis.timings),
         graphs=1,
     )
-
-
-def _frame() -> int:
-    """The frame being compiled: a recompile of it replaces its report."""
-    current = CompileContext.current_compile_id()
-    return -1 if current is None or current.frame_id is None else current.frame_id
 
 
 def last_report(compiled: Any) -> Report:

@@ -3,7 +3,8 @@
 An `Expr` is an immutable tree over the coordinates of an attention score, `b` (batch), `h` (query head), `i` (query
 row), `j` (key column), the raw product `s = q_i . k_j`, sizes `n0, n1, ...` (integers known at run time only) and
 lookups `t0[...]` into captured tensors. One rule is written once and read many ways (reference mask, block
-classification, FlexAttention `mask_mod`, text), see `attnc.predicate` (comparison and logic), `attnc.reading` (tensors), `attnc.intervals` (bounds).
+classification, FlexAttention `mask_mod`, text), see `attnc.predicate` (comparison and logic), `attnc.reading`
+(tensors), `attnc.intervals` (bounds).
 
 Construction simplifies: sums are kept as one linear combination, comparisons as `combination <= 0`, so that
 `j <= i`, `i >= j` and `i - j > -1` are the same object. Integer identities are exact; float ones hold up to rounding.

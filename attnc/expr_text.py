@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+from collections.abc import Callable
 
 from attnc import predicate
 from attnc.errors import UsageError
@@ -66,7 +67,9 @@ def _sum(e: Expr) -> str:
 
 
 def _term(atom: Expr, coef: float) -> str:
-    return {1: _atom(atom), -1: f"-{_atom(atom)}"}.get(coef, f"{_number(coef)} * {_atom(atom)}")
+    if abs(coef) == 1:
+        return _atom(atom) if coef == 1 else f"-{_atom(atom)}"
+    return f"{_number(coef)} * {_atom(atom)}"
 
 
 def _call(e: Expr) -> str:
@@ -100,7 +103,7 @@ _SPELL = {
     "or": lambda e: " or ".join(f"({spell(a)})" for a in e.args),
 }
 
-_BINARY = {
+_BINARY: dict[type[ast.operator], Callable[[Expr, Expr], Expr]] = {
     ast.Add: add,
     ast.Sub: sub,
     ast.Mult: mul,
@@ -108,7 +111,7 @@ _BINARY = {
     ast.FloorDiv: floordiv,
     ast.Mod: mod,
 }
-_COMPARE = {
+_COMPARE: dict[type[ast.cmpop], Callable[[Expr, Expr], Expr]] = {
     ast.LtE: predicate.le,
     ast.Lt: predicate.lt,
     ast.GtE: lambda a, c: predicate.le(c, a),
@@ -116,7 +119,7 @@ _COMPARE = {
     ast.Eq: predicate.eq,
     ast.NotEq: predicate.ne,
 }
-_CALLS = {
+_CALLS: dict[str, Callable[..., Expr]] = {
     "where": predicate.where,
     "min": minimum,
     "max": maximum,

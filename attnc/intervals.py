@@ -7,7 +7,8 @@ tiles at once, also under symbolic lengths and from run-time data). `may` false 
 `must` true means all are. Bounds are safe: a tile may be called partial though it is not, never the reverse; for linear
 comparisons with one occurrence of each coordinate (causal, windows, chunks at multiples of the tile) they are exact.
 
-Source: Moore 1966, "Interval Analysis"; tile classes as in FlexAttention's BlockMask (Dong et al. 2024, arXiv:2412.05496).
+Source: Moore 1966, "Interval Analysis"; tile classes as in FlexAttention's BlockMask (Dong et al. 2024,
+arXiv:2412.05496).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Lookup = Callable[[Expr], "Bound | None"]
 def bounds(
     e: Expr, box: Mapping[str, Bound], sizes: Sequence[Any] = (), lookup: Lookup | None = None
 ) -> Bound | None:
-    """Bounds of `e` over `box`; None where a number cannot be bounded; `lookup` bounds the values of captured tensors."""
+    """Bounds of `e` over `box`; None where a number cannot be bounded; `lookup` bounds captured tensors."""
     memo: dict[Expr, Bound | None] = {}
 
     def go(x: Expr) -> Bound | None:

@@ -15,13 +15,16 @@ from attnc.expr import BOOL, FLOAT, Expr
 Value = torch.Tensor | int | float | bool
 
 
+ANYWHERE = -1  # positions that are not contiguous
+
+
 @dataclass(frozen=True)
 class Axis:
     """Positions of one coordinate: `index` broadcasts along its dimension; `start` is set when they are contiguous."""
 
     index: torch.Tensor
     dim: int = -1
-    start: int | None = None
+    start: int = ANYWHERE
     length: int = 1
 
 
@@ -61,7 +64,10 @@ def read(
         if x.op == "size":
             return sizes[int(x.args[0][1:])]
         if x.op == "var":
-            return score if x.args[0] == "s" else axes[x.args[0]].index
+            if x.args[0] != "s":
+                return axes[x.args[0]].index
+            assert score is not None, "an expression of s is read with a score"
+            return score
         return _lookup(captured[x.args[0]], x.args[1:], axes, go)
 
     return go(e)
@@ -70,7 +76,7 @@ def read(
 def _lookup(table: torch.Tensor, index: tuple[Expr, ...], axes: Mapping[str, Axis], go) -> torch.Tensor:
     names = [x.args[0] if x.op == "var" else None for x in index]
     plain = all(
-        (n is not None and axes[n].start is not None) or x.is_const for n, x in zip(names, index, strict=True)
+        (n is not None and axes[n].start != ANYWHERE) or x.is_const for n, x in zip(names, index, strict=True)
     )
     live = [n for n in names if n is not None]
     if plain and len(set(live)) == len(live):

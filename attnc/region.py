@@ -88,8 +88,8 @@ class AttentionRule:
         unknown = set(given) - {"score", "keep", "empty", "sink", "dropout", "row"}
         if unknown or given.get("empty", "never") not in EMPTY_ROWS:
             raise UsageError(
-                f"parse the attention rule {text!r}: found {sorted(unknown) or given['empty']}, allowed are score, keep, "
-                f"empty ({', '.join(EMPTY_ROWS)}), sink, dropout and row. Spell rules with AttentionRule.spell()."
+                f"parse the attention rule {text!r}: found {sorted(unknown) or given['empty']}, allowed are score, "
+                f"keep, empty ({', '.join(EMPTY_ROWS)}), sink, dropout and row. Spell rules with AttentionRule.spell()."
             )
         return cls(
             score=parse(given["score"]) if "score" in given else SCORE,
@@ -122,7 +122,7 @@ def linear_score(score: Expr) -> tuple[float, Expr] | None:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one attention: B, Hq, H, L, S, E, Ev; a symbolic length carries its hint here and its name in `symbols`."""
+    """Sizes of one attention; a symbolic length carries its hint here and its name in `symbols`."""
 
     B: int
     Hq: int

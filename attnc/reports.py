@@ -62,7 +62,9 @@ def place_of(inputs: Sequence[Any]) -> Place:
     calls = tuple(weakref.ref(fn) for fn in _running_calls())
     try:
         frame = InstructionTranslator.current_tx()
-    except AttributeError:  # called by hand, outside of Dynamo
+    except AttributeError:  # nothing was compiled yet in this thread
+        frame = None
+    if frame is None:  # called by hand, outside of Dynamo
         return Place(None, (), parameters, calls)
     owners = {id(x): weakref.ref(x) for x in frame.f_locals.values() if isinstance(x, torch.nn.Module)}
     return Place(frame.f_code, tuple(owners.values()), parameters, calls)

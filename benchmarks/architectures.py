@@ -47,7 +47,8 @@ class Architecture:
     task: str = "AutoModelForCausalLM"
 
 
-# transformers has no sdpa for a softcap (gemma2) or for sinks (gpt_oss), and no FlexAttention for gpt2.
+# transformers has no sdpa for a softcap (gemma2) or for sinks (gpt_oss), no FlexAttention for gpt2, and refuses
+# FlexAttention with sinks on the CPU.
 ARCHITECTURES = {
     "mistral": Architecture("mistral", length=8192, window=("sliding_window", 512)),
     "gemma2": Architecture(
@@ -63,7 +64,7 @@ ARCHITECTURES = {
         "gpt_oss",
         {"intermediate_size": 512, "num_local_experts": 4, "num_experts_per_tok": 2},
         window=("sliding_window", 128),
-        spellings=("eager", "flex_attention"),
+        spellings=("eager",),
     ),
     "phi3": Architecture("phi3", {"head_dim": None}, window=("sliding_window", 512)),
     "modernbert": Architecture(
@@ -82,7 +83,8 @@ ARCHITECTURES = {
         "gpt2",
         {
             **dict.fromkeys(("head_dim", "num_key_value_heads", "intermediate_size")),
-            **{"n_inner": 1536, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), 0.0),
+            "n_inner": 1536,
         },
         spellings=("sdpa", "eager"),
     ),

@@ -8,6 +8,7 @@ The error of a variant is against the uncompiled model of the same spelling ("ea
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import time
 import traceback
@@ -22,6 +23,9 @@ from timing import Timing, in_fresh_process, interleaved, peak_memory, print_tab
 import attnc
 
 COMPILERS = ("none", "inductor", "attnc")
+# Variants share code. transformers' FlexAttention breaks the graph in it, and other variants would then be compiled
+# again, in pieces; since torch 2.13 a compile can have cache entries of its own.
+APART = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 Run = Callable[[], tuple[torch.Tensor, ...]]
 
 
@@ -68,7 +72,9 @@ class Ready:
 
     @cached_property
     def compiled(self) -> Callable[..., object]:
-        return self.model if self.variant.compiler == "none" else torch.compile(self.model, backend=self.variant.compiler)
+        if self.variant.compiler == "none":
+            return self.model
+        return torch.compile(self.model, backend=self.variant.compiler, **APART)
 
     def run(self) -> tuple[torch.Tensor, ...]:
         """The logits, or with training the gradients of the next token's cross-entropy."""
@@ -88,8 +94,8 @@ class Ready:
 class Row:
     """One line of a comparison. ratio: Inductor's seconds on the same spelling over these; above 1 is faster.
 
-    flex_ratio: these seconds over Inductor's on hand-written FlexAttention. peak_mib: in a process of its own, above
-    what was resident before the run. failure: the last line of what was raised, "" if all went well.
+    flex_ratio: these seconds over Inductor's on hand-written FlexAttention. graphs: into how many Dynamo cut the model.
+    peak_mib: in a process of its own, above what was resident before the run. failure: what was raised, "" if nothing.
     """
 
     architecture: str
@@ -102,6 +108,7 @@ class Row:
     flex_ratio: float = math.nan
     error: float = math.nan
     forms: str = ""
+    graphs: int = 0
     peak_mib: float = math.nan
     failure: str = ""
 
@@ -118,12 +125,13 @@ def compare(variants: Sequence[Variant], rounds: int, memory: bool = False) -> l
         try:
             if v.reference not in wanted:
                 wanted[v.reference] = detached(Ready(v.reference).run())
-            candidate = Ready(v)
+            candidate, graphs = Ready(v), graphs_made()
             start = time.perf_counter()
             got = candidate.run()
             rows[v] = replace(
                 rows[v],
                 first_call_s=time.perf_counter() - start,
+                graphs=graphs_made() - graphs,
                 error=relative_error(got, wanted[v.reference]),
                 forms=", ".join(f"{name} x{count}" for name, count in candidate.forms().items()),
             )
@@ -132,11 +140,19 @@ def compare(variants: Sequence[Variant], rounds: int, memory: bool = False) -> l
             traceback.print_exc()
             rows[v] = replace(rows[v], failure=failure_of(exc))
     say(f"{rounds} rounds of {len(ready)} variants")
+    graphs = graphs_made()
     times = interleaved({v.name: candidate.run for v, candidate in ready.items()}, rounds)
+    if graphs_made() != graphs:
+        say(f"these times are not to be trusted: {graphs_made() - graphs} graphs were compiled while they were taken")
     rows |= {v: timed(rows[v], v, times) for v in ready}
     if memory:
         rows |= {v: replace(rows[v], peak_mib=memory_of(v)["above_mib"]) for v in ready}
     return list(rows.values())
+
+
+def graphs_made() -> int:
+    """How many graphs Dynamo has handed to a compiler in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def detached(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -202,11 +218,12 @@ def number(value: float, digits: str) -> str:
 
 
 def print_rows(rows: Iterable[Row], memory: bool = False) -> None:
-    headings = ["architecture", "tokens", "variant", "best s", "median s", "x Inductor", "/ flex", "error", "first s"]
+    headings = ["architecture", "tokens", "variant", "best s", "median s", "x Inductor", "/ flex", "error"]
+    headings += ["first s", "graphs"]
     table = []
     for r in rows:
         figures = [number(r.seconds, ".3f"), number(r.median_s, ".3f"), number(r.ratio, ".2f")]
-        figures += [number(r.flex_ratio, ".2f"), number(r.error, ".1e"), number(r.first_call_s, ".1f")]
+        figures += [number(r.flex_ratio, ".2f"), number(r.error, ".1e"), number(r.first_call_s, ".1f"), r.graphs]
         figures += [number(r.peak_mib, ".0f")] if memory else []
         table.append([r.architecture, r.length, r.variant, *figures, r.failure or r.forms or "-"])
     print_table([*headings, *(["peak MiB"] if memory else []), "forms"], table)

@@ -59,6 +59,7 @@ def flash(
             kept = kept_rows(part.mask, part.causal, L)
             alive = kept if alive is None else alive | kept
     query, parts = _one_width(query, parts)
+    query, parts = _rows(query), [Part(_rows(p.key), _rows(p.value), p.mask, p.causal) for p in parts]
     if len(parts) == 1 and sink is None:
         part = parts[0]
         out, lse = _flash(query, part.key, part.value, 0.0, part.causal, attn_mask=part.mask, scale=scale)
@@ -94,6 +95,11 @@ def _one_width(query: torch.Tensor, parts: Sequence[Part]) -> tuple[torch.Tensor
     if Ev < E:
         return query, [Part(p.key, F.pad(p.value, (0, E - Ev)), p.mask, p.causal) for p in parts]
     return query, parts
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` with contiguous rows, which the kernel takes for granted: a transposed operand would be read wrongly."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _forward(scale, causal, query, sink, alive, parts):

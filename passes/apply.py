@@ -1,4 +1,7 @@
-"""Carry out the choices of an analysis: check each rewrite once per region key, rewrite, confine trouble to its region."""
+"""Carry out the choices of an analysis: check each rewrite once per region key, then rewrite.
+
+Trouble in one region stays there: it is left as written and reported.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def _verdict(found: Found, store: Store) -> Verdict:
     assert found.region.choice is not None and found.match is not None
     try:
         verdict = check(found.match, found.region.choice.form, found.region.training)
-    except Exception as exc:  # noqa: BLE001 - whatever a check raises, the region stays as written and says so
+    except Exception as exc:
         log.debug("check of %s failed", found.region.path, exc_info=True)
         return Verdict(False, 0.0, f"its check raised {type(exc).__name__}: {exc}".splitlines()[0])
     store.put(key, {"passed": verdict.passed, "error": verdict.error, "reason": verdict.reason})
@@ -75,14 +78,16 @@ def _leave(analysis: Analysis, position: int, reason: str) -> None:
         "The region is left as written; report the model if the rewrite should hold."
     )
     analysis.problems.append(sentence)
-    choice = Choice(AS_WRITTEN, f"left as written: {reason}", refused={**region.choice.refused, region.choice.name: reason})
+    refused = {**region.choice.refused, region.choice.name: reason}
+    choice = Choice(AS_WRITTEN, f"left as written: {reason}", refused=refused)
     analysis.found[position] = replace(found, region=replace(region, choice=choice))
 
 
 def _inherit(gm: fx.GraphModule, original: fx.GraphModule) -> None:
     """What inner backends read off Dynamo's own graph: placeholder names, sources and metadata."""
     gm.meta.update(original.meta)
-    for new, old in zip(gm.graph.find_nodes(op="placeholder"), original.graph.find_nodes(op="placeholder"), strict=True):
+    new_inputs, old_inputs = (g.graph.find_nodes(op="placeholder") for g in (gm, original))
+    for new, old in zip(new_inputs, old_inputs, strict=True):
         for key, value in old.meta.items():
             if key != "val":
                 new.meta[key] = value

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnc.errors import CaptureError
+from attnc.passes import vmap
 from attnc.passes.expand import EXPANSIONS
 
 log = logging.getLogger("attnc.passes.capture")
@@ -43,7 +44,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
 
     Raises: CaptureError naming the node that could not be retraced.
     """
-    transform = next((n for n in gm.graph.nodes if "functorch" in str(getattr(n.target, "__module__", ""))), None)
+    batched = vmap.PARTS if vmap.spans(gm.graph) else ()
+    transform = next((n for n in gm.graph.nodes if _transforms(n) and n.target not in batched), None)
     if transform is not None:
         raise CaptureError(
             f"retrace the graph to ATen: found the torch.func transform {transform.target.__name__} at node "
@@ -53,6 +55,10 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     fake_mode = _fake_mode(gm, example_inputs)
     fakes = _fake_inputs(gm, example_inputs, fake_mode)
     return _trace(gm, fakes, fake_mode)
+
+
+def _transforms(node: fx.Node) -> bool:
+    return "functorch" in str(getattr(node.target, "__module__", ""))
 
 
 def _trace(gm: fx.GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode) -> fx.GraphModule:
@@ -109,6 +115,11 @@ def _fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: FakeTe
     return fakes
 
 
+def device_of(inputs: Sequence[Any]) -> str:
+    """The device type of a graph's first tensor input."""
+    return next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), "cpu")
+
+
 def ambient_autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """No autocast: a captured graph holds its casts itself."""
     enabled = torch.is_autocast_enabled(device_type)
@@ -141,6 +152,8 @@ class _Retracer(fx.Interpreter):
         super().__init__(gm, garbage_collect_values=False)
         self.fake_mode = fake_mode
         self.current: fx.Node | None = None
+        self.batched = {node: span for span in vmap.spans(gm.graph) for node in span.nodes}
+        self.written_out: dict[fx.Node, Any] = {}
         self.autocast: list[Any] = []
         self.device = next((t.device.type for t in _tensors(gm)), "cpu")
         if torch.is_autocast_enabled(self.device):
@@ -151,6 +164,11 @@ class _Retracer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.current = n
+        span = self.batched.get(n)
+        if span is not None:
+            if n is span.nodes[0]:
+                self.written_out |= span.expand([self.env[x] for x in span.inputs])
+            return self.written_out.get(n)
         value = n.meta.get("example_value")
         if n.op == "call_method" and n.target == "item" and isinstance(value, (torch.SymFloat, torch.SymInt)):
             return self._item(n, value)

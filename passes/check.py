@@ -56,7 +56,8 @@ def check(match: Match, spelling: str, training: bool) -> Verdict:
     if len(again) != 1:
         refusals = "; ".join(str(m) for m in found if isinstance(m, NoMatch))
         return Verdict(False, 0.0, f"the region at a smaller size does not lift ({refusals or 'no anchor'})")
-    copied, renamed = fx.Graph(), {}
+    copied = fx.Graph()
+    renamed: dict[fx.Node, fx.Node] = {}
     copied.output(copied.graph_copy(written.graph, renamed))
     changed = fx.GraphModule(written, copied)
     for old, new in renamed.items():
@@ -79,7 +80,8 @@ def _substitution(match: Match, leaves: Sequence[fx.Node]) -> dict[int, int] | s
     query, key = tensor_of(match.query.source), tensor_of(match.key.source)
     assert query is not None and key is not None
     kinds_q, kinds_k = ([k for k, _ in o.roles] for o in (match.query, match.key))
-    rows, cols = (hint(x.shape[kinds.index("n")]) if "n" in kinds else 1 for x, kinds in ((query, kinds_q), (key, kinds_k)))
+    sides = ((query, kinds_q), (key, kinds_k))
+    rows, cols = (hint(x.shape[kinds.index("n")]) if "n" in kinds else 1 for x, kinds in sides)
     value = tensor_of(match.out)
     assert value is not None
     pairs = rows * cols * match.q_heads * max(1, hint(value.shape[0]))
@@ -92,26 +94,25 @@ def _substitution(match: Match, leaves: Sequence[fx.Node]) -> dict[int, int] | s
     fixed = {hint(s) for leaf in leaves if (t := tensor_of(leaf)) is not None for s in t.shape} - {rows, cols}
     clash = {rows, cols} & (fixed | {match.q_heads, *match.widths})
     if clash or any(n < SMALL_FROM for n in (rows, cols) if n != 1):
-        return f"its length {max(rows, cols)} cannot be told from another size, so it cannot be checked at a smaller one"
+        return f"its length {max(rows, cols)} cannot be told from another size, so no smaller one can be checked"
     return small_sizes(numbers - fixed)
 
 
 def small_sizes(numbers: set[int]) -> dict[int, int]:
     """Replace large numbers by small ragged ones in the same order, neighbours staying neighbours."""
     chosen: dict[int, int] = {}
-    last_from = last_to = None
+    last_from, last_to = 0, 3
     for number in sorted(n for n in numbers if n >= SMALL_FROM):
-        if last_from is not None and number - last_from <= 2:
-            chosen[number] = last_to + number - last_from
-        else:
-            chosen[number] = 37 if last_to is None else last_to + 34
+        chosen[number] = last_to + (number - last_from if number - last_from <= 2 else 34)
         last_from, last_to = number, chosen[number]
     return chosen
 
 
 def _instance(match: Match, leaves: Sequence[fx.Node], smaller: dict[int, int]) -> tuple[fx.GraphModule, list[Any]]:
     """The region alone as a graph over its leaves, at the smaller size, with data to run it on."""
-    graph, env, inputs, root = fx.Graph(), {}, [], torch.nn.Module()
+    graph, root = fx.Graph(), torch.nn.Module()
+    env: dict[fx.Node, Any] = {}
+    inputs: list[Any] = []
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     generator = torch.Generator().manual_seed(0)
 
@@ -121,7 +122,7 @@ def _instance(match: Match, leaves: Sequence[fx.Node], smaller: dict[int, int]) 
         return smaller.get(x, x) if isinstance(x, int) and not isinstance(x, bool) else x
 
     for node in inside(match, leaves):
-        value = node.meta.get("val")
+        value: Any = node.meta.get("val")
         if isinstance(value, torch.SymInt | torch.SymFloat | int | float) and not isinstance(value, bool):
             env[node] = small(value) if isinstance(value, torch.SymInt | int) else float(value)
             continue
@@ -183,7 +184,8 @@ def _compare(written: fx.GraphModule, changed: fx.GraphModule, inputs: list[Any]
         if a is None or c is None:
             continue
         if a.shape != c.shape or a.dtype != c.dtype:
-            return Verdict(False, float("inf"), f"the output is {c.dtype} {list(c.shape)}, written {a.dtype} {list(a.shape)}")
+            shapes = f"{c.dtype} {list(c.shape)}, written {a.dtype} {list(a.shape)}"
+            return Verdict(False, float("inf"), f"the output is {shapes}")
         same = torch.isnan(a) & torch.isnan(c)
         scale = a.abs()[torch.isfinite(a)].max().clamp_min(1e-3) if torch.isfinite(a).any() else torch.tensor(1.0)
         gap = torch.where(same, 0.0, ((a - c).abs() / scale).double())
@@ -191,7 +193,8 @@ def _compare(written: fx.GraphModule, changed: fx.GraphModule, inputs: list[Any]
         worst = max(worst, error)
         if error > limit * (4 if a is not expected[0] else 1):
             what = "output" if a is expected[0] else "gradient"
-            return Verdict(False, error, f"its {what} differs by {error:.1e} of its largest value, {limit:.0e} is allowed")
+            found_error = f"differs by {error:.1e} of its largest value, {limit:.0e} is allowed"
+            return Verdict(False, error, f"its {what} {found_error}")
     return Verdict(True, worst)
 
 

@@ -49,7 +49,8 @@ def _choose(region: Region, allowed: tuple[str, ...] | None, force: str | None) 
     if time > GAIN * written:
         at = crossover(region, allowed)
         when = f"; from length {at} on it would" if at is not None else ""
-        reason = f"{best.spell()} is not predicted to pay ({time * 1e3:.2f} ms against {written * 1e3:.2f} ms as written){when}"
+        figures = f"{time * 1e3:.2f} ms against {written * 1e3:.2f} ms as written"
+        reason = f"{best.spell()} is not predicted to pay ({figures}){when}"
         return Choice(AS_WRITTEN, reason, written, written, refused)
     reason = f"predicted {written / time:.1f}x faster than as written on {device.name}"
     return Choice(best.spell(), reason, time, written, refused)
@@ -73,8 +74,8 @@ def _offers(region: Region, allowed: tuple[str, ...] | None) -> tuple[list[tuple
             if why is not None:
                 refused[start.spell()] = why
                 continue
-            for best in start.space(region, device)[:1]:
-                offers.append((seconds(best.cost(region, device), device, region.dtype), best))
+            best = start.space(region, device)[:1]
+            offers += [(seconds(form.cost(region, device), device, region.dtype), form) for form in best]
     return offers, refused
 
 

@@ -32,7 +32,7 @@ def inside(match: Match, leaves: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def cut_gradient(facts: GraphFacts, match: Match) -> NoMatch | None:
-    """The node inside the region at which a gradient stops (detach, no_grad), if any: a rewrite would let it through."""
+    """The node inside the region at which a gradient stops (detach, no_grad), if any; a rewrite would not stop it."""
     leaves = leaves_of(match)
     for node in inside(match, leaves):
         if node in leaves or facts.needs_grad(node):

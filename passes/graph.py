@@ -1,4 +1,4 @@
-"""Facts of a captured graph that recognition needs everywhere: order, aliases, in-place writes, shapes as expressions."""
+"""Facts of a captured graph that recognition needs everywhere: order, aliases, writes, gradients, shapes."""
 
 from __future__ import annotations
 

@@ -137,12 +137,12 @@ def _index(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
     """Advanced indexing with integer tensors."""
     source, keys = node.args
     used = [d for d, k in enumerate(keys) if k is not None]
-    if not used or any(tensor_of(keys[d]).dtype == torch.bool for d in used):
+    tables = [t for d in used if (t := tensor_of(keys[d])) is not None]
+    if not used or len(tables) != len(used) or any(t.dtype == torch.bool for t in tables):
         return None
     rank = len(shape_of(source))
     keys = [*keys, *([None] * (rank - len(keys)))]
-    shapes = [tensor_of(keys[d]).shape for d in used]
-    joint = torch.broadcast_shapes(*shapes)
+    joint = torch.broadcast_shapes(*(t.shape for t in tables))
     # The joint dimensions stand where the first key was if the keys are neighbours, else in front.
     first = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
     inner = index[first : first + len(joint)]

@@ -29,7 +29,7 @@ ANCHORS = ("softmax", "_softmax", "_safe_softmax", "scaled_dot_product_attention
 
 @dataclass
 class Match:
-    """One attention in the graph: operands, what is read at run time, and the node that the region's output replaces."""
+    """One attention in the graph: operands, what is read at run time, and the node that the output replaces."""
 
     anchor: fx.Node
     out: fx.Node
@@ -76,6 +76,9 @@ def _lift_softmax(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
     if isinstance(weights, NoMatch):
         return weights
     final = weights.product
+    changed = next((n for n in (anchor.args[0], *weights.between) if not facts.unchanged(n, n, final.node)), None)
+    if changed is not None:
+        return NoMatch("the scores or weights are changed in place on their way to the values", changed)
     names = tuple(var(f"y{d}") for d in range(len(final.out_labels)))
     ranges = Ranges()
     for name, extent in zip(names, shape_of(final.node), strict=True):
@@ -125,6 +128,8 @@ def _lift_scores(facts, anchor, weights: Weights, names, at, dim, ranges, zeroin
 
 def _kept(pulling: Lift, zeroing: Zeroing) -> Expr:
     """Which weights a mask behind the softmax leaves."""
+    if not pulling.reads(zeroing.node):
+        raise Unliftable("a mask of the weights is modified in place after it was read", zeroing.node)
     fill = pulling.element(zeroing.fill, zeroing.at(zeroing.fill))
     if not fill.is_const or fill.value != 0:
         raise Unliftable("the weights are replaced by something other than zero", zeroing.node)
@@ -287,14 +292,16 @@ def _lift_sdpa(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
         return operands
     pulling = Lift(facts, anchor)
     pulling.ranges = ranges
+    pulling.reads(anchor)
     factor = given.get("scale")
     factor = int(widths[0].value) ** -0.5 if factor is None else factor
     score = _scaled(_sdpa_score(pulling, given, factor, lengths, rank), operands[0].factor * operands[1].factor)
     masked = split_mask(score, ranges, lengths, written="sdpa")
     if isinstance(masked, str):
         return NoMatch(masked, anchor)
+    q_operand, k_operand, v_operand = operands
     return Match(
-        anchor, anchor, *operands, masked, pulling.captured, batch, q_heads, lengths,
+        anchor, anchor, q_operand, k_operand, v_operand, masked, pulling.captured, batch, q_heads, lengths,
         (int(widths[0].value), int(widths[1].value)), ("n0", "n1", "i", "e")[4 - rank :],
         dropout=float(given.get("dropout_p", 0.0) or 0.0), inner=[anchor],
         written="sdpa_causal" if given.get("is_causal") and given.get("attn_mask") is None else "sdpa",
@@ -311,7 +318,7 @@ def _sdpa_score(pulling: Lift, given: dict[str, Any], factor: Any, lengths: tupl
         full = (B, H, I, J)
         shape = shape_of(mask)
         at = tuple(
-            ZERO if s == const(1) and x in (B, H) or (s == const(1) and lengths[k == 3] != const(1) and k > 1) else x
+            ZERO if (s == const(1) and x in (B, H)) or (s == const(1) and lengths[k == 3] != const(1) and k > 1) else x
             for k, (x, s) in enumerate(zip(full[4 - len(shape) :], shape, strict=True), start=4 - len(shape))
         )
         element = pulling.element(mask, at)

@@ -43,7 +43,8 @@ def _region(node: fx.Node) -> Region:
     split = split_mask(joined, Ranges(), (integer(q.shape[2]), integer(k.shape[2])), written="sdpa")
     masked = MaskedScore(score, TRUE, "none", "unknown") if isinstance(split, str) else split
     rule = AttentionRule(masked.score, masked.keep, masked.empty)
-    shape = Shape(*(hint(s) for s in (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])))
+    batch, q_heads, rows, width = map(hint, q.shape)
+    shape = Shape(batch, q_heads, hint(k.shape[1]), rows, hint(k.shape[2]), width, hint(v.shape[3]))
     unknown = keep is None or isinstance(split, str)
     return Region(
         "attention", module_path(node), node.name, rule, shape, str(q.dtype).removeprefix("torch."), q.device.type,

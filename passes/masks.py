@@ -50,6 +50,7 @@ class Lift:
         self.ranges = Ranges()
         self.captured: list[fx.Node] = []
         self._memo: dict[tuple[fx.Node, Index], Expr] = {}
+        self._opaque: set[fx.Node] = set()
 
     def element(self, node: Any, index: Index) -> Expr:
         """Element `index` of the value of `node`, which may also be a Python or symbolic number."""
@@ -69,7 +70,11 @@ class Lift:
         found = self.leaf(node, index)
         if found is not None:
             return found
-        if not self._settled(node):
+        if node in self._opaque:
+            return self._lookup(node, value, index)
+        if not self.facts.unchanged(node, node, self.end):
+            raise Unliftable("a tensor of the mask is modified in place before the attention reads it", node)
+        if not self.reads(node):
             return self.capture(node, index)
         if op_name(node) == "detach" and self.facts.needs_grad(node.args[0]):
             return self.capture(node, index)
@@ -105,9 +110,16 @@ class Lift:
             return to_float(e)
         return unary("trunc", e) if e.kind == FLOAT else predicate.num(e)
 
-    def _settled(self, node: fx.Node) -> bool:
-        """Whether the inputs of `node` still hold, at the end, what it read."""
-        return all(self.facts.unchanged(x, node, self.end) for x in node.all_input_nodes)
+    def reads(self, node: fx.Node) -> bool:
+        """Whether the inputs of `node` still hold, at the end, what it read.
+
+        An input that was written before `node` read it is no longer what made it: it will be looked up.
+        """
+        written = [x for x in node.all_input_nodes if not self.facts.unchanged(x, x, self.end)]
+        if not all(self.facts.unchanged(x, node, self.end) for x in written):
+            return False
+        self._opaque.update(written)
+        return True
 
     def capture(self, node: fx.Node, index: Index) -> Expr:
         """A lookup into the tensor that `node` is."""
@@ -116,6 +128,9 @@ class Lift:
             raise Unliftable("a constant of the graph that is no number", node)
         if not self.facts.unchanged(node, node, self.end):
             raise Unliftable("a tensor of the mask is modified in place before the attention reads it", node)
+        return self._lookup(node, value, index)
+
+    def _lookup(self, node: fx.Node, value: torch.Tensor, index: Index) -> Expr:
         if node not in self.captured:
             self.captured.append(node)
         at = tuple(ZERO if s == 1 else x for s, x in zip(value.shape, index, strict=True))

@@ -45,13 +45,15 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _functionalize(graph: fx.Graph) -> None:
-    facts, members, changed = *_families(graph), set()
+    facts, members = _families(graph)
+    changed: set[fx.Node] = set()
     for node in list(graph.nodes):
         value = _functional(node)
         if value is None:
             continue
         if facts.root(node.args[0]) in changed:
-            facts, members, changed = *_families(graph), set()
+            facts, members = _families(graph)
+            changed = set()
         target = node.args[0]
         root = facts.root(target)
         if _is_private(facts, node, target, members[root]):
@@ -77,7 +79,7 @@ def _functional(node: fx.Node) -> OpOverload | None:
     written = [a for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if not name.endswith("_") or name.endswith("__") or not schema.name.startswith("aten::"):
         return None
-    if len(written) != 1 or written[0] is not schema.arguments[0] and written[0].name != schema.arguments[0].name:
+    if len(written) != 1 or (written[0] is not schema.arguments[0] and written[0].name != schema.arguments[0].name):
         return None
     packet = getattr(aten, name[:-1], None)
     overload = schema.overload_name or "default"
@@ -232,7 +234,7 @@ def _sink_in_gate(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if op_name(node) != "mul" or len(node.args) != 2:
         return None
     for dot, gate in (node.args, node.args[::-1]):
-        weights = dot.args[0] if op_name(dot) == "matmul" else None
+        weights: Any = dot.args[0] if op_name(dot) == "matmul" else None
         if op_name(weights) != "softmax" or op_name(gate) != "sigmoid" or op_name(gate.args[0]) != "sub":
             continue
         total, sink = gate.args[0].args[:2]
@@ -252,7 +254,7 @@ def _with_sink(graph: fx.Graph, before: fx.Node, x: fx.Node, sink: Any, dim: int
         return None
     width = value.shape[dim]
     column = [1 if d == dim else extent for d, extent in enumerate(value.shape)]
-    if logit.dim() == value.dim() and logit.shape[dim] != 1 or isinstance(width, torch.SymInt):
+    if (logit.dim() == value.dim() and logit.shape[dim] != 1) or isinstance(width, torch.SymInt):
         return None
     with graph.inserting_before(before):
         spread = _emit(graph, before, aten.expand.default, sink, column)

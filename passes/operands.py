@@ -134,7 +134,7 @@ def trace_operand(
             distinct = len(set(plain)) == len(plain) and needed <= set(plain)
             if whole and distinct and ("g" not in plain or "h" in plain):
                 best = Operand(node, index, tuple(f for f in found if f is not None), factor)
-        elif not facts.unchanged(node, reader, end):
+        if not facts.unchanged(node, node, end):  # what made it no longer says what it holds
             break
         step = _step(node, index, ranges, roles.scalars)
         if step is None or (op_name(node) == "detach" and facts.needs_grad(node.args[0])):

@@ -1,4 +1,4 @@
-"""The life of a graph: capture, normalize, lift, choose, rewrite, each timed, trouble confined to the region it is in."""
+"""The life of a graph: capture, normalize, lift, choose, each timed, trouble confined to the region it is in."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Found:
 
 @dataclass
 class Analysis:
-    """What one graph holds: the captured graph, its regions with choices, what did not fit, and the time of each pass."""
+    """What one graph holds: its capture, its regions with choices, what did not fit, and the time of each pass."""
 
     gm: fx.GraphModule | None
     found: list[Found] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Products: which axes of a matrix product are batch, row, column and contracted, in whatever operator it is written."""
+"""Products: which axes of a matrix product are batch, row, column and contracted, however it is written."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def _einsum(node: fx.Node) -> Product | None:
         return None
     # Of several free axes (query heads beside rows) the longest, then the last, is the row; the others are batch axes.
     row, col = (max(enumerate(free), key=lambda at: (extents[at[1]], at[0]))[1] for free in (rows, cols))
-    return Product(node, *operands, tuple(outs), tuple(left), tuple(right), contracted[0], row, col)
+    first, second = operands
+    return Product(node, first, second, tuple(outs), tuple(left), tuple(right), contracted[0], row, col)
 
 
 def _labels(term: str, rank: int) -> list[str]:

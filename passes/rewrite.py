@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from operator import getitem
+
 import torch
 from torch import fx
 
 from attnc.expr import TRUE, Expr, size
+from attnc.ops import spell_attention
 from attnc.passes.graph import GraphFacts, hint, tensor_of
 from attnc.passes.lift_attention import Match, sizes_of
-from attnc.ops import spell_attention
 from attnc.predicate import rebuild
 from attnc.region import AttentionRule, Shape
 
@@ -81,7 +83,7 @@ def rewrite(facts: GraphFacts, match: Match, spelling: str) -> fx.Node:
         call = graph.call_function(
             torch.ops.attnc.attention.default, (query, key, val, list(match.captured), sizes, text)
         )
-        result = graph.call_function(_getitem, (call, 0))
+        result = graph.call_function(getitem, (call, 0))
         wide = tensor_of(query)
         assert wide is not None
         result.meta["val"] = wide.new_empty((*wide.shape[:3], match.widths[1]))
@@ -90,10 +92,6 @@ def rewrite(facts: GraphFacts, match: Match, spelling: str) -> fx.Node:
         result = _restore(graph, match, result, value)
     out.replace_all_uses_with(result)
     return call
-
-
-def _getitem(pair: tuple, position: int) -> torch.Tensor:
-    return pair[position]
 
 
 def _batch(match: Match):
@@ -115,10 +113,11 @@ def _same_heads(graph: fx.Graph, key: fx.Node, val: fx.Node, q_heads: int) -> tu
     """Key and value with one number of heads: the one with fewer is repeated to the other's."""
     counts = [int(tensor_of(x).shape[1]) for x in (key, val)]  # type: ignore[union-attr]
     most = max(counts)
-    return tuple(  # type: ignore[return-value]
+    key, val = (
         x if n == most else _emit(graph, aten.repeat_interleave.self_int, x, most // n, 1)
         for x, n in zip((key, val), counts, strict=True)
     )
+    return key, val
 
 
 def _same_dtype(graph: fx.Graph, *nodes: fx.Node) -> list[fx.Node]:

@@ -1,4 +1,4 @@
-"""From a lifted score to score, mask and empty rows: what is masked out, with what, and whether a row can lose all keys.
+"""From a lifted score to score, mask and empty rows: what is masked, with what, whether a row can lose all keys.
 
 A mask is a choice whose losing side is so low that its weight is 0 (-inf, finfo.min, -1e9). It may be added, chosen by
 `where`, filled in, or multiplied; it is taken out of sums and clamps and becomes the predicate `keep`.
@@ -21,7 +21,11 @@ SWALLOWS = -1e30
 
 @dataclass(frozen=True)
 class MaskedScore:
-    """Score and mask of an attention; `shift` was taken off the scores of each row (and goes off a sink); `fill` is "none", "-inf" or "finite", `empty` one of region.EMPTY_ROWS."""
+    """Score and mask of an attention.
+
+    fill is "none", "-inf" or "finite", empty one of region.EMPTY_ROWS; shift was taken off the scores of each row, and
+    goes off a sink.
+    """
 
     score: Expr
     keep: Expr
@@ -89,12 +93,20 @@ def assume(score: Expr, keep: Expr) -> Expr:
 
 
 def row_shift(score: Expr) -> Expr:
-    """The terms of `score` that are one number per row: softmax does not see them (a subtracted maximum)."""
+    """The terms of `score` that are one number per row: softmax does not see them (a subtracted maximum).
+
+    Not the large ones: `(1 - t[j]) * -1e38` without its constant, or a padded row that is lowered as a whole, would be
+    the same in real numbers only.
+    """
     if score.op != "lin":
         return const(0.0)
     constant, terms = score.args
-    rows = [scale(atom, coef) for atom, coef in terms if not atom.names() & {"s", "j"}]
-    return add(const(float(constant)), *rows)
+    rows = [scale(atom, coef) for atom, coef in terms if not atom.names() & {"s", "j"} and not _is_large(atom, coef)]
+    return add(const(float(constant) if abs(constant) < -LOWEST else 0.0), *rows)
+
+
+def _is_large(atom: Expr, coef: float) -> bool:
+    return abs(coef) >= -LOWEST or any(x.is_const and abs(x.value) >= -LOWEST for x in atom.walk())
 
 
 def _is_low(e: Expr) -> bool:
@@ -118,7 +130,8 @@ def _strip(e: Expr) -> _Stripped:
 
 def _strip_sum(e: Expr) -> _Stripped:
     constant, terms = e.args
-    parts, keep, fills = [const(float(constant))], TRUE, ()
+    parts, keep = [const(float(constant))], TRUE
+    fills: tuple[float, ...] = ()
     for atom, coef in terms:
         inner = _strip(atom) if coef > 0 else _Stripped(atom, TRUE, ())
         scaled = tuple(fill * coef for fill in inner.fills)
@@ -158,6 +171,11 @@ def _empty(keep: Expr, stripped: _Stripped, ranges: Ranges, lengths: tuple[Expr,
     return "unknown"
 
 
+def at_key(e: Expr, key: Expr) -> Expr:
+    """`e` with `j` replaced by `key`."""
+    return predicate.rebuild(e, lambda x: key if x == J else None)
+
+
 def _each_row_keeps(keep: Expr, ranges: Ranges, lengths: tuple[Expr, Expr]) -> bool:
     """Whether some key is kept in every row: proven by naming one (the diagonal, its end, the first or last key)."""
     rows, cols = lengths
@@ -165,11 +183,7 @@ def _each_row_keeps(keep: Expr, ranges: Ranges, lengths: tuple[Expr, Expr]) -> b
     if rows == cols or (rows.is_const and cols.is_const and rows.value <= cols.value):
         candidates.insert(0, I)
     candidates.append(add(I, sub(cols, rows)))
-    for key in candidates:
-        chosen = predicate.rebuild(keep, lambda x, key=key: key if x == J else None)
-        if decide(chosen, ranges) == TRUE:
-            return True
-    return False
+    return any(decide(at_key(keep, key), ranges) == TRUE for key in candidates)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -192,7 +206,7 @@ def label(keep: Expr, score: Expr) -> str:
 
 
 def _label_of_bias(score: Expr) -> str:
-    """A mask that stayed a number from run-time data: a lookup times something so large that only a mask can be meant."""
+    """A mask that stayed a number from run-time data: a lookup times what only a mask would be multiplied by."""
     for node in score.walk():
         if node.op == "lin" and any(abs(coef) >= -LOWEST for _, coef in node.args[1]):
             loads = [x for x in node.walk() if x.op == "load"]
@@ -225,8 +239,8 @@ def _part(p: Expr) -> str:
     if loads and "i" not in inner.names():
         return "padding"
     if p.op == "or" and not loads and len(p.args) == 2:
-        if {_part(q) if {"i"} & q.names() else "columns" for q in p.args} == {"causal", "columns"}:
-            return "prefix"
+        sides = {_part(q) if "i" in q.names() else "columns" for q in p.args}
+        return "prefix" if sides == {"causal", "columns"} else "predicate"
     return "predicate"
 
 

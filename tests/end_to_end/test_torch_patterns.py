@@ -5,9 +5,9 @@ Source: torch/_inductor/fx_passes/fuse_attention.py: its search functions with i
 from __future__ import annotations
 
 import inspect
-import types
 import logging
 import re
+import types
 from dataclasses import dataclass
 from functools import partial
 

@@ -41,7 +41,7 @@ def as_function(program: Program):
 def traced(program: Program, inputs: tuple[torch.Tensor, ...], symbolic: bool):
     mode = FakeTensorMode(shape_env=ShapeEnv() if symbolic else None, allow_non_fake_inputs=True)
     with mode:
-        fakes = [mode.from_tensor(x, static_shapes=not symbolic or x.dim() == 2 and x.shape[0] == 7) for x in inputs]
+        fakes = [mode.from_tensor(x, static_shapes=not symbolic or (x.dim() == 2 and x.shape[0] == 7)) for x in inputs]
         return make_fx(as_function(program), pre_dispatch=True)(*fakes)
 
 
