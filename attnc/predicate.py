@@ -173,7 +173,7 @@ def _join(op: str, parts: tuple[Expr, ...], absorbing: Expr, neutral: Expr) -> E
                 return absorbing
             if p != neutral:
                 flat[p] = None
-    kept = [p for p in flat if not any(_implied(op, p, q) for q in flat if q != p)]
+    kept = [p for p in flat if not any(_implied(op, p, q) or _absorbed(op, p, q) for q in flat if q != p)]
     if any(logical_not(p) in flat for p in kept):
         return absorbing
     if not kept:
@@ -187,6 +187,12 @@ def _implied(op: str, p: Expr, q: Expr) -> bool:
         return False
     (cp, tp), (cq, tq) = terms_of(p.args[0]), terms_of(q.args[0])
     return tp == tq and (cp < cq if op == "and" else cp > cq)
+
+
+def _absorbed(op: str, p: Expr, q: Expr) -> bool:
+    """`p` is superfluous beside `q` as in `(p and q) or q`."""
+    inner = "and" if op == "or" else "or"
+    return p.op == inner and set(q.args if q.op == inner else (q,)) <= set(p.args)
 
 
 def conjunction(*parts: Expr) -> Expr:

@@ -101,18 +101,24 @@ def _fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: FakeTe
         known = node.meta.get("example_value", node.meta.get("val"))
         if not isinstance(value, torch.Tensor):
             fakes.append(known if known is not None else value)
-        elif isinstance(value, FakeTensor) and value.fake_mode is mode:
-            fakes.append(value)
-        elif isinstance(known, FakeTensor) and known.fake_mode is mode:
-            fakes.append(known)
-        else:
-            symbolic = contexts.get(value)
-            fakes.append(
-                mode.from_tensor(
-                    value, static_shapes=None if symbolic is not None else True, symbolic_context=symbolic
-                )
-            )
+            continue
+        own = next((x for x in (value, known) if isinstance(x, FakeTensor) and x.fake_mode is mode), None)
+        fakes.append(_alias(_fake(value, mode, contexts.get(value)) if own is None else own))
     return fakes
+
+
+def _fake(value: torch.Tensor, mode: FakeTensorMode, symbolic: Any) -> FakeTensor:
+    """As AOTAutograd will make it: without the source, lengths become new symbols that no guard can name."""
+    if symbolic is None:
+        return mode.from_tensor(value, static_shapes=True)
+    return mode.from_tensor(value, symbolic_context=symbolic, source=symbolic.tensor_source)
+
+
+def _alias(fake: torch.Tensor) -> torch.Tensor:
+    """Another handle for `fake`: what the graph writes must not change what AOTAutograd finds in the mode's memo."""
+    if isinstance(fake, torch.nn.Parameter):
+        return fake
+    return fake.detach().requires_grad_(fake.requires_grad)
 
 
 def device_of(inputs: Sequence[Any]) -> str:
@@ -167,6 +173,8 @@ class _Retracer(fx.Interpreter):
         span = self.batched.get(n)
         if span is not None:
             if n is span.nodes[0]:
+                if self.autocast and self.autocast[-1][2]:
+                    raise NotImplementedError("torch.vmap under autocast")
                 self.written_out |= span.expand([self.env[x] for x in span.inputs])
             return self.written_out.get(n)
         value = n.meta.get("example_value")

@@ -148,7 +148,7 @@ def decide(p: Expr, ranges: Ranges) -> Expr:
     """`p` without the comparisons that the ranges of the coordinates decide (a window longer than the sequence)."""
 
     def leaf(x: Expr) -> Expr | None:
-        if x.op not in ("le", "eq"):
+        if x.op not in ("le", "eq", "le2", "eq2"):
             return None
         known = ranges.of(x)
         if known is None or known == (True, False):

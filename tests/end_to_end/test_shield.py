@@ -1,4 +1,4 @@
-"""What attnc leaves alone comes out right through Inductor too, and plain Inductor in the same process stays as it is."""
+"""What attnc leaves alone comes out right through Inductor too, and plain Inductor in the same process is unchanged."""
 from __future__ import annotations
 
 import warnings
