@@ -116,7 +116,7 @@ def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     if options.inner == "eager":
         return gm.forward
     if options.inner != "inductor":
-        return lookup_backend(options.inner)(gm, example_inputs)
+        return lookup_backend(options.inner)(gm, list(example_inputs))
     patches = dict(list_mode_options(options.mode)) if options.mode else {}
     settings = shield.settings({**patches, **options.inductor})
     compiled: Any = compile_fx(gm, list(example_inputs), config_patches=settings)

@@ -53,7 +53,7 @@ def _call(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
 
 
 def spans(graph: fx.Graph) -> list[Span]:
-    """The outermost vmaps of `graph`, in order; none where one is not closed, draws random numbers or sets grad mode."""
+    """The outermost vmaps of `graph`, in order; none if one is not closed, draws at random or sets grad mode."""
     found: list[Span] = []
     inside: list[fx.Node] = []
     depth = 0

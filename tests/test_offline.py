@@ -117,7 +117,8 @@ def test_keywords_reach_the_model():
     assert region.rule.scale == 0.5
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, lambda m: torch.compile(torch.compile(m)), lambda m: m], ids=str)
+@pytest.mark.parametrize("wrap", [torch.compile, lambda m: torch.compile(torch.compile(m)), lambda m: m],
+                         ids=["compiled", "compiled twice", "as it is"])
 def test_a_compiled_model_is_explained_like_the_model(wrap):
     assert paths(explain(wrap(Model()), inputs())) == ["layers.0", "layers.1"]
     assert len(explain(wrap(attention), inputs()).regions) == 1
