@@ -18,11 +18,12 @@ from torch._dynamo.exc import RestartAnalysis
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
-from attnc.errors import LoweringError, UsageError
+from attnc.errors import AttncError, LoweringError, UsageError
 from attnc.options import Options, configure_logging
 from attnc.passes import shield
 from attnc.passes.apply import apply_choices
 from attnc.passes.capture import ambient_autocast_off, device_of
+from attnc.passes.choose import checked_forms
 from attnc.passes.pipeline import Analysis, analyse
 from attnc.region import AS_WRITTEN
 from attnc.report import Report
@@ -44,6 +45,7 @@ def attnc_backend(
     """
     configure_logging()
     chosen = Options.from_torch(options, mode)
+    checked_forms(chosen)
     place = place_of(example_inputs)
     analysis, rewritten = _rewritten(gm, example_inputs, chosen)
     _tell(analysis, place, chosen)
@@ -72,9 +74,9 @@ def _rewritten(
     try:
         analysis = analyse(gm, example_inputs, options)
         return analysis, apply_choices(analysis, gm, options) if analysis.gm is not None else None
-    except UsageError:
-        raise
     except Exception as exc:  # a fault of attnc's must not stop a model that runs without it
+        if options.strict and isinstance(exc, AttncError):
+            raise
         if options.strict:
             raise LoweringError(_sentence("analyse the graph", exc)) from exc
         log.debug("analysis failed", exc_info=True)
@@ -142,6 +144,7 @@ def last_report(compiled: Any) -> Report:
     if found is None:
         raise UsageError(
             f"last_report of {type(compiled).__name__}: found no compile of it by attnc in this process. Call the "
-            "compiled model once first, and pass what torch.compile(model, backend='attnc') returned."
+            "compiled model once first, and pass what torch.compile(model, backend='attnc') returned; under a torch.func "
+            "transform torch.compile runs a model as it is."
         )
     return found

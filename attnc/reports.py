@@ -48,10 +48,10 @@ class Place:
         return (self.frame, *(id(ref()) for ref in self.calls))
 
     def belongs_to(self, written: object) -> bool:
-        """Whether the frame is one of `written`: a module, one of its parts, or a function."""
+        """Whether the frame is one of `written`: a module or one of its parts, or a method of them."""
         module = written.__self__ if isinstance(written, MethodType) else written
         if not isinstance(module, torch.nn.Module):
-            return self.code is not None and self.code is getattr(written, "__code__", None)
+            return False
         own = {id(x) for x in (*module.modules(), *module.parameters())}
         return any(id(x) in own for ref in (*self.owners, *self.parameters) if (x := ref()) is not None)
 
@@ -95,16 +95,27 @@ class Reports:
     def of(self, compiled: Any) -> Report | None:
         """The merged reports of all frames compiled in calls of `compiled`.
 
-        Code that an equal torch.compile of the same module or function compiled before is reused by Dynamo; then the
-        latest report of each frame of that module or function is taken.
+        Dynamo reuses code that an equal torch.compile made before, also for another module of the same class; then the
+        latest report of each frame of the module is taken, or those of the latest call that compiled its code.
         """
         called = _given(compiled)
-        found = [report for place, report in self._frames.values() if any(ref() is called for ref in place.calls)]
         written = compiled._orig_mod if isinstance(compiled, torch._dynamo.OptimizedModule) else called
-        if not found:
-            frames = {place.frame: report for place, report in self._frames.values() if place.belongs_to(written)}
-            found = list(frames.values())
-        return Report.merge(found) if found else None
+        for found in (self._of_call(called), self._of_frames(written), self._of_code(written)):
+            if found:
+                return Report.merge(found)
+        return None
+
+    def _of_call(self, called: object) -> list[Report]:
+        return [report for place, report in self._frames.values() if any(ref() is called for ref in place.calls)]
+
+    def _of_frames(self, written: object) -> list[Report]:
+        return list({place.frame: report for place, report in self._frames.values() if place.belongs_to(written)}.values())
+
+    def _of_code(self, written: object) -> list[Report]:
+        forward = _given(written.forward) if isinstance(written, torch.nn.Module) else written
+        code = getattr(forward, "__code__", None)
+        calls = [place.calls for place, _ in self._frames.values() if place.code is code is not None]
+        return [report for place, report in self._frames.values() if calls and place.calls == calls[-1]]
 
 
 def _given(compiled: Any) -> Any:

@@ -47,8 +47,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     batched = vmap.PARTS if vmap.spans(gm.graph) else ()
     transform = next((n for n in gm.graph.nodes if _transforms(n) and n.target not in batched), None)
     if transform is not None:
+        name = transform.target.__name__.strip("_").removesuffix("_increment_nesting")
         raise CaptureError(
-            f"retrace the graph to ATen: found the torch.func transform {transform.target.__name__} at node "
+            f"retrace the graph to ATen: found the torch.func transform {name} at node "
             f"{transform.name}, which cannot be retraced. The graph goes to the inner backend as written; build masks "
             "outside of vmap, or compile the function inside the transform, to have it rewritten."
         )

@@ -68,7 +68,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def trained(model: nn.Module, x: Tensor, call=None) -> tuple[Tensor, dict[str, Tensor]]:
     """Output and gradients of one step through `call` (default: the model itself)."""
-    out = (call or model)(x)
+    out = model(x) if call is None else call(x)
     out.float().square().mean().backward()
     return out.detach(), gradients(model)
 

@@ -23,6 +23,15 @@ log = logging.getLogger("attnc.tests")
 PATTERN = re.compile(r"_sfdp_pattern_\d+")
 
 
+# The search functions as if they were written in this file: Dynamo runs torch._inductor's own files eagerly.
+for _name, _written in vars(fuse_attention).items():
+    if PATTERN.fullmatch(_name):
+        _code = _written.__code__.replace(co_filename=__file__)
+        globals()[_name] = types.FunctionType(_code, globals(), _name, _written.__defaults__, _written.__closure__)
+    elif not _name.startswith("__"):
+        globals().setdefault(_name, _written)
+
+
 @dataclass(frozen=True)
 class Pattern:
     """One search function with the inputs torch traces it with."""
@@ -33,11 +42,8 @@ class Pattern:
 
     @property
     def function(self):
-        """The search function, as if it were written in this file: Dynamo runs torch._inductor's own files eagerly."""
-        written = getattr(fuse_attention, PATTERN.match(self.name).group())
-        code = written.__code__.replace(co_filename=__file__)
-        names = {**vars(fuse_attention), "__name__": __name__, "__file__": __file__}
-        return types.FunctionType(code, names, written.__name__, written.__defaults__, written.__closure__)
+        """The search function of this name."""
+        return globals()[PATTERN.match(self.name).group()]
 
     @property
     def has_dropout(self) -> bool:
