@@ -144,7 +144,8 @@ def last_report(compiled: Any) -> Report:
     if found is None:
         raise UsageError(
             f"last_report of {type(compiled).__name__}: found no compile of it by attnc in this process. Call the "
-            "compiled model once first, and pass what torch.compile(model, backend='attnc') returned; under a torch.func "
+            "compiled model once first, and pass what torch.compile(model, backend='attnc') returned; under a "
+            "torch.func "
             "transform torch.compile runs a model as it is."
         )
     return found

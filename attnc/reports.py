@@ -109,7 +109,8 @@ class Reports:
         return [report for place, report in self._frames.values() if any(ref() is called for ref in place.calls)]
 
     def _of_frames(self, written: object) -> list[Report]:
-        return list({place.frame: report for place, report in self._frames.values() if place.belongs_to(written)}.values())
+        mine = {place.frame: report for place, report in self._frames.values() if place.belongs_to(written)}
+        return list(mine.values())
 
     def _of_code(self, written: object) -> list[Report]:
         forward = _given(written.forward) if isinstance(written, torch.nn.Module) else written
