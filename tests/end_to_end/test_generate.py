@@ -1,4 +1,5 @@
 """transformers' generate() through attnc gives the tokens of eager, with dynamic and static caches."""
+
 from __future__ import annotations
 
 import warnings
@@ -65,8 +66,9 @@ def slow_but(quick: set[tuple[str, str]]) -> list:
     pairs = [(make, how) for make in (llama, mistral, gemma2, gemma3) for how in ("eager", "sdpa")]
     pairs.remove((gemma2, "sdpa"))  # its softcap has no sdpa spelling
     return [
-        pytest.param(make, how, id=f"{make.__name__}-{how}",
-                     marks=() if (make.__name__, how) in quick else pytest.mark.slow)
+        pytest.param(
+            make, how, id=f"{make.__name__}-{how}", marks=() if (make.__name__, how) in quick else pytest.mark.slow
+        )
         for make, how in pairs
     ]
 
