@@ -48,7 +48,8 @@ def _split(score: Expr) -> tuple[Expr, Expr | None]:
     terms = dict(score.args[1]) if score.op == "lin" else {score: 1}
     others = [x for x in found.args if x != SCORE]
     bare = any(SCORE in x.children() for x in score.walk() if x is not found)
-    if found not in terms or bare or not all(_is_row(x) for x in others):
+    squared = len(others) != len(found.args) - 1
+    if found not in terms or squared or bare or not all(_is_row(x) for x in others):
         return score, None
     factor = others[0]
     for other in others[1:]:

@@ -129,6 +129,17 @@ def weights_filled_with_ones(q, k, v, keep):
     return scores.softmax(-1).masked_fill(~keep, 1.0) @ v
 
 
+def scores_squared(q, k, v):
+    scores = q @ k.mT * 0.25
+    return (scores * scores).softmax(-1) @ v
+
+
+def scores_squared_with_temperature(q, k, v, temperature):
+    """The temperature is one number per head, but the product occurs twice beside it."""
+    scores = q @ k.mT * 0.25
+    return (scores * scores * temperature).softmax(-1) @ v
+
+
 def kept():
     """A mask with rows that keep nothing."""
     mask = torch.rand(2, 1, 33, 33) > 0.3
@@ -156,8 +167,10 @@ ENTRIES = (
     spell(padding_added_from_integers, {"mask": "padding", "scale": 0.25}, given(qkv(), right_padded)),
     spell(weights_and_output, {}, regions=None, expect="refused"),
     spell(weights_changed_in_place, {}, regions=None, expect="values", train=False),
+    spell(scores_squared_with_temperature, {}, given(qkv(), lambda: torch.rand(4, 1, 1)), regions=None,
+          expect="values"),
     *(spell(fn, {}, regions=None, expect="values") for fn in (
-        scores_changed_by_slice, query_changed_by_slice, mask_changed_after_reading)),
+        scores_squared, scores_changed_by_slice, query_changed_by_slice, mask_changed_after_reading)),
     *(spell(fn, {}, MASKED, regions=None, expect="values") for fn in (
         weights_filled_with_another_mask, weights_filled_with_ones)),
 )
