@@ -25,10 +25,14 @@ def inside(match: Match, leaves: Sequence[fx.Node]) -> list[fx.Node]:
         node = stack.pop()
         if node not in needed:
             needed.add(node)
-            computed = isinstance(node.meta.get("val"), torch.Tensor | list | tuple)  # a number is taken as it is
-            if node not in leaves and computed:
+            if node not in leaves and is_computed(node):
                 stack.extend(node.all_input_nodes)
     return [n for n in match.out.graph.nodes if n in needed]
+
+
+def is_computed(node: fx.Node) -> bool:
+    """Whether `node` holds tensors; a number is taken as it is, whatever made it."""
+    return isinstance(node.meta.get("val"), torch.Tensor | list | tuple)
 
 
 def cut_gradient(facts: GraphFacts, match: Match) -> NoMatch | None:

@@ -48,7 +48,6 @@ class Match:
     written: str = "composed"
     repeats_heads: bool = False
     row_factor: Expr | None = None
-    inner: list[fx.Node] = field(default_factory=list)
     readers: list[fx.Node] = field(default_factory=list)  # what else reads the weights, which must then stay
 
 
@@ -204,8 +203,7 @@ def _assemble(facts, anchor, weights, pulling, value, sink, kept, found, row, co
         anchor, final.node, query, key, value_operand, masked, pulling.captured, batch_size, q_heads,
         lengths, (int(widths[0].value), int(widths[1].value)), layout,
         sink=None if sink is None else sub(rename(sink), masked.shift), dropout=weights.dropout,
-        repeats_heads=_heads_of(score_product.right) > key.heads(q_heads), inner=[*weights.between, score_product.node],
-        readers=weights.readers,
+        repeats_heads=_heads_of(score_product.right) > key.heads(q_heads), readers=weights.readers,
     )
 
 
@@ -303,7 +301,7 @@ def _lift_sdpa(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
     return Match(
         anchor, anchor, q_operand, k_operand, v_operand, masked, pulling.captured, batch, q_heads, lengths,
         (int(widths[0].value), int(widths[1].value)), ("n0", "n1", "i", "e")[4 - rank :],
-        dropout=float(given.get("dropout_p", 0.0) or 0.0), inner=[anchor],
+        dropout=float(given.get("dropout_p", 0.0) or 0.0),
         written="sdpa_causal" if given.get("is_causal") and given.get("attn_mask") is None else "sdpa",
         repeats_heads=operands[1].heads(q_heads) < k_heads,
     )

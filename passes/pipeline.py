@@ -21,6 +21,7 @@ from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
 from attnc.passes.lift_attention import Match, anchors, lift
 from attnc.passes.lift_flex import flex_regions
 from attnc.passes.normalize import normalize
+from attnc.passes.repeats import Repeats
 from attnc.passes.rewrite import rule_of, shape_of_match, size_nodes
 from attnc.passes.rules import label
 from attnc.region import AS_WRITTEN, Choice, Region
@@ -93,11 +94,10 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
         facts = GraphFacts(gm.graph)
     with analysis.timed("lift"):
         analysis.found += [Found(None, None, region) for region in flex_regions(gm.graph)]
+    repeats = Repeats(facts)
     for anchor in anchors(gm.graph):
         with analysis.timed("lift"):
-            match = lift(facts, anchor)
-            cut = cut_gradient(facts, match) if isinstance(match, Match) else None
-            match = cut if cut is not None else settle(match) if isinstance(match, Match) else match
+            match = repeats.find(anchor) or _lifted(facts, anchor, repeats)
         if isinstance(match, NoMatch):
             path = module_path(anchor)
             analysis.unmatched.append(Unmatched(anchor.name, match.reason, match.node.name, path))
@@ -106,6 +106,18 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
             region = describe(facts, match)
             region = choose(region, options) if not match.readers else replace(region, choice=_kept_weights(match))
         analysis.found.append(Found(match, facts, region))
+
+
+def _lifted(facts: GraphFacts, anchor: fx.Node, repeats: Repeats) -> Match | NoMatch:
+    match = lift(facts, anchor)
+    if isinstance(match, NoMatch):
+        return match
+    cut = cut_gradient(facts, match)
+    if cut is not None:
+        return cut
+    match = settle(match)
+    repeats.add(match)
+    return match
 
 
 def _kept_weights(match: Match) -> Choice:
