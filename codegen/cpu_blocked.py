@@ -25,7 +25,7 @@ from attnc.codegen.tiles import blocks, visited
 from attnc.expr import Expr, I, J, add, const
 from attnc.predicate import rebuild
 from attnc.reading import Axis, picked, read
-from attnc.region import AttentionRule
+from attnc.region import AttentionRule, linear_score
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def blocked(
     *,
     block_m: int,
     block_n: int,
-    limit: int = 16,
+    limit: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend block by block; rows that keep no key give 0 and lse -inf (or the sink).
+    """Attend block by block, in about `limit` groups; rows that keep no key give 0 and lse -inf (or the sink).
 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
             L and S are numbers; sizes that are not leave their tiles partial.
@@ -72,7 +72,7 @@ def blocked(
     )
     ragged = S // block_n if S % block_n else None
     problem = Problem(query, key, value, captured, tuple(sizes), rule, block_m, block_n)
-    groups = grouped(visits, bool(L % block_m), ragged, limit)
+    groups = grouped(visits, bool(L % block_m), ragged, limit or most_groups(rule))
     outs, lses = [], []
     order: list[int] = []
     for group in groups:
@@ -84,6 +84,11 @@ def blocked(
         return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 2), torch.cat(lses, 2))
     at = _rows_in_order(order, L, block_m, query.device)
     return torch.cat(outs, 2).index_select(2, at), torch.cat(lses, 2).index_select(2, at)
+
+
+def most_groups(rule: AttentionRule) -> int:
+    """Into how many groups the query blocks are split: a composed one is several kernels, each a second to compile."""
+    return 8 if linear_score(rule.score) is None else 16
 
 
 def _rows_in_order(order: list[int], L: int, block_m: int, device: torch.device) -> torch.Tensor:
@@ -157,20 +162,27 @@ def _lse_dtype(query: torch.Tensor) -> torch.dtype:
 def _queries(p: Problem, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
     """The group's query rows, (B or B * blocks, Hq, rows, E), and their positions, (1 or blocks, rows)."""
     _, Hq, L, E = p.query.shape
-    bm, first = p.block_m, group.rows[0]
-    index = torch.arange(bm, device=p.query.device)
-    if is_run(group.rows):
-        count = min(bm * len(group.rows), L - first * bm)
-        query = p.query.narrow(2, first * bm, count)
-        rows = torch.arange(first * bm, first * bm + count, device=p.query.device)
+    bm, first, count = p.block_m, group.rows[0], len(group.rows)
+    starts = torch.tensor([m * bm for m in group.rows], device=p.query.device)
+    rows = starts[:, None] + torch.arange(bm, device=p.query.device)
+    if group.stride == 1:
+        last = min((first + count) * bm, L)
+        query = p.query.narrow(2, first * bm, last - first * bm)
+        rows = torch.arange(first * bm, last, device=p.query.device)
+    elif group.stride is not None:
+        query = windows(p.query, first * bm, bm, group.stride * bm, count).flatten(2, 3)
     else:
-        starts = torch.tensor([m * bm for m in group.rows], device=p.query.device)
-        rows = (starts[:, None] + index).flatten()
-        query = p.query.index_select(2, rows)
+        query = p.query.index_select(2, rows.flatten())
     if group.shared:
-        return query, rows[None]
-    query = query.unflatten(2, (len(group.rows), bm)).transpose(1, 2)
+        return query, rows.view(1, -1)
+    query = query.unflatten(2, (count, bm)).transpose(1, 2)
     return query.reshape(-1, Hq, bm, E), rows.view(-1, bm)
+
+
+def windows(t: torch.Tensor, first: int, width: int, step: int, count: int) -> torch.Tensor:
+    """(B, H, count, width, E): rows first + step * n ... of `t` (B, H, rows, E), one strided view."""
+    span = t.narrow(2, first, (count - 1) * step + width)
+    return span.unfold(2, width, step).transpose(3, 4)
 
 
 def _keys(p: Problem, group: Group, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,6 +204,9 @@ def _gathered(p: Problem, group: Group, at: list[int], table: torch.Tensor) -> t
     step = group.step
     if step is not None:
         firsts = [group.cols[0][n] for n in at]
+        if is_run(firsts):
+            view = windows(table.flatten(2, 3), firsts[0] * bn, len(at) * bn, step * bn, nb)
+            return view.transpose(1, 2).flatten(0, 1)
         slices = [table[:, :, lo : lo + (nb - 1) * step + 1 : step] for lo in firsts]
         picked_blocks = torch.cat(slices, 3)  # (B, H, nb, len(at) * bn, E)
     else:
@@ -235,9 +250,9 @@ def _columns(p: Problem, group: Group, at: list[int], ragged: int | None) -> tup
 def _repeats(p: Problem, group: Group, e: Expr) -> bool:
     """Whether `e` is the same on every block of the group, moved along."""
     step = group.step
-    if step is None or e.has("load"):
+    if step is None or group.stride is None or e.has("load"):
         return False
-    along = {I: add(I, const(p.block_m)), J: add(J, const(step * p.block_n))}
+    along = {I: add(I, const(group.stride * p.block_m)), J: add(J, const(step * p.block_n))}
     return rebuild(e, along.get) == e
 
 

@@ -39,9 +39,15 @@ class Group:
         return len(self.full)
 
     @property
+    def stride(self) -> int | None:
+        """How far apart the query blocks are, where that is the same throughout; 1 for neighbours and a single one."""
+        gaps = {b - a for a, b in pairwise(self.rows)}
+        return 1 if not gaps else gaps.pop() if len(gaps) == 1 else None
+
+    @property
     def step(self) -> int | None:
         """By how many key blocks the visits move from one row to the next, where that is the same throughout."""
-        if self.shared or any(n < 0 for cols in self.cols for n in cols) or not is_run(self.rows):
+        if self.shared or any(n < 0 for cols in self.cols for n in cols) or self.stride is None:
             return None
         steps = {b - a for one, two in pairwise(self.cols) for a, b in zip(one, two, strict=True)}
         return steps.pop() if len(steps) == 1 and min(steps) > 0 else None
@@ -56,7 +62,7 @@ def is_run(numbers: Sequence[int]) -> bool:
 
 
 @lru_cache(maxsize=256)
-def grouped(visits: Visits, ragged_row: bool, ragged_col: int | None, limit: int = 16) -> tuple[Group, ...]:
+def grouped(visits: Visits, ragged_row: bool, ragged_col: int | None, limit: int) -> tuple[Group, ...]:
     """At most about `limit` groups (twice that where the last key block is ragged).
 
     ragged_row: the last query block is shorter: a group of its own.

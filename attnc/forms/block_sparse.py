@@ -17,9 +17,9 @@ from typing import ClassVar
 
 import torch
 
-from attnc.codegen.cpu_blocked import blocked
+from attnc.codegen.cpu_blocked import blocked, most_groups
 from attnc.codegen.cpu_flex import flex
-from attnc.codegen.cpu_groups import Group, grouped
+from attnc.codegen.cpu_groups import Group, grouped, is_run
 from attnc.codegen.tiles import visited
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device
@@ -118,7 +118,7 @@ class BlockSparse(Form):
                 for n, _ in row
             )
             return (), pairs
-        groups = grouped(visits, bool(s.L % self.block_m), ragged)
+        groups = grouped(visits, bool(s.L % self.block_m), ragged, most_groups(region.rule))
         pairs = sum(
             min(self.block_m, s.L - m * self.block_m) * min(g.width * self.block_n, s.S) for g in groups for m in g.rows
         )
@@ -129,10 +129,23 @@ class BlockSparse(Form):
         s, rule = region.shape, region.rule
         if self.provider == "flex":
             return attention_cost(region, "flex", pairs, launches=8)
-        gathered = sum(0 if g.shared else len(g.rows) * g.width * self.block_n for g in groups)
-        moved = 2 * gathered * s.B * s.H * (s.E + s.Ev) * ITEM_BYTES.get(region.dtype, 4)
         engine = "flash" if linear_score(rule.score) is not None else "composed"
+        moved = 2 * self._copied(region, groups) * ITEM_BYTES.get(region.dtype, 4)
         return attention_cost(region, engine, pairs, mask=True, launches=8 * len(groups), extra_bytes=moved)
+
+    def _copied(self, region: Region, groups: Sequence[Group]) -> int:
+        """Numbers written beside the products: gathered keys and values, query rows, masks, and rows put in order."""
+        s = region.shape
+        keys = rows = masks = 0
+        for g in groups:
+            count = len(g.rows) * self.block_m
+            keys += 0 if g.shared else len(g.rows) * g.width * self.block_n
+            rows += 0 if g.stride == 1 else count
+            repeated = g.step is not None
+            masks += (self.block_m if repeated else count) * g.width * self.block_n
+        order = [m for g in groups for m in g.rows]
+        out = 0 if is_run(order) else 2 * s.L
+        return s.B * (s.H * keys * (s.E + s.Ev) + s.Hq * (rows * s.E + out * s.Ev)) + masks
 
     def cpu(
         self,
