@@ -2,8 +2,8 @@
 
 Each compile happens in a process of its own: cold with empty caches (Inductor's and attnc's store), warm in a second
 process on the same caches. Seconds of a compile are those of the first call less those of a later one; loading torch
-and the model is not counted. Dense llama: Inductor beside attnc on the same spelling. Windowed mistral: Inductor on
-hand-written FlexAttention beside attnc on sdpa. Writes results/cpu/compile_time.json.
+and the model is not counted. Dense llama: Inductor beside attnc on the same spelling. Windowed mistral and gemma2:
+Inductor on hand-written FlexAttention beside attnc on sdpa and eager. Writes results/cpu/compile_time.json.
 
     python benchmarks/compile_time.py [--only mistral] [--length N] [--rounds 3]
 """
@@ -34,6 +34,7 @@ CASES = {
         Variant("mistral", "flex_attention", "inductor", 4096),
         [Variant("mistral", "sdpa", "attnc", 4096), Variant("mistral", "eager", "attnc", 4096)],
     ),
+    "gemma2": (Variant("gemma2", "flex_attention", "inductor"), [Variant("gemma2", "eager", "attnc")]),
 }
 
 
