@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from attnc.expr import (
     BOOL,
@@ -19,6 +20,8 @@ from attnc.expr import (
     UNARY,
     ZERO,
     Expr,
+    I,
+    J,
     add,
     choice,
     combination,
@@ -268,3 +271,40 @@ def _remake(x: Expr, go: Callable[[Expr], Expr]) -> Expr:
             product = mul(product, go(factor))
         return product
     return MAKE[x.op](*(go(a) for a in x.args))
+
+
+def distances(keep: Expr) -> tuple[int | None, int | None]:
+    """Bounds of i - j over all pairs that `keep` may keep, for any lengths and tables; None where there is none."""
+    if keep.op == "and":
+        parts = [distances(part) for part in keep.args]
+        least, most = ([x for x in side if x is not None] for side in zip(*parts, strict=True))
+        return max(least, default=None), min(most, default=None)
+    if keep.op == "or":
+        parts = [distances(part) for part in keep.args]
+        least, most = (list(side) for side in zip(*parts, strict=True))
+        return (None if None in least else min(least)), (None if None in most else max(most))
+    if keep.op not in ("le", "eq"):
+        return None, None
+    constant, terms = terms_of(keep.args[0])
+    if keep.op == "eq" and constant == 0:
+        width = _same_block(terms)
+        return (None, None) if width is None else (1 - width, width - 1)
+    coefs = dict(terms)
+    if set(coefs) != {I, J} or coefs[I] != -coefs[J]:
+        return None, None
+    # coef * (i - j) + constant <= 0, or == 0
+    coef = coefs[I]
+    edge = int(-constant // coef if coef > 0 else -(constant // coef))
+    if keep.op == "eq":
+        return edge, edge
+    return (None, edge) if coef > 0 else (edge, None)
+
+
+def _same_block(terms: tuple[tuple[Expr, Any], ...]) -> int | None:
+    """c, where `terms` are i // c - j // c."""
+    if len(terms) != 2 or terms[0][1] != -terms[1][1]:
+        return None
+    (one, _), (two, _) = terms
+    if one.op != "floordiv" or two.op != "floordiv" or one.args[1] != two.args[1] or not one.args[1].is_const:
+        return None
+    return int(one.args[1].value) if {one.args[0], two.args[0]} == {I, J} else None

@@ -111,7 +111,7 @@ def _run(p: Problem, group: Group, ragged: int | None) -> tuple[torch.Tensor, to
     full = [
         n for n, whole in enumerate(group.full) if whole and (group.shared or all(c[n] != ragged for c in group.cols))
     ]
-    sink = None if p.rule.sink is None else _value(p, p.rule.sink, rows, None)
+    sink = None if p.rule.sink is None else value_at(p, p.rule.sink, rows, None)
     bias = constant_bias(p.rule, p.captured)
     if bias is None:
         out, lse = _composed(p, group, query, rows, ragged, len(full) == group.width, sink)
@@ -133,7 +133,7 @@ def _run(p: Problem, group: Group, ragged: int | None) -> tuple[torch.Tensor, to
             query,
             parts,
             factor_of(p.rule),
-            sink=None if sink is None else _merge(sink, B, nb),
+            sink=None if sink is None else merged(sink, B, nb),
             never_empty=p.rule.empty == "never",
         )
     if group.shared:
@@ -150,7 +150,7 @@ def _nothing(p: Problem, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
     lse = torch.full((B, Hq, count), -torch.inf, dtype=_lse_dtype(p.query), device=p.query.device)
     if p.rule.sink is not None:
         i = torch.cat([torch.arange(m * p.block_m, min((m + 1) * p.block_m, L)) for m in group.rows])
-        sink = _value(p, p.rule.sink, i.to(p.query.device)[None], None)
+        sink = value_at(p, p.rule.sink, i.to(p.query.device)[None], None)
         lse = sink[:, 0].detach().to(lse.dtype).expand(lse.shape)
     return out, lse
 
@@ -256,7 +256,7 @@ def _repeats(p: Problem, group: Group, e: Expr) -> bool:
     return rebuild(e, along.get) == e
 
 
-def _value(p: Problem, e: Expr, rows: torch.Tensor, cols: torch.Tensor | None, score: torch.Tensor | None = None):
+def value_at(p: Problem, e: Expr, rows: torch.Tensor, cols: torch.Tensor | None, score: torch.Tensor | None = None):
     """`e` at (B, blocks, Hq, rows, cols); the last dimension is left out without `cols`."""
     axes: dict[str, Axis] = {}
     B, Hq = p.query.shape[:2]
@@ -272,7 +272,7 @@ def _value(p: Problem, e: Expr, rows: torch.Tensor, cols: torch.Tensor | None, s
     return value.view((1,) * (rank - value.dim()) + tuple(value.shape))
 
 
-def _merge(t: torch.Tensor, B: int, nb: int) -> torch.Tensor:
+def merged(t: torch.Tensor, B: int, nb: int) -> torch.Tensor:
     """(B, blocks, ...) as (B * blocks, ...), left at 1 where it is the same for all."""
     if t.shape[0] == 1 and t.shape[1] == 1:
         return t[0]
@@ -283,11 +283,11 @@ def _mask(p: Problem, group: Group, at: list[int], rows: torch.Tensor, ragged: i
     cols, exist = _columns(p, group, at, ragged)
     if exist is None and _repeats(p, group, p.rule.keep) and _repeats(p, group, bias):
         rows, cols = rows[:1], cols[:1]
-    keep = _value(p, p.rule.keep, rows, cols)
+    keep = value_at(p, p.rule.keep, rows, cols)
     keep = keep if exist is None else keep & exist.view(1, exist.shape[0], 1, 1, -1)
-    added = None if is_zero(bias) else _value(p, bias, rows, cols)
+    added = None if is_zero(bias) else value_at(p, bias, rows, cols)
     nb = 1 if group.shared else len(group.rows)
-    return _merge(additive(keep, added, p.query.dtype), p.query.shape[0], nb)
+    return merged(additive(keep, added, p.query.dtype), p.query.shape[0], nb)
 
 
 def _composed(
@@ -305,13 +305,13 @@ def _composed(
     key, value = _keys(p, group, at)
 
     def score(raw: torch.Tensor) -> torch.Tensor:
-        return _value(p, p.rule.score, rows, cols, raw.unflatten(0, (B, nb))).flatten(0, 1)
+        return value_at(p, p.rule.score, rows, cols, raw.unflatten(0, (B, nb))).flatten(0, 1)
 
     keep: torch.Tensor | bool = True
     if not full or exist is not None:
         same = exist is None and _repeats(p, group, p.rule.keep)
-        keep = _value(p, p.rule.keep, rows[:1] if same else rows, cols[:1] if same else cols)
+        keep = value_at(p, p.rule.keep, rows[:1] if same else rows, cols[:1] if same else cols)
         keep = keep if exist is None else keep & exist.view(1, exist.shape[0], 1, 1, -1)
-        keep = _merge(as_tensor(keep, query), B, nb)
-    out, lse, _ = composed(query, key, value, score, keep, sink=None if sink is None else _merge(sink, B, nb))
+        keep = merged(as_tensor(keep, query), B, nb)
+    out, lse, _ = composed(query, key, value, score, keep, sink=None if sink is None else merged(sink, B, nb))
     return out, lse

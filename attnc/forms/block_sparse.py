@@ -2,8 +2,9 @@
 
     o_i = softmax_j(score_ij where keep_ij) v_j  over the blocks of keys that some row of i's block keeps
 
-Two providers with the same tiles: "flex" (FlexAttention; any score, forward only on the CPU, blocks from run-time data
-and symbolic lengths too) and "blocked" (batched ATen calls; trains; blocks from the static part of the mask).
+Three providers: "blocked" (batched ATen calls; trains; tiles from the static part of the mask, lengths known), "band"
+(one window of keys for each query block; trains; masks of bounded distance, symbolic lengths) and "flex"
+(FlexAttention; any score, forward only on the CPU, tiles from run-time data and symbolic lengths too).
 
 Source: Dong et al. 2024, "Flex Attention", arXiv:2412.05496; Zaheer et al. 2020, "Big Bird", arXiv:2007.14062.
 Exact:  always, for regions without active dropout.
@@ -17,16 +18,20 @@ from typing import ClassVar
 
 import torch
 
+from attnc.codegen.cpu_band import band, outside
 from attnc.codegen.cpu_blocked import blocked, most_groups
 from attnc.codegen.cpu_flex import flex
 from attnc.codegen.cpu_groups import Group, grouped, is_run
-from attnc.codegen.tiles import visited
+from attnc.codegen.tiles import blocks, visited
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device
 from attnc.cost_models.roofline import attention_cost, seconds
+from attnc.errors import LoweringError
 from attnc.expr import TRUE
+from attnc.expr_text import spell
 from attnc.forms.base import Form, knob
 from attnc.forms.masked import axes_of, settle_empty
+from attnc.predicate import distances
 from attnc.reading import read
 from attnc.region import ITEM_BYTES, AttentionRule, Region, linear_score
 
@@ -39,7 +44,7 @@ class BlockSparse(Form):
     """Attention over visited tiles of `block_m` query rows and `block_n` keys."""
 
     name: ClassVar[str] = "block_sparse"
-    provider: str = knob("flex", "blocked")
+    provider: str = knob("flex", "blocked", "band")
     block_m: int = knob(128, 64, 256, 512, 1024, unit="query rows")
     block_n: int = knob(128, 64, 256, 512, 1024, unit="keys")
 
@@ -53,7 +58,8 @@ class BlockSparse(Form):
                 f"block_sparse keeps no random stream, found dropout {region.rule.dropout:g} active; "
                 "use model.eval() or dropout 0."
             )
-        return self._refuse_flex(region) if self.provider == "flex" else self._refuse_blocked(region)
+        refuse = {"flex": self._refuse_flex, "blocked": self._refuse_blocked, "band": self._refuse_band}
+        return refuse[self.provider](region)
 
     def _refuse_flex(self, region: Region) -> str | None:
         rule = region.rule
@@ -83,7 +89,7 @@ class BlockSparse(Form):
         if symbolic:
             return (
                 f"block_sparse{{provider=blocked}} needs lengths known at compile time, found "
-                f"{', '.join(symbolic)} symbolic; compile with dynamic=False, or use provider=flex."
+                f"{', '.join(symbolic)} symbolic; compile with dynamic=False, or use provider=band."
             )
         share = self._visits(region)[1] / max(shape.L * shape.S, 1)
         if share > MOST_VISITED:
@@ -92,6 +98,33 @@ class BlockSparse(Form):
                 f"visited tiles of {self.block_m} x {self.block_n}, at most {MOST_VISITED:.0%} pays; use dense."
             )
         return None
+
+    def _refuse_band(self, region: Region) -> str | None:
+        shape, (least, most) = region.shape, distances(region.rule.keep)
+        names = [shape.symbols.get(name) for name in ("L", "S")]
+        if (shape.L, names[0]) != (shape.S, names[1]) or "expr" in names:
+            return (
+                "block_sparse{provider=band} needs as many keys as queries, found "
+                f"L={names[0] or shape.L}, S={names[1] or shape.S}; use dense."
+            )
+        if least is None or most is None:
+            return (
+                "block_sparse{provider=band} needs a mask that bounds i - j on both sides by constants, found "
+                f"{'no lower' if least is None else 'no upper'} bound in {spell(region.rule.keep)}; use dense."
+            )
+        share = self._window(region) / shape.S
+        if share > MOST_VISITED:
+            return (
+                f"block_sparse{{provider=band}} skips keys outside a window, found one of {share:.0%} of the keys, at "
+                f"most {MOST_VISITED:.0%} pays; use dense."
+            )
+        return None
+
+    def _window(self, region: Region) -> int:
+        """Keys in the window of one query block."""
+        least, most = distances(region.rule.keep)
+        assert least is not None and most is not None
+        return self.block_m + sum(outside(least, most))
 
     def is_exact(self, region: Region) -> bool:
         return self.refuse(region) is None
@@ -125,12 +158,17 @@ class BlockSparse(Form):
         return groups, pairs
 
     def cost(self, region: Region, device: Device) -> Cost:
+        engine = "flash" if linear_score(region.rule.score) is not None else "composed"
+        item = ITEM_BYTES.get(region.dtype, 4)
+        if self.provider == "band":
+            s, window = region.shape, self._window(region)
+            keys = blocks(s.L, self.block_m) * window
+            moved = 2 * item * (s.B * s.H * keys * (s.E + s.Ev) + keys * self.block_m)
+            return attention_cost(region, engine, s.L * window, mask=True, launches=8, extra_bytes=moved)
         groups, pairs = self._visits(region)
-        s, rule = region.shape, region.rule
         if self.provider == "flex":
             return attention_cost(region, "flex", pairs, launches=8)
-        engine = "flash" if linear_score(rule.score) is not None else "composed"
-        moved = 2 * self._copied(region, groups) * ITEM_BYTES.get(region.dtype, 4)
+        moved = 2 * self._copied(region, groups) * item
         return attention_cost(region, engine, pairs, mask=True, launches=8 * len(groups), extra_bytes=moved)
 
     def _copied(self, region: Region, groups: Sequence[Group]) -> int:
@@ -156,8 +194,13 @@ class BlockSparse(Form):
         sizes: Sequence,
         rule: AttentionRule,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        run = flex if self.provider == "flex" else blocked
-        out, lse = run(query, key, value, captured, sizes, rule, block_m=self.block_m, block_n=self.block_n)
+        if self.provider == "band":
+            given = (query, key, value, captured, sizes, rule)
+            least, most = _band_of(rule, query.shape[2])
+            out, lse = band(*given, least=least, most=most, block_m=self.block_m)
+        else:
+            run = flex if self.provider == "flex" else blocked
+            out, lse = run(query, key, value, captured, sizes, rule, block_m=self.block_m, block_n=self.block_n)
         if rule.sink is None and rule.empty in ("nan", "mean"):
             if self.provider == "flex":  # no lse to tell by; the reduction is fused and stores no mask
                 kept = read(rule.keep, axes_of(query, key), captured, sizes)
@@ -170,6 +213,8 @@ class BlockSparse(Form):
     def space(self, region: Region, device: Device) -> tuple[Form, ...]:
         if self.provider == "flex":
             tried = [BlockSparse("flex", 128, 128)]
+        elif self.provider == "band":  # where lengths are known, blocked visits fewer tiles
+            tried = [] if region.shape.is_static else [BlockSparse("band", m) for m in (64, 128, 256)]
         else:
             tried = [
                 BlockSparse("blocked", m, n)
@@ -179,6 +224,19 @@ class BlockSparse(Form):
             ]
         fits = [form for form in tried if form.refuse(region) is None]
         return tuple(sorted(fits, key=lambda form: seconds(form.cost(region, device), device)))
+
+
+def _band_of(rule: AttentionRule, length: int | torch.SymInt) -> tuple[int, int]:
+    """Bounds of i - j; a length that is known bounds them where the mask does not."""
+    least, most = distances(rule.keep)
+    if isinstance(length, int):
+        return (1 - length if least is None else least), (length - 1 if most is None else most)
+    if least is None or most is None:
+        raise LoweringError(
+            f"block_sparse{{provider=band}} at a symbolic length needs a mask that bounds i - j on both sides, found "
+            f"{spell(rule.keep)}; use dense."
+        )
+    return least, most
 
 
 def _symbolic_lookups(region: Region) -> list[str]:
