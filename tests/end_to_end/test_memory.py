@@ -1,0 +1,51 @@
+"""A rewritten region holds neither its mask nor its scores: peak memory shows it."""
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+LENGTH, HEADS, WIDTH = 8192, 4, 16
+PEAK = """
+import sys, torch
+from pathlib import Path
+from tests.end_to_end.test_memory import HEADS, LENGTH, WIDTH
+from tests.tiny import compiled
+
+def status(key):  # kB of this process
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(key + ":"))
+
+def windowed(q, k, v):
+    at = torch.arange(q.shape[2])
+    far = at[:, None] - at
+    k, v = (t.repeat_interleave(HEADS, 1) for t in (k, v))
+    scores = q @ k.mT * 0.25
+    return scores.masked_fill((far < 0) | (far >= 64), float("-inf")).softmax(-1) @ v
+
+torch.set_num_threads(1)
+q, k, v = (torch.randn(1, heads, LENGTH, WIDTH) for heads in (HEADS, 1, 1))
+if sys.argv[1] == "trained":
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+run = compiled(windowed, force="block_sparse{provider=blocked,block_m=64,block_n=64}", dynamic=False)
+run(q, k, v).sum().backward() if sys.argv[1] == "trained" else run(q, k, v)
+Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here on
+before = status("VmRSS")
+run(q, k, v).sum().backward() if sys.argv[1] == "trained" else run(q, k, v)
+print("PEAK", (status("VmHWM") - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux's /proc")
+@pytest.mark.parametrize("mode", ["run", "trained"])
+def test_no_tensor_of_all_pairs_exists(mode):
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    out = subprocess.run([sys.executable, "-c", PEAK, mode], cwd=ROOT, env=environment, capture_output=True, text=True,
+                         timeout=300)
+    assert out.returncode == 0, out.stderr[-2000:]
+    peak = float(out.stdout.split("PEAK")[1])
+    assert peak < LENGTH * LENGTH, f"{peak / 2**20:.0f} MiB: more than one boolean for each pair"
