@@ -1,4 +1,4 @@
-"""A rewritten region holds neither its mask nor its scores: peak memory shows it."""
+"""A rewritten region holds neither its mask nor its scores, and keys once per key head: peak memory, operands."""
 from __future__ import annotations
 
 import os
@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
+from tests.tiny import compiled
 
 LENGTH, HEADS, WIDTH = 8192, 4, 16
 PEAK = """
@@ -49,3 +51,20 @@ def test_no_tensor_of_all_pairs_exists(mode):
     assert out.returncode == 0, out.stderr[-2000:]
     peak = float(out.stdout.split("PEAK")[1])
     assert peak < LENGTH * LENGTH, f"{peak / 2**20:.0f} MiB: more than one boolean for each pair"
+
+
+@pytest.mark.parametrize("form", ["dense", "block_sparse{provider=blocked,block_m=64,block_n=64}"])
+def test_repeated_heads_are_read_as_they_are_stored(form):
+    def grouped(q, k, v):
+        k, v = (t[:, :, None].expand(-1, -1, 4, -1, -1).reshape(q.shape) for t in (k, v))
+        at = torch.arange(q.shape[2])
+        far = at[:, None] - at
+        return (q @ k.mT * 0.25).masked_fill((far < 0) | (far >= 64), -torch.inf).softmax(-1) @ v
+
+    q, k, v = (torch.randn(1, heads, 256, 16) for heads in (8, 2, 2))
+    fast = compiled(grouped, force=form, inner="eager")
+    fast(q, k, v)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        fast(q, k, v)
+    read = [event.input_shapes[1:3] for event in profile.events() if "flash_attention_for_cpu" in event.name]
+    assert {shape[1] for shapes in read for shape in shapes} == {2}
