@@ -24,7 +24,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import pairwise
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -33,6 +32,7 @@ from rich.text import Text
 
 from attnc import __version__
 from attnc.errors import ArtifactError
+from attnc.folding import fold_paths
 from attnc.region import KINDS, AttentionRule, Choice, Region, Shape
 
 SCHEMA_ID = "attnc.report/1"
@@ -157,7 +157,8 @@ class Report:
         yield _region_table(groups, wide) if groups else Text("no region found")
         if groups and not wide:
             for number, group in enumerate(groups, 1):
-                yield Text(f"{number}: " + "\n   ".join(_reasons(group[0])))
+                yield Text(f"{number}: {_reason(group[0])}")
+        yield from map(Text, _not_used(groups))
         if self.unmatched:
             yield Text(f"not recognised: {len(self.unmatched)}", style="bold")
             yield _unmatched_table(self.unmatched)
@@ -174,37 +175,6 @@ def fold_regions(regions: Iterable[Region]) -> list[list[Region]]:
     return list(groups.values())
 
 
-def fold_paths(paths: Iterable[str]) -> list[str]:
-    """Few patterns for many module paths: `layers.{0-31}.attn x32`; numbers fold from the last one to the first."""
-    rows = [(path.split("."), count) for path, count in Counter(paths).items()]
-    for at in reversed(range(max((len(parts) for parts, _ in rows), default=0))):
-        alike: dict[tuple[tuple[str, ...], int], list[list[str]]] = {}
-        for parts, count in rows:
-            is_number = at < len(parts) and parts[at].isdigit()
-            pattern = (*parts[:at], "#", *parts[at + 1 :]) if is_number else tuple(parts)
-            alike.setdefault((pattern, count), []).append(parts)
-        rows = []
-        for (_, count), same in alike.items():
-            if len(same) > 1:
-                same[0][at] = _ranges(sorted(int(parts[at]) for parts in same))
-            rows.append((same[0], count * len(same)))
-    return [".".join(parts) + (f" x{count}" if count > 1 else "") for parts, count in rows]
-
-
-def _ranges(numbers: list[int]) -> str:
-    """`{0-4,6-10}` of sorted numbers; `{0-30/2}` where they are equally far apart."""
-    steps = {b - a for a, b in pairwise(numbers)}
-    if len(numbers) > 2 and len(steps) == 1 and steps != {1}:
-        return f"{{{numbers[0]}-{numbers[-1]}/{steps.pop()}}}"
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return "{" + ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) + "}"
-
-
 def _region_table(groups: list[list[Region]], wide: bool) -> Table:
     headings = ["where", "what", "FLOP", "bytes", "form", "speed-up"]
     table = _table(["#", *headings, "why"] if wide else ["#", *headings], right=("#", "FLOP", "bytes", "speed-up"))
@@ -217,7 +187,7 @@ def _region_table(groups: list[list[Region]], wide: bool) -> Table:
         gain = "-" if speedup is None else f"{speedup:.2f}x"
         amounts = _amount(region.flops).rstrip(), _amount(region.bytes, "B")
         cells = [str(number), "\n".join(_where(group)), _what(region), *amounts, form, gain]
-        table.add_row(*map(Text, cells + ["\n".join(_reasons(region))] * wide))
+        table.add_row(*map(Text, cells + [_reason(region)] * wide))
     return table
 
 
@@ -273,8 +243,18 @@ def _what(region: Region) -> str:
     return ", ".join([*parts, f"written {region.written}", *(["training"] if region.training else [])])
 
 
-def _reasons(region: Region) -> list[str]:
-    return [region.choice.reason, *region.refusals] if region.choice else ["no choice was made"]
+def _reason(region: Region) -> str:
+    return region.choice.reason if region.choice else "no choice was made"
+
+
+def _not_used(groups: list[list[Region]]) -> Iterator[str]:
+    """Each form that refused, once, with the rows in which it did."""
+    rows: dict[str, list[str]] = {}
+    for number, group in enumerate(groups, 1):
+        for refusal in group[0].refusals:
+            rows.setdefault(refusal, []).append(str(number))
+    for refusal, numbers in rows.items():
+        yield f"not used in {', '.join(numbers)}: {refusal}"
 
 
 def _speedup(choice: Choice | None) -> float | None:

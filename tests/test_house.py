@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Room -> layer; a room is a module or a package with all it holds. Imports point down, or stay in the layer.
 LAYERS = {
-    "attnc.shapes": 0,
     "attnc.expr": 0,
     "attnc.expr_text": 0,
     "attnc.reading": 0,
@@ -36,6 +35,7 @@ LAYERS = {
     "attnc.plan": 4,
     "attnc.ops": 5,
     "attnc.store": 5,
+    "attnc.folding": 5,
     "attnc.report": 5,
     "attnc.reports": 5,
     "attnc.passes": 6,

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from attnc.errors import ArtifactError
 from attnc.expr import FLOAT, load, unary, var
+from attnc.folding import fold_paths
 from attnc.predicate import le
 from attnc.region import AS_WRITTEN, AttentionRule, Choice, Region, Shape
-from attnc.report import SCHEMA, SCHEMA_ID, Report, Unmatched, fold_paths, fold_regions
+from attnc.report import SCHEMA, SCHEMA_ID, Report, Unmatched, fold_regions
 
 CHOICE = Choice(
     "block_sparse{block_m=128}",
