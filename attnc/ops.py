@@ -20,7 +20,7 @@ import torch
 from attnc.errors import UsageError
 from attnc.forms import Form, parse_form
 from attnc.forms.masked import scaled_rows
-from attnc.region import AttentionRule
+from attnc.rule_attention import AttentionRule
 
 SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor[] captured, SymInt[] sizes, str spelling) "

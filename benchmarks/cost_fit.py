@@ -23,7 +23,8 @@ from attnc.cost_models.device import device_named
 from attnc.cost_models.roofline import seconds, written_cost
 from attnc.forms import BlockSparse, Dense
 from attnc.forms.masked import reference
-from attnc.region import AttentionRule, Region, Shape
+from attnc.region import AttentionRegion
+from attnc.rule_attention import AttentionRule, AttentionShape
 
 B, Hq, H, E = 1, 8, 2, 64
 RULES = {
@@ -34,13 +35,13 @@ RULES = {
 Run = Callable[[], torch.Tensor]
 
 
-def region(rule: str, L: int, written: str) -> Region:
-    return Region(
+def region(rule: str, L: int, written: str) -> AttentionRegion:
+    return AttentionRegion(
         "attention",
         "",
         "",
         AttentionRule.parse(RULES[rule]),
-        Shape(B, Hq, H, L, L, E, E),
+        AttentionShape(B, Hq, H, L, L, E, E),
         "float32",
         "cpu",
         written=written,

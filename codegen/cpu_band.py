@@ -20,7 +20,7 @@ from attnc.codegen.cpu_blocked import Problem, merged, value_at
 from attnc.codegen.cpu_composed import composed
 from attnc.codegen.cpu_flash import Part, flash
 from attnc.codegen.cpu_scores import additive, as_tensor, constant_bias, factor_of, is_zero
-from attnc.region import AttentionRule
+from attnc.rule_attention import AttentionRule
 
 ALIGNED = 16  # keys: rows of the windows' masks then begin on a cache line
 

@@ -25,7 +25,7 @@ from attnc.codegen.tiles import blocks, visited
 from attnc.expr import Expr, I, J, add, const
 from attnc.predicate import rebuild
 from attnc.reading import Axis, picked, read
-from attnc.region import AttentionRule, linear_score
+from attnc.rule_attention import AttentionRule, linear_score
 
 
 @dataclass(frozen=True)

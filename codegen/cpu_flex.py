@@ -25,7 +25,7 @@ from attnc.codegen.tiles import Tiles, classify, static_tiles
 from attnc.expr import Expr, J, const, load, maximum, sub
 from attnc.predicate import conjunction, disjunction, eq, le, rebuild, where
 from attnc.reading import picked, read
-from attnc.region import AttentionRule, linear_score
+from attnc.rule_attention import AttentionRule, linear_score
 
 
 def flex(

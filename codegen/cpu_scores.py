@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from attnc.expr import Expr
-from attnc.region import AttentionRule, linear_score
+from attnc.rule_attention import AttentionRule, linear_score
 
 
 def constant_bias(rule: AttentionRule, captured: Sequence[torch.Tensor]) -> Expr | None:

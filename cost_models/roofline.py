@@ -13,7 +13,8 @@ from __future__ import annotations
 from attnc.cost_models.cost import Cost, Work
 from attnc.cost_models.device import Device
 from attnc.expr import TRUE
-from attnc.region import ITEM_BYTES, Region, linear_score
+from attnc.region import ITEM_BYTES, AttentionRegion
+from attnc.rule_attention import linear_score
 
 BACKWARD = {"flash": 2.5, "masked": 2.5, "flex": 2.5, "composed": 2.0}
 # Passes over the scores of a composed attention: written and read by product, mask, maximum, exponential and sum.
@@ -21,7 +22,13 @@ COMPOSED_PASSES = 6
 
 
 def attention_cost(
-    region: Region, engine: str, pairs: float, *, mask: bool = False, launches: int = 1, extra_bytes: float = 0.0
+    region: AttentionRegion,
+    engine: str,
+    pairs: float,
+    *,
+    mask: bool = False,
+    launches: int = 1,
+    extra_bytes: float = 0.0,
 ) -> Cost:
     """Cost of one attention over `pairs` pairs per head and batch entry.
 
@@ -46,7 +53,7 @@ def attention_cost(
     return Cost(tuple(works))
 
 
-def _kernel(region: Region, engine: str, mask: bool) -> str:
+def _kernel(region: AttentionRegion, engine: str, mask: bool) -> str:
     if engine == "flash":
         return "masked" if mask else "flash"
     linear = linear_score(region.rule.score)
@@ -64,7 +71,7 @@ def seconds(cost: Cost, device: Device, dtype: str = "float32") -> float:
     return total
 
 
-def written_cost(region: Region, device: Device) -> Cost:
+def written_cost(region: AttentionRegion, device: Device) -> Cost:
     """Cost of the region as it is written.
 
     "sdpa" runs flash over all pairs, a mask being in memory and made additive on the way; "sdpa_causal" has the flag

@@ -14,7 +14,7 @@ from attnc.cost_models.device import device_named
 from attnc.cost_models.roofline import seconds, written_cost
 from attnc.forms import FORMS, Form, form_named, parse_form
 from attnc.options import Options
-from attnc.region import AS_WRITTEN, Choice, Region
+from attnc.region import AS_WRITTEN, AttentionRegion, Choice
 
 # A rewrite must be predicted this much faster: below it the prediction itself is not sure.
 GAIN = 0.95
@@ -22,14 +22,14 @@ DEVICES = ("cpu",)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
-def choose(region: Region, options: Options) -> Region:
+def choose(region: AttentionRegion, options: Options) -> AttentionRegion:
     """`region` with its choice made. Regions that differ only in place share one decision."""
     bare = replace(region, path="", node="")
     return replace(region, choice=_choose(bare, options.forms, options.force))
 
 
 @lru_cache(maxsize=4096)
-def _choose(region: Region, allowed: tuple[str, ...] | None, force: str | None) -> Choice:
+def _choose(region: AttentionRegion, allowed: tuple[str, ...] | None, force: str | None) -> Choice:
     if region.rule.empty == "unknown":
         return Choice(AS_WRITTEN, "a row may lose all its keys to several masks at once, which no form reproduces")
     if region.rule.dropout:
@@ -56,14 +56,16 @@ def _choose(region: Region, allowed: tuple[str, ...] | None, force: str | None) 
     return Choice(best.spell(), reason, time, written, refused)
 
 
-def _forced(region: Region, form: Form) -> Choice:
+def _forced(region: AttentionRegion, form: Form) -> Choice:
     why = form.refuse(region)
     if why is not None:
         return Choice(AS_WRITTEN, f"{form.spell()} was forced and refuses: {why}", refused={form.name: why})
     return Choice(form.spell(), "forced by the options")
 
 
-def _offers(region: Region, allowed: tuple[str, ...] | None) -> tuple[list[tuple[float, Form]], dict[str, str]]:
+def _offers(
+    region: AttentionRegion, allowed: tuple[str, ...] | None
+) -> tuple[list[tuple[float, Form]], dict[str, str]]:
     """(predicted seconds, form) of each form that applies, and the sentences of those that refuse."""
     device = device_named(region.device)
     chosen = FORMS if allowed is None else tuple(form_named(name) for name in allowed)
@@ -79,7 +81,7 @@ def _offers(region: Region, allowed: tuple[str, ...] | None) -> tuple[list[tuple
     return offers, refused
 
 
-def _mistrusted(form: Form, region: Region) -> str | None:
+def _mistrusted(form: Form, region: AttentionRegion) -> str | None:
     """Why a form that applies is not taken of our own accord; `force` takes it."""
     if region.device == "cpu" and getattr(form, "provider", None) == "flex":
         return (
@@ -95,7 +97,7 @@ def _starts(form: type[Form]) -> list[Form]:
     return [form(**dict(zip(named, values, strict=True))) for values in product(*named.values())]
 
 
-def crossover(region: Region, allowed: tuple[str, ...] | None = None) -> int | None:
+def crossover(region: AttentionRegion, allowed: tuple[str, ...] | None = None) -> int | None:
     """The shortest of LENGTHS beyond the region's own at which some form would pay, all else equal."""
     device = device_named(region.device)
     shape = region.shape

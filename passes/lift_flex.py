@@ -21,15 +21,16 @@ from attnc.passes.masks import Lift, kind_of
 from attnc.passes.rules import MaskedScore, label, split_mask
 from attnc.passes.views import Index, Ranges
 from attnc.predicate import rebuild, truth
-from attnc.region import AS_WRITTEN, AttentionRule, Choice, Region, Shape
+from attnc.region import AS_WRITTEN, AttentionRegion, Choice
+from attnc.rule_attention import AttentionRule, AttentionShape
 
 
-def flex_regions(graph: fx.Graph) -> list[Region]:
+def flex_regions(graph: fx.Graph) -> list[AttentionRegion]:
     """The FlexAttention calls of `graph` as regions."""
     return [_region(node) for node in graph.nodes if node.op == "call_function" and node.target is FLEX]
 
 
-def _region(node: fx.Node) -> Region:
+def _region(node: fx.Node) -> AttentionRegion:
     query, key, value, score_mod, block_mask, factor, _, score_buffers, mask_buffers = (*node.args, *[()] * 9)[:9]
     q, k, v = (tensor_of(x) for x in (query, key, value))
     assert q is not None and k is not None and v is not None
@@ -44,10 +45,10 @@ def _region(node: fx.Node) -> Region:
     masked = MaskedScore(score, TRUE, "none", "unknown") if isinstance(split, str) else split
     rule = AttentionRule(masked.score, masked.keep, masked.empty)
     batch, q_heads, rows, width = map(hint, q.shape)
-    shape = Shape(batch, q_heads, hint(k.shape[1]), rows, hint(k.shape[2]), width, hint(v.shape[3]))
+    shape = AttentionShape(batch, q_heads, hint(k.shape[1]), rows, hint(k.shape[2]), width, hint(v.shape[3]))
     unknown = keep is None or isinstance(split, str)
-    return Region(
-        "attention", module_path(node), node.name, rule, shape, str(q.dtype).removeprefix("torch."), q.device.type,
+    return AttentionRegion(
+        module_path(node), node.name, rule, shape, str(q.dtype).removeprefix("torch."), q.device.type,
         mask="predicate" if unknown else label(rule.keep, rule.score), written="flex_attention",
         fill="none" if rule.keep == TRUE else "-inf",
         choice=Choice(AS_WRITTEN, "already written with FlexAttention, which skips masked blocks"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,8 +15,9 @@ from attnc.errors import CaptureError
 from attnc.options import Options
 from attnc.passes.capture import capture
 from attnc.passes.choose import choose
-from attnc.passes.extent import cut_gradient
+from attnc.passes.extent import cut_gradient, inside, leaves_of
 from attnc.passes.factors import settle
+from attnc.passes.found import Found, missed
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
 from attnc.passes.lift_attention import Match, anchors, lift
 from attnc.passes.lift_flex import flex_regions
@@ -24,17 +25,10 @@ from attnc.passes.normalize import normalize
 from attnc.passes.repeats import Repeats
 from attnc.passes.rewrite import rule_of, shape_of_match, size_nodes
 from attnc.passes.rules import label
-from attnc.region import AS_WRITTEN, Choice, Region
-from attnc.report import Unmatched
+from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region, Unmatched
 
-
-@dataclass
-class Found:
-    """A region, and its match and graph where it can be rewritten."""
-
-    match: Match | None
-    facts: GraphFacts | None
-    region: Region
+# The lifts of what is not attention, in this order: what one takes, those after it do not see.
+LIFTS: tuple[Callable[[GraphFacts, Collection[fx.Node]], Iterator[Found | Unmatched]], ...] = ()
 
 
 @dataclass
@@ -73,7 +67,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         if options.strict:
             raise
         analysis.problems.append(str(exc))
-        analysis.found += [Found(None, None, region) for region in flex_regions(gm.graph)]
+        analysis.found += [Found(region) for region in flex_regions(gm.graph)]
         return analysis
     for part in bodies(analysis.gm):
         _analyse_part(part, analysis, options)
@@ -93,19 +87,37 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
         normalize(gm)
         facts = GraphFacts(gm.graph)
     with analysis.timed("lift"):
-        analysis.found += [Found(None, None, region) for region in flex_regions(gm.graph)]
+        analysis.found += [Found(region) for region in flex_regions(gm.graph)]
+    taken = _attentions(facts, analysis, options)
+    for find in LIFTS:
+        with analysis.timed("lift"):
+            entries = list(find(facts, taken))
+        for entry in entries:
+            if isinstance(entry, Unmatched):
+                analysis.unmatched.append(entry)
+            else:
+                taken |= entry.nodes
+                analysis.found.append(entry)
+
+
+def _attentions(facts: GraphFacts, analysis: Analysis, options: Options) -> set[fx.Node]:
+    """Enter the attentions of a graph and their choices; returns the nodes they compute."""
     repeats = Repeats(facts)
-    for anchor in anchors(gm.graph):
+    taken: set[fx.Node] = set()
+    for anchor in anchors(facts.graph):
         with analysis.timed("lift"):
             match = repeats.find(anchor) or _lifted(facts, anchor, repeats)
         if isinstance(match, NoMatch):
-            path = module_path(anchor)
-            analysis.unmatched.append(Unmatched(anchor.name, match.reason, match.node.name, path))
+            analysis.unmatched.append(missed(anchor, match))
             continue
         with analysis.timed("choose"):
             region = describe(facts, match)
             region = choose(region, options) if not match.readers else replace(region, choice=_kept_weights(match))
-        analysis.found.append(Found(match, facts, region))
+        leaves = leaves_of(match)
+        nodes = frozenset(inside(match, leaves)).difference(leaves)
+        analysis.found.append(Found(region, match, facts, nodes))
+        taken |= nodes
+    return taken
 
 
 def _lifted(facts: GraphFacts, anchor: fx.Node, repeats: Repeats) -> Match | NoMatch:
@@ -125,7 +137,7 @@ def _kept_weights(match: Match) -> Choice:
     return Choice(AS_WRITTEN, f"its weights are also read by {names}, so they must be there as written")
 
 
-def describe(facts: GraphFacts, match: Match) -> Region:
+def describe(facts: GraphFacts, match: Match) -> AttentionRegion:
     """The facts of a match, without its graph."""
     out = tensor_of(match.out)
     assert out is not None
@@ -140,8 +152,7 @@ def describe(facts: GraphFacts, match: Match) -> Region:
     widest = dtypes[0]
     for dtype in dtypes[1:]:
         widest = torch.promote_types(widest, dtype)
-    return Region(
-        kind="attention",
+    return AttentionRegion(
         path=module_path(match.out) or module_path(match.anchor),
         node=match.anchor.name,
         rule=rule,

@@ -12,7 +12,7 @@ from attnc.ops import spell_attention
 from attnc.passes.graph import GraphFacts, hint, tensor_of
 from attnc.passes.lift_attention import Match, sizes_of
 from attnc.predicate import rebuild
-from attnc.region import AttentionRule, Shape
+from attnc.rule_attention import AttentionRule, AttentionShape
 
 aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ def size_nodes(facts: GraphFacts, match: Match) -> list[fx.Node]:
     return [facts.symbol_nodes[name] for name in sizes_of(match)]
 
 
-def shape_of_match(match: Match) -> Shape:
+def shape_of_match(match: Match) -> AttentionShape:
     """Sizes at compile time, and which of them are symbolic."""
     out = tensor_of(match.out)
     assert out is not None
@@ -50,7 +50,8 @@ def shape_of_match(match: Match) -> Shape:
             symbolic[name] = _text(e)
             values.append(_hint(match, name))
     batch, length_q, length_k = values
-    return Shape(batch, match.q_heads, match.key.heads(match.q_heads), length_q, length_k, *match.widths, symbolic)
+    heads = match.q_heads, match.key.heads(match.q_heads)
+    return AttentionShape(batch, *heads, length_q, length_k, *match.widths, symbols=symbolic)
 
 
 def _text(e: Expr) -> str:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import attnc
 from attnc.cli import IDS_BELOW, _input_spec, app
 from attnc.errors import UsageError
-from attnc.report import SCHEMA_ID
+from attnc.report_json import SCHEMA_ID
 
 FACTORIES = """
 import torch

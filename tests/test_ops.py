@@ -9,7 +9,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from attnc import ops
 from attnc.errors import UsageError
-from attnc.region import AttentionRule
+from attnc.rule_attention import AttentionRule
 from tests.forms.rules import Dims, inputs, rule_of
 from tests.tolerance import error
 

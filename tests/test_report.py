@@ -12,8 +12,11 @@ from attnc.errors import ArtifactError
 from attnc.expr import FLOAT, load, unary, var
 from attnc.folding import fold_paths
 from attnc.predicate import le
-from attnc.region import AS_WRITTEN, AttentionRule, Choice, Region, Shape
-from attnc.report import SCHEMA, SCHEMA_ID, Report, Unmatched, fold_regions
+from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Unmatched
+from attnc.report import Report
+from attnc.report_json import SCHEMA, SCHEMA_ID
+from attnc.report_text import fold_regions
+from attnc.rule_attention import AttentionRule, AttentionShape
 
 CHOICE = Choice(
     "block_sparse{block_m=128}",
@@ -25,13 +28,12 @@ CHOICE = Choice(
 RULE = AttentionRule(keep=le(var("j"), var("i")), empty="never")
 
 
-def region(layer: int = 0, **changes: object) -> Region:
-    made = Region(
-        kind="attention",
+def region(layer: int = 0, **changes: object) -> AttentionRegion:
+    made = AttentionRegion(
         path=f"model.layers.{layer}.self_attn",
         node=f"softmax_{layer}",
         rule=RULE,
-        shape=Shape(B=2, Hq=8, H=2, L=70, S=70, E=16, Ev=16),
+        shape=AttentionShape(B=2, Hq=8, H=2, L=70, S=70, E=16, Ev=16),
         dtype="float32",
         device="cpu",
         mask="causal",
@@ -129,7 +131,7 @@ def test_names_with_brackets_are_no_markup():
 
 
 def test_symbolic_lengths_and_facts_show():
-    shape = Shape(B=1, Hq=4, H=4, L=33, S=70, E=24, Ev=16, symbols={"L": "s0"})
+    shape = AttentionShape(B=1, Hq=4, H=4, L=33, S=70, E=24, Ev=16, symbols={"L": "s0"})
     text = squeezed(report(regions=(region(shape=shape, mask="none", training=True, choice=None),)).to_text(200))
     for part in ("full attention", "s0=33 x 70", "heads 4", "E 24/16", "training", "not chosen"):
         assert squeezed(part) in text, part
@@ -198,7 +200,7 @@ def test_json_follows_its_schema_and_reads_back(case):
 def test_json_holds_costs_facts_and_choice():
     content = json.loads(report().to_json())
     first = content["regions"][0]
-    assert content["schema"] == SCHEMA_ID == "attnc.report/1"
+    assert content["schema"] == SCHEMA_ID == "attnc.report/2"
     assert first["flops"] == 2 * 2 * 8 * 70 * 70 * 32
     assert first["facts"]["mask"] == "causal"
     assert AttentionRule.parse(first["rule"]) == RULE
@@ -216,7 +218,7 @@ def test_a_number_that_is_not_finite_is_null():
     "text", ["", "{", "[]", "3", "{}", '{"schema": "attnc.report/9"}', '{"schema": "attnc.report/1"}']
 )
 def test_what_is_no_report_is_refused_in_a_sentence(text):
-    with pytest.raises(ArtifactError, match=r"read a report: found .* allowed is JSON that follows attnc.report/1"):
+    with pytest.raises(ArtifactError, match=r"read a report: found .* allowed is JSON that follows attnc.report/2"):
         Report.from_json(text)
 
 

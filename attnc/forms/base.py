@@ -18,7 +18,8 @@ import torch
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device
 from attnc.errors import UsageError, did_you_mean
-from attnc.region import AttentionRule, Region
+from attnc.region import AttentionRegion
+from attnc.rule_attention import AttentionRule
 
 Knobs = TypeVar("Knobs", bound="Form")
 
@@ -44,15 +45,15 @@ class Form(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def refuse(self, region: Region) -> str | None:
+    def refuse(self, region: AttentionRegion) -> str | None:
         """Why this form with these knobs cannot compute `region`, as one sentence; None where it can."""
 
     @abstractmethod
-    def is_exact(self, region: Region) -> bool:
+    def is_exact(self, region: AttentionRegion) -> bool:
         """Whether this form with these knobs equals the region."""
 
     @abstractmethod
-    def cost(self, region: Region, device: Device) -> Cost:
+    def cost(self, region: AttentionRegion, device: Device) -> Cost:
         """What one run of the region costs, forward, and backward where it trains."""
 
     @abstractmethod
@@ -68,7 +69,7 @@ class Form(ABC):
         """out and lse in plain torch; differentiable, traceable."""
 
     @abstractmethod
-    def space(self, region: Region, device: Device) -> tuple[Form, ...]:
+    def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
         """The settings of this form worth trying for `region`, none of which it refuses; best guess first."""
 
     def spell(self) -> str:

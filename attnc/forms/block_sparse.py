@@ -33,7 +33,8 @@ from attnc.forms.base import Form, knob
 from attnc.forms.masked import axes_of, settle_empty
 from attnc.predicate import distances
 from attnc.reading import read
-from attnc.region import ITEM_BYTES, AttentionRule, Region, linear_score
+from attnc.region import ITEM_BYTES, AttentionRegion
+from attnc.rule_attention import AttentionRule, linear_score
 
 FLEX_DTYPES = ("float32", "bfloat16", "float16")
 MOST_VISITED = 0.9  # share of the pairs above which nothing is gained by skipping
@@ -48,7 +49,7 @@ class BlockSparse(Form):
     block_m: int = knob(128, 64, 256, 512, 1024, unit="query rows")
     block_n: int = knob(128, 64, 256, 512, 1024, unit="keys")
 
-    def refuse(self, region: Region) -> str | None:
+    def refuse(self, region: AttentionRegion) -> str | None:
         if region.kind != "attention":
             return f"block_sparse computes attention, found a region of kind {region.kind}; leave it as written."
         if region.device != "cpu":
@@ -61,7 +62,7 @@ class BlockSparse(Form):
         refuse = {"flex": self._refuse_flex, "blocked": self._refuse_blocked, "band": self._refuse_band}
         return refuse[self.provider](region)
 
-    def _refuse_flex(self, region: Region) -> str | None:
+    def _refuse_flex(self, region: AttentionRegion) -> str | None:
         rule = region.rule
         if region.training:
             return (
@@ -83,7 +84,7 @@ class BlockSparse(Form):
             return "block_sparse skips masked tiles, found no mask and a plain score; use dense."
         return None
 
-    def _refuse_blocked(self, region: Region) -> str | None:
+    def _refuse_blocked(self, region: AttentionRegion) -> str | None:
         shape = region.shape
         symbolic = sorted(set(shape.symbols) & {"L", "S", "B", "Hq", "H"})
         if symbolic:
@@ -99,7 +100,7 @@ class BlockSparse(Form):
             )
         return None
 
-    def _refuse_band(self, region: Region) -> str | None:
+    def _refuse_band(self, region: AttentionRegion) -> str | None:
         shape, (least, most) = region.shape, distances(region.rule.keep)
         names = [shape.symbols.get(name) for name in ("L", "S")]
         if (shape.L, names[0]) != (shape.S, names[1]) or "expr" in names:
@@ -120,16 +121,16 @@ class BlockSparse(Form):
             )
         return None
 
-    def _window(self, region: Region) -> int:
+    def _window(self, region: AttentionRegion) -> int:
         """Keys in the window of one query block."""
         least, most = distances(region.rule.keep)
         assert least is not None and most is not None
         return self.block_m + sum(outside(least, most))
 
-    def is_exact(self, region: Region) -> bool:
+    def is_exact(self, region: AttentionRegion) -> bool:
         return self.refuse(region) is None
 
-    def _visits(self, region: Region) -> tuple[tuple[Group, ...], float]:
+    def _visits(self, region: AttentionRegion) -> tuple[tuple[Group, ...], float]:
         """Groups of tiles and the pairs in them."""
         s, keep = region.shape, region.rule.keep
         names = keep.names()
@@ -157,7 +158,7 @@ class BlockSparse(Form):
         )
         return groups, pairs
 
-    def cost(self, region: Region, device: Device) -> Cost:
+    def cost(self, region: AttentionRegion, device: Device) -> Cost:
         engine = "flash" if linear_score(region.rule.score) is not None else "composed"
         item = ITEM_BYTES.get(region.dtype, 4)
         if self.provider == "band":
@@ -171,7 +172,7 @@ class BlockSparse(Form):
         moved = 2 * self._copied(region, groups) * item
         return attention_cost(region, engine, pairs, mask=True, launches=8 * len(groups), extra_bytes=moved)
 
-    def _copied(self, region: Region, groups: Sequence[Group]) -> int:
+    def _copied(self, region: AttentionRegion, groups: Sequence[Group]) -> int:
         """Numbers written beside the products: gathered keys and values, query rows, masks, and rows put in order."""
         s = region.shape
         keys = rows = masks = 0
@@ -210,7 +211,7 @@ class BlockSparse(Form):
             out = settle_empty(out, alive, value, rule)
         return out, lse
 
-    def space(self, region: Region, device: Device) -> tuple[Form, ...]:
+    def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
         if self.provider == "flex":
             tried = [BlockSparse("flex", 128, 128)]
         elif self.provider == "band":  # where lengths are known, blocked visits fewer tiles
@@ -239,7 +240,7 @@ def _band_of(rule: AttentionRule, length: int | torch.SymInt) -> tuple[int, int]
     return least, most
 
 
-def _symbolic_lookups(region: Region) -> list[str]:
+def _symbolic_lookups(region: AttentionRegion) -> list[str]:
     """Coordinates of symbolic length by which the rule looks captured tensors up."""
     names = {"b": "B", "i": "L", "j": "S"}
     rule = region.rule

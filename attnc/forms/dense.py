@@ -29,7 +29,8 @@ from attnc.forms.base import Form
 from attnc.forms.masked import axes_of, settle_empty, sink_of
 from attnc.predicate import conjunction
 from attnc.reading import read
-from attnc.region import AttentionRule, Region, linear_score
+from attnc.region import AttentionRegion
+from attnc.rule_attention import AttentionRule, linear_score
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Dense(Form):
 
     name: ClassVar[str] = "dense"
 
-    def refuse(self, region: Region) -> str | None:
+    def refuse(self, region: AttentionRegion) -> str | None:
         if region.kind != "attention":
             return f"dense computes attention, found a region of kind {region.kind}; leave it as written."
         if region.device != "cpu":
@@ -50,10 +51,10 @@ class Dense(Form):
             )
         return None
 
-    def is_exact(self, region: Region) -> bool:
+    def is_exact(self, region: AttentionRegion) -> bool:
         return self.refuse(region) is None
 
-    def cost(self, region: Region, device: Device) -> Cost:
+    def cost(self, region: AttentionRegion, device: Device) -> Cost:
         rule, s = region.rule, region.shape
         if linear_score(rule.score) is None:
             return attention_cost(region, "composed", s.L * s.S)
@@ -95,7 +96,7 @@ class Dense(Form):
             out = settle_empty(out, lse > -torch.inf, value, rule)
         return out, lse
 
-    def space(self, region: Region, device: Device) -> tuple[Form, ...]:
+    def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
         return () if self.refuse(region) else (self,)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from attnc.codegen.cpu_scores import as_tensor
 from attnc.reading import Axis, read, span
-from attnc.region import AttentionRule
+from attnc.rule_attention import AttentionRule
 
 
 def axes_of(query: torch.Tensor, key: torch.Tensor) -> dict[str, Axis]:

@@ -8,7 +8,7 @@ import torch
 from attnc.codegen.cpu_blocked import blocked
 from attnc.codegen.cpu_flash import Part, flash
 from attnc.forms.masked import reference
-from attnc.region import AttentionRule
+from attnc.rule_attention import AttentionRule
 from tests.tolerance import error
 
 RULES = (

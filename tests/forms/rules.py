@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attnc.region import AttentionRule
+from attnc.rule_attention import AttentionRule
 
 # Captured: t0 document ids (B, n), t1 1 where not padded (B, n), f2 per head (Hq), f3 a bias (Hq, L, S).
 RULES = {

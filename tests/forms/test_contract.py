@@ -13,15 +13,18 @@ from attnc.expr import TRUE
 from attnc.expr_text import parse
 from attnc.forms import FORMS, BlockSparse, Dense, form_named, parse_form
 from attnc.forms.dense import causal_pairs, split_causal
-from attnc.region import AttentionRule, Region, Shape
+from attnc.region import AttentionRegion
+from attnc.rule_attention import AttentionRule, AttentionShape
 
 CPU = device_named("cpu", 2)
 
 
-def region(keep: str = "j - i <= 0 and i - j <= 511", L: int = 4096, score: str = "0.125 * s", **facts) -> Region:
+def region(
+    keep: str = "j - i <= 0 and i - j <= 511", L: int = 4096, score: str = "0.125 * s", **facts
+) -> AttentionRegion:
     rule = AttentionRule.parse(f"score={score}" + (f"; keep={keep}" if keep else ""))
     facts = {"written": "sdpa", **facts}
-    return Region("attention", "layer", "sdpa", rule, Shape(1, 8, 2, L, L, 64, 64), "float32", "cpu", **facts)
+    return AttentionRegion("layer", "sdpa", rule, AttentionShape(1, 8, 2, L, L, 64, 64), "float32", "cpu", **facts)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
@@ -59,10 +62,14 @@ def test_a_wrong_spelling_says_what_is_allowed(text: str, says: str) -> None:
         (BlockSparse("flex"), {"dtype": "float64"}, "float32, bfloat16, float16"),
         (BlockSparse("flex"), {"keep": ""}, "use dense"),
         (BlockSparse("blocked"), {"keep": ""}, "use dense"),
-        (BlockSparse("blocked"), {"shape": Shape(1, 8, 2, 4096, 4096, 64, 64, {"L": "s0"})}, "dynamic=False"),
+        (
+            BlockSparse("blocked"),
+            {"shape": AttentionShape(1, 8, 2, 4096, 4096, 64, 64, symbols={"L": "s0"})},
+            "dynamic=False",
+        ),
         (
             BlockSparse("flex"),
-            {"keep": "t0[b, j] == 1", "shape": Shape(1, 8, 2, 64, 64, 64, 64, {"S": "s0"})},
+            {"keep": "t0[b, j] == 1", "shape": AttentionShape(1, 8, 2, 64, 64, 64, 64, symbols={"S": "s0"})},
             "lookups by j",
         ),
         (BlockSparse("flex"), {"device": "cuda"}, "lowered for the CPU"),
@@ -82,11 +89,11 @@ def test_an_unrefused_neighbour_shows_the_condition_is_true() -> None:
     assert BlockSparse("blocked").refuse(region("j - i <= 0")) is None
 
 
-def time(form, where: Region) -> float:
+def time(form, where: AttentionRegion) -> float:
     return seconds(form.cost(where, CPU), CPU)
 
 
-def best(provider: str, where: Region) -> float:
+def best(provider: str, where: AttentionRegion) -> float:
     return time(BlockSparse(provider).space(where, CPU)[0], where)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnc import ops
-from attnc.region import AttentionRule
+from attnc.rule_attention import AttentionRule
 
 FORMS = (
     "dense",
