@@ -138,7 +138,20 @@ def _filled(position: int | None, value: float | bool = 0) -> Callable:
 
 
 def _cast(lift: Lift, node: fx.Node, index: Index) -> Expr:
-    return lift.element(node.args[0], index)
+    source, value = node.args[0], lift.element(node.args[0], index)
+    to, given = tensor_of(node), tensor_of(source)
+    if to is None or given is None or not (to.is_floating_point() and given.is_floating_point()):
+        return value
+    if torch.finfo(to.dtype).max >= torch.finfo(given.dtype).max:
+        return value
+    return predicate.rebuild(value, lambda x: _in_range(x, to.dtype))
+
+
+def _in_range(x: Expr, dtype: torch.dtype) -> Expr | None:
+    """A constant as `dtype` holds it: finfo.min of a wider one becomes -inf, and rows without keys NaN."""
+    if not x.is_const or x.kind != FLOAT or abs(x.value) <= torch.finfo(dtype).max:
+        return None
+    return const(torch.tensor(x.value, dtype=torch.float64).to(dtype).item())
 
 
 def _power(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
