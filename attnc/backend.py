@@ -20,7 +20,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from attnc.errors import AttncError, LoweringError, UsageError
 from attnc.options import Options, configure_logging
-from attnc.passes import shield
+from attnc.passes import hooks, shield
 from attnc.passes.apply import apply_choices
 from attnc.passes.capture import ambient_autocast_off, device_of
 from attnc.passes.choose import checked_forms
@@ -31,7 +31,10 @@ from attnc.reports import REPORTS, Place, place_of
 
 log = logging.getLogger("attnc.backend")
 
+hooks.install()
 
+
+@hooks.mine
 def attnc_backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -130,6 +133,7 @@ def report_of(analysis: Analysis) -> Report:
         regions=tuple(analysis.regions),
         unmatched=tuple(analysis.unmatched),
         problems=tuple(analysis.problems),
+        notes=tuple(analysis.notes),
         timings=dict(analysis.timings),
         graphs=1,
     )

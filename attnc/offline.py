@@ -26,6 +26,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from attnc.errors import CaptureError, UsageError, did_you_mean
 from attnc.options import Options
+from attnc.passes import hooks
 from attnc.passes.pipeline import analyse
 from attnc.report import Report
 
@@ -115,12 +116,23 @@ def _exported_inputs(program: torch.export.ExportedProgram) -> list[Any]:
 
 def _read(gm: fx.GraphModule, example_inputs: Any, options: Options) -> Report:
     found = analyse(gm, example_inputs, options)
-    return Report(tuple(found.regions), tuple(found.unmatched), tuple(found.problems), found.timings, graphs=1)
+    return Report(
+        tuple(found.regions),
+        tuple(found.unmatched),
+        tuple(found.problems),
+        found.timings,
+        notes=tuple(found.notes),
+        graphs=1,
+    )
 
 
 # A run.
 
 
+hooks.install()
+
+
+@hooks.mine
 class _Reader:
     """A backend that reads graphs and runs them as they are.
 

@@ -12,6 +12,7 @@ one such layer, forward. `report.to_json()` keeps every region apart and follows
                 {form: sentence}}
     unmatched   [{anchor, reason, node, path}]: what looked like a region; the node where it stopped fitting, and why
     problems    sentences about graphs that could not be read
+    notes       sentences about the libraries that are loaded
     timings     seconds attnc spent in each pass; counts: regions by kind, form, mask, and how many are rewritten
 
 Units: times in seconds, costs in FLOP and bytes. A number that is not finite is null.
@@ -45,9 +46,10 @@ class Report(ReportText):
     graphs: int = 0
     model: str = ""
     device: str = "cpu"
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("regions", "unmatched", "problems"):
+        for name in ("regions", "unmatched", "problems", "notes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "timings", dict(self.timings))
 
@@ -62,6 +64,7 @@ class Report(ReportText):
             regions=tuple(r for report in reports for r in report.regions),
             unmatched=tuple(u for report in reports for u in report.unmatched),
             problems=tuple(dict.fromkeys(p for report in reports for p in report.problems)),
+            notes=tuple(dict.fromkeys(n for report in reports for n in report.notes)),
             timings=timings,
             graphs=sum(report.graphs for report in reports),
             model=next((report.model for report in reports if report.model), ""),
@@ -90,6 +93,7 @@ class Report(ReportText):
             "regions": [region_content(r) for r in self.regions],
             "unmatched": [asdict(u) for u in self.unmatched],
             "problems": list(self.problems),
+            "notes": list(self.notes),
             "timings": dict(self.timings),
             "counts": self.counts(),
         }
@@ -105,7 +109,7 @@ class Report(ReportText):
             return cls(
                 regions=tuple(region_of(r) for r in content["regions"]),
                 unmatched=tuple(Unmatched(**u) for u in content["unmatched"]),
-                **{name: content[name] for name in ("problems", "timings", "graphs", "model", "device")},
+                **{name: content[name] for name in ("problems", "notes", "timings", "graphs", "model", "device")},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise ArtifactError(

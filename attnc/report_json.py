@@ -102,6 +102,7 @@ SCHEMA: dict[str, object] = {
         regions=_array(_REGION),
         unmatched=_array(_object(**dict.fromkeys(("anchor", "reason", "node", "path"), _TEXT))),
         problems=_array(_TEXT),
+        notes=_array(_TEXT),
         timings={"type": "object", "additionalProperties": {"type": "number"}},
         counts=_COUNTS,
     ),

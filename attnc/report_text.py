@@ -30,6 +30,7 @@ class ReportText:
     regions: tuple[Region, ...]
     unmatched: tuple[Unmatched, ...]
     problems: tuple[str, ...]
+    notes: tuple[str, ...]
     timings: Mapping[str, float]
     graphs: int
     model: str
@@ -59,6 +60,8 @@ class ReportText:
             yield _unmatched_table(self.unmatched)
         for problem in self.problems:
             yield Text(f"problem: {problem}")
+        for note in self.notes:
+            yield Text(f"note: {note}")
         yield Text("\n".join(_totals(self)))
 
 

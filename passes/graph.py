@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -61,7 +62,11 @@ _OUTERMOST = re.compile(
 
 def module_path(node: fx.Node) -> str:
     """The module that produced `node`, as `layers.3.self_attn`: its place in the outermost module that was called."""
-    stack = node.meta.get("nn_module_stack")
+    return path_in(node.meta.get("nn_module_stack"))
+
+
+def path_in(stack: Mapping[str, Any] | None) -> str:
+    """The innermost module of a stack of modules, as Dynamo keeps it, by its place in the outermost one."""
     if not stack:
         return ""
     path = _OUTERMOST.sub("", str(list(stack.values())[-1][0])).replace("._modules", "")

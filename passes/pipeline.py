@@ -13,6 +13,7 @@ from torch import fx
 
 from attnc.errors import CaptureError
 from attnc.options import Options
+from attnc.passes import hooks
 from attnc.passes.capture import capture
 from attnc.passes.choose import choose
 from attnc.passes.extent import cut_gradient, inside, leaves_of
@@ -39,6 +40,7 @@ class Analysis:
     found: list[Found] = field(default_factory=list)
     unmatched: list[Unmatched] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -59,7 +61,8 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
 
     A graph that cannot be captured gives an empty analysis with the reason in `problems`.
     """
-    analysis = Analysis(None)
+    hooked = hooks.trace_of_compile()
+    analysis = Analysis(None, unmatched=[*hooked.named], problems=[*hooked.problems], notes=hooks.notes())
     try:
         with analysis.timed("capture"):
             analysis.gm = gm if captured else capture(gm, example_inputs)
