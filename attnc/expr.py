@@ -308,7 +308,7 @@ def unary(op: str, a: Expr) -> Expr:
         return const(float("-inf"))
     if op == "trunc" and a.kind == INT:
         return a
-    if a.is_const and not (isinstance(a.value, float) and not math.isfinite(a.value)):
+    if a.is_const and a.value == a.value:  # not NaN; exp(-inf) is 0
         try:
             value = UNARY[op](a.value)
         except (ValueError, OverflowError):
