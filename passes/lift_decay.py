@@ -81,7 +81,7 @@ def _parallel(facts: GraphFacts, final: Product) -> Parallel | None:
 
     def leaf(node: fx.Node, index: Index) -> Expr | None:
         candidate = product(node)
-        if candidate is None or found and found[0].node is not node:
+        if candidate is None or (found and found[0].node is not node):
             return None
         at = dict(zip(candidate.out_labels, index, strict=True))
         if {at[candidate.row], at[candidate.col]} != {row, J}:

@@ -20,6 +20,7 @@ from attnc.passes.graph import op_name, tensor_of
 # A block longer than this is a layer, not the step of a recurrence.
 LONGEST = 160
 SHORTEST = 2
+TRIED = 4  # blocks that are compared to find where a step begins
 
 
 @dataclass
@@ -46,14 +47,19 @@ def loops(graph: fx.Graph, taken: Collection[fx.Node] = ()) -> Iterator[Loop]:
     """The loops of `graph` that carry something from step to step, inner before outer."""
     nodes = [n for n in graph.nodes if n.op == "call_function" and n not in taken]
     for start, period, end in _runs([_signature(n) for n in nodes]):
-        found = []
+        best: tuple[int, int, int] | None = None
         for shift in range(period):  # where a step begins is not known: where least is carried over the boundary
             steps = (end - start - shift) // period
-            at = [start + shift + k * period for k in range(steps)]
-            loop = _loop([nodes[k : k + period] for k in at])
-            found += [loop] if loop is not None else []
-        if found:
-            yield min(found, key=lambda loop: (len(loop.carried), -loop.steps))
+            trial = _loop(_blocks(nodes, start + shift, period, min(steps, TRIED)))
+            if trial is not None and (best is None or (len(trial.carried), -steps) < best[:2]):
+                best = len(trial.carried), -steps, start + shift
+        found = _loop(_blocks(nodes, best[2], period, -best[1])) if best is not None else None
+        if found is not None:
+            yield found
+
+
+def _blocks(nodes: list[fx.Node], start: int, period: int, steps: int) -> list[list[fx.Node]]:
+    return [nodes[at : at + period] for at in range(start, start + steps * period, period)]
 
 
 def _signature(node: fx.Node) -> Hashable:
