@@ -1,0 +1,118 @@
+"""The `attnc::recurrence` operator: one node for any linear recurrence over tokens, opaque to whatever compiles it.
+
+    recurrence(query, key, value, decay, rates, beta, bonus, initial_state, spelling) -> (out, final_state)
+    spelling = a RecurrenceRule      e.g. "decay='token'; delta=True; gate='write'; scale=0.25; chunk=64"
+
+Shapes: query, key (B, Hk, L, K), Hk a divisor of H; value (B, H, L, V) -> out (B, H, L, V), laid out as (B, L, H, V);
+states (B, H, K, V + n): behind V stand the normaliser and the running maximum, as far as the rule has them. decay,
+rates and beta as the rule says; bonus (H, K), under an exponential gate (H,). Missing query and key are ones, K = 1.
+
+The graph keeps one node in the forward and one in the backward, which computes the forward again and differentiates it.
+
+Source: torch.library (operators that compilers do not look into); `attnc.rule_recurrence` for the systems covered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnc.codegen import cpu_recurrence
+from attnc.rule_recurrence import RecurrenceRule
+
+_INPUTS = (
+    "Tensor? query, Tensor? key, Tensor value, Tensor? decay, Tensor? rates, Tensor? beta, Tensor? bonus, "
+    "Tensor? initial_state"
+)
+library = torch.library.Library("attnc", "FRAGMENT")
+library.define(f"recurrence({_INPUTS}, str spelling) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+library.define(
+    f"recurrence_backward(Tensor grad_out, Tensor grad_state, {_INPUTS}, bool[] needs, str spelling) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+parse_recurrence = lru_cache(maxsize=1024)(RecurrenceRule.parse)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    *inputs, spelling = args
+    rule = parse_recurrence(spelling)
+    with torch.amp.autocast(inputs[2].device.type, enabled=False):
+        out, state = cpu_recurrence.recurrence(*inputs, rule)
+    laid_out, last = _meta(inputs[2], inputs[1], rule)
+    return laid_out.copy_(out), last.copy_(state)
+
+
+def _meta(value: Tensor, key: Tensor | None, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
+    """Unwritten results: new memory, whatever the inputs share."""
+    B, H, L, V = value.shape
+    K = 1 if key is None else key.shape[-1]
+    acc = cpu_recurrence.DTYPES[rule.state]
+    out = value.new_empty(B, L, H, V, dtype=value.dtype if rule.out == "value" else acc).transpose(1, 2)
+    return out, value.new_empty(B, H, K, V + rule.columns, dtype=acc)
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    return _meta(args[2], args[1], parse_recurrence(args[8]))
+
+
+def _backward(*args: Any) -> list[Tensor]:
+    grad_out, grad_state, *inputs, needs, spelling = args
+    rule = parse_recurrence(spelling)
+    with _autograd_on(), torch.amp.autocast(grad_out.device.type, enabled=False):
+        own = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+        out, state = cpu_recurrence.recurrence(*own, rule)
+        learned = [x for x, need in zip(own, needs, strict=True) if need]
+        # A step without a state, and outputs that nothing reaches, have no gradient function.
+        reached = [(y, g) for y, g in ((out, grad_out), (state, grad_state)) if y.requires_grad]
+        found: tuple[Tensor | None, ...] = (None,) * len(learned)
+        if reached:
+            ys, gs = zip(*reached, strict=True)
+            found = torch.autograd.grad(ys, learned, gs, allow_unused=True)
+    return [_dense(torch.zeros_like(x) if g is None else g) for x, g in zip(learned, found, strict=True)]
+
+
+@contextmanager
+def _autograd_on() -> Iterator[None]:
+    """Autograd, which the dispatcher has turned off inside of an operator."""
+    off = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradCPU", "AutogradCUDA", "AutogradMPS", "AutogradXPU", "AutogradOther", "ADInplaceOrView"):
+        off = off.remove(getattr(torch._C.DispatchKey, name))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), off), torch.enable_grad():
+        yield
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _fake_backward(*args: Any) -> list[Tensor]:
+    _, _, *inputs, needs, _ = args
+    return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.spelling = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    needs = [bool(need) for need in ctx.needs_input_grad[: len(inputs)]]
+    found = iter(RECURRENCE_BACKWARD(grad_out, grad_state, *inputs, needs, ctx.spelling))
+    return (*(next(found) if need else None for need in needs), None)
+
+
+library.impl("recurrence", _forward, "CompositeExplicitAutograd")
+library.impl("recurrence_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("attnc::recurrence", _fake, lib=library)
+torch.library.register_fake("attnc::recurrence_backward", _fake_backward, lib=library)
+torch.library.register_autograd("attnc::recurrence", _differentiate, setup_context=_remember, lib=library)
+
+RECURRENCE = torch.ops.attnc.recurrence.default
+RECURRENCE_BACKWARD = torch.ops.attnc.recurrence_backward.default

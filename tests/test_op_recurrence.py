@@ -1,0 +1,159 @@
+"""The recurrence operator: equal to the token loop in float64, with gradients, opaque to compilers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnc.errors import UsageError
+from attnc.op_recurrence import RECURRENCE
+from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
+from tests.recurrences import CASES, Case, in_float64, token_loop
+from tests.tolerance import assert_close
+
+BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+FEW = [c for c in CASES if c.name in ("mamba1", "gated_delta_rule", "mlstm", "rwkv6")]
+A_FEW = pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
+
+
+def learnable(inputs: list[Tensor | None]) -> list[Tensor]:
+    return [x.requires_grad_() for x in inputs if x is not None]
+
+
+def scalar(out: Tensor, state: Tensor) -> Tensor:
+    """A number that every element moves."""
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    return (out * weights).sum() + (state[..., :1] * torch.linspace(1, 2, state.shape[2])[:, None]).sum()
+
+
+@BY_NAME
+@pytest.mark.parametrize("length", [1, 33, 70])
+@pytest.mark.parametrize("state", [False, True])
+def test_equals_the_token_loop_and_its_gradients(case: Case, length: int, state: bool) -> None:
+    inputs = case.inputs(length, state=state)
+    leaves, rule = learnable(inputs), in_float64(case)
+    want, got = token_loop(inputs, rule), RECURRENCE(*inputs, rule.spell())
+    for a, b in zip(got, want, strict=True):
+        assert_close(a, b)
+    wanted = torch.autograd.grad(scalar(*want), leaves, allow_unused=True)
+    found = torch.autograd.grad(scalar(*got), leaves, allow_unused=True)
+    for a, b, x in zip(found, wanted, leaves, strict=True):
+        assert_close(torch.zeros_like(x) if a is None else a, torch.zeros_like(x) if b is None else b)
+
+
+@BY_NAME
+def test_length_200_in_fresh_memory_of_nan(case: Case, poisoned_memory: None) -> None:
+    inputs = case.inputs(200)
+    for a, b in zip(RECURRENCE(*inputs, in_float64(case).spell()), token_loop(inputs, in_float64(case)), strict=True):
+        assert_close(a, b)
+
+
+@BY_NAME
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_narrow_inputs_are_computed_in_float32(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(70, dtype)
+    out, state = RECURRENCE(*inputs, case.rule.spell())
+    assert out.dtype == dtype and state.dtype == torch.float32
+    want, _ = token_loop([x if x is None else x.double() for x in inputs], in_float64(case))
+    assert_close(out, want)
+
+
+@A_FEW
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_gradients_equal_eager_ones(case: Case, backend: str) -> None:
+    def mixer(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, state = RECURRENCE(*inputs, case.rule.spell())
+        return out.transpose(1, 2).flatten(2) * 2, state
+
+    inputs = case.inputs(33, torch.float32, state=True)
+    leaves = learnable(inputs)
+    compiled = torch.compile(mixer, backend=backend, fullgraph=True)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for a, b in zip(compiled(*inputs), mixer(*inputs), strict=True):
+                assert_close(a, b)
+    found = torch.autograd.grad(scalar(*compiled(*inputs)), leaves)
+    for a, b in zip(found, torch.autograd.grad(scalar(*mixer(*inputs)), leaves), strict=True):
+        assert_close(a, b)
+
+
+@A_FEW
+def test_one_node_forward_and_one_backward(case: Case) -> None:
+    graphs: list[list[str]] = []
+
+    def keep(gm: torch.fx.GraphModule, _: object) -> object:
+        graphs.append([str(n.target) for n in gm.graph.nodes if "attnc" in str(n.target)])
+        return gm.forward
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    inputs = case.inputs(33, torch.float32)
+    learnable(inputs)
+    mixer = torch.compile(lambda *x: RECURRENCE(*x, case.rule.spell()), backend=backend)
+    scalar(*mixer(*inputs)).backward()
+    assert graphs == [["attnc.recurrence.default"], ["attnc.recurrence_backward.default"]]
+
+
+@A_FEW
+def test_export_keeps_the_operator(case: Case) -> None:
+    class Mixer(torch.nn.Module):
+        def forward(self, *inputs: Tensor | None) -> Tensor:
+            return RECURRENCE(*inputs, case.rule.spell())[0]
+
+    inputs = tuple(case.inputs(33, torch.float32))
+    program = torch.export.export(Mixer(), inputs)
+    assert [n.target for n in program.graph.nodes].count(RECURRENCE) == 1
+    assert_close(program.module()(*inputs), Mixer()(*inputs))
+
+
+@A_FEW
+def test_fake_results_and_schema_are_true(case: Case) -> None:
+    inputs = case.inputs(9, torch.float32, state=True)
+    learnable(inputs)
+    torch.library.opcheck(RECURRENCE, (*inputs, case.rule.spell()))
+
+
+def test_lengths_stay_symbolic() -> None:
+    case = FEW[0]
+    compiled = torch.compile(
+        lambda *x: RECURRENCE(*x, case.rule.spell())[0], backend="aot_eager", dynamic=True, fullgraph=True
+    )
+    for length in (33, 70, 5):
+        inputs = case.inputs(length, torch.float32)
+        with torch._dynamo.config.patch(error_on_recompile=length != 33):
+            assert_close(compiled(*inputs), RECURRENCE(*inputs, case.rule.spell())[0])
+
+
+def test_output_is_laid_out_token_by_token() -> None:
+    out, _ = RECURRENCE(*FEW[1].inputs(33), in_float64(FEW[1]).spell())
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_extreme_decays_stay_finite() -> None:
+    case = next(c for c in CASES if c.name == "mamba2")
+    inputs = case.inputs(70, torch.float32)
+    inputs[3] = torch.where(torch.rand_like(inputs[3]) < 0.2, -300.0, -1e-3)
+    want, _ = token_loop([x if x is None else x.double() for x in inputs], in_float64(case))
+    assert_close(RECURRENCE(*inputs, case.rule.spell())[0], want)
+
+
+def test_spelling_reads_back() -> None:
+    for case in CASES:
+        assert RecurrenceRule.parse(case.rule.spell()) == case.rule
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(UsageError, match="decay='sometimes'"):
+        RecurrenceRule(decay="sometimes")
+    with pytest.raises(UsageError, match="delta rule"):
+        RecurrenceRule(delta=True, read="before")
+
+
+def test_costs_grow_with_the_length_and_the_state() -> None:
+    rule = RecurrenceRule(decay="token", delta=True, gate="write", chunk=64)
+    shape = RecurrenceShape(B=1, H=4, L=128, K=16, V=16, Hk=4)
+    assert rule.flops(RecurrenceShape(B=1, H=4, L=256, K=16, V=16, Hk=4)) == 2 * rule.flops(shape)
+    # 6 K V + C (5 K + 3 V) of the catalogue, D14, for each token and head.
+    assert rule.flops(shape) == 4 * 128 * (6 * 16 * 16 + 64 * (5 * 16 + 3 * 16))
+    assert rule.elements(shape) == 128 * (4 * (2 * 16 + 2) + 2 * 4 * 16)
+    assert rule.summary(shape)[2:] == ["state 16 x 16", "B 1", "chunk 64"]
