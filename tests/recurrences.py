@@ -32,6 +32,8 @@ class Case:
         shape = log_decay[rule.decay]
         q = torch.randn(B, self.Hk, L, K) if self.Hk else None
         k = torch.randn(B, self.Hk, L, K) / K**0.5 if self.Hk else None
+        if rule.normaliser == "sum" and q is not None:  # what is divided by must keep away from zero
+            q, k = q.abs(), k.abs()
         decay = None if shape is None else torch.rand(shape) * 0.9 + 0.05
         if decay is not None and not rule.factors and rule.decay != "state":
             decay = decay.log()
@@ -59,7 +61,7 @@ CASES = [
     Case("rg_lru", R(decay="token", factors=True), H=16, K=1, V=1, Hk=0),
     Case("mlstm", R(decay="token", gate="exp", normaliser="max1", eps=1e-6, scale=0.35, chunk=16)),
     Case("rwkv4", R(decay="head", gate="exp", normaliser="sum", read="before"), H=16, K=1, V=1, Hk=0, bonus=True),
-    Case("normalised_linear_attention", R(normaliser="sum", eps=20.0, chunk=16)),
+    Case("normalised_linear_attention", R(normaliser="sum", eps=1e-6, chunk=16)),
     Case("cumulative_sum", R(), H=3, K=1, V=5, Hk=0),
 ]
 
