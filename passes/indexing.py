@@ -13,7 +13,7 @@ from torch import fx
 
 from attnc import predicate
 from attnc.expr import BOOL, FALSE, FLOAT, ONE, TRUE, ZERO, Expr, add, const, mul, sub
-from attnc.passes.graph import integer, shape_of, tensor_of
+from attnc.passes.graph import integer, op_name, shape_of, tensor_of
 from attnc.passes.views import Index, Ranges, broadcast_index
 
 
@@ -116,7 +116,8 @@ def _decide(lift: Lift, p: Expr) -> Expr:
 
 def _pad(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
     source, widths = node.args[0], list(node.args[1])
-    fill = node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
+    place = 3 if op_name(node) == "pad" else 2  # behind the mode
+    fill = node.args[place] if len(node.args) > place else node.kwargs.get("value", 0)
     at, inside = list(index), []
     shape = shape_of(source)
     for k in range(len(widths) // 2):
@@ -194,6 +195,20 @@ def _index_put(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
     return predicate.where(inside, lift.element(value, (ZERO,) * number.dim()), lift.element(x, index))
 
 
+def _sum(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
+    """A sum over axes of length 1 is a view."""
+    if len(node.args) < 2 or not isinstance(node.args[0], fx.Node):
+        return None
+    source, dims = shape_of(node.args[0]), node.args[1]
+    axes = {int(d) % len(source) for d in ([dims] if isinstance(dims, int) else dims)}
+    if any(source[d] != ONE for d in axes):
+        return None
+    kept = len(index) == len(source)
+    rest = iter(index)
+    at = tuple(next(rest) if kept or d not in axes else ZERO for d in range(len(source)))
+    return lift.element(node.args[0], at)
+
+
 RULES: dict[str, Callable[[Lift, fx.Node, Index], Expr | None]] = {
     "index_put": _index_put,
     "arange": _arange,
@@ -201,6 +216,7 @@ RULES: dict[str, Callable[[Lift, fx.Node, Index], Expr | None]] = {
     "triu": _triangle(lambda offset, diagonal: predicate.le(diagonal, offset)),
     "cumsum": _cumsum,
     "diff": _diff,
+    "sum": _sum,
     "cat": _cat,
     "concat": _cat,
     "concatenate": _cat,

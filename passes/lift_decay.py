@@ -26,9 +26,41 @@ from attnc.predicate import rebuild
 # What may stand between the product of queries and keys and the one with the values, beside views.
 WEIGHTING = (
     "mul", "div", "where", "masked_fill", "masked_fill_", "tril", "triu", "to", "_to_copy", "type_as", "float", "neg",
-    "add", "sub", "mul_",
+    "add", "sub", "mul_", "sum",
 )
 NEAREST = 24
+
+
+def any_product(node: fx.Node) -> Product | None:
+    """`node` as a product of two matrices per batch, also where it is written as a sum of broadcast factors."""
+    return product(node) or _summed(node)
+
+
+def _summed(node: fx.Node) -> Product | None:
+    """`(a[..., :, None, :] * b[..., None, :, :]).sum(-1)`: the axes that only one factor has are row and column."""
+    if op_name(node) != "sum" or len(node.args) < 2 or op_name(node.args[0]) != "mul":
+        return None
+    pair = node.args[0].args  # type: ignore[union-attr]
+    shapes = [shape_of(x) if tensor_of(x) is not None else () for x in pair]
+    whole, dims = shape_of(node.args[0]), node.args[1]
+    dims = [dims] if isinstance(dims, int) else list(dims)  # type: ignore[call-overload]
+    if len(dims) != 1 or len(shapes) != 2 or any(len(s) != len(whole) for s in shapes) or _keeps(node):
+        return None
+    inner = dims[0] % len(whole)
+    rows, cols = (
+        [d for d, extent in enumerate(whole) if mine[d] == extent != ONE == other[d]]
+        for mine, other in (shapes, shapes[::-1])
+    )
+    if whole[inner] == ONE or inner in (*rows, *cols) or len(rows) != 1 or len(cols) != 1:
+        return None
+    names = {inner: "in", rows[0]: "row", cols[0]: "col"}
+    labels = tuple(names.get(d, f"n{d}") for d in range(len(whole)))
+    out = tuple(x for x in labels if x != "in")
+    return Product(node, pair[0], pair[1], out, labels, labels, "in", "row", "col")  # type: ignore[arg-type]
+
+
+def _keeps(node: fx.Node) -> bool:
+    return bool(node.kwargs.get("keepdim") or (len(node.args) > 2 and node.args[2]))
 
 
 @dataclass(frozen=True)
@@ -45,7 +77,7 @@ def parallels(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Paralle
     for node in facts.graph.nodes:
         if node in taken:
             continue
-        final = product(node)
+        final = any_product(node)
         if final is None:
             continue
         for oriented in (final, final.swapped()):
@@ -62,12 +94,12 @@ def _behind(node: fx.Node, taken: Collection[fx.Node]) -> fx.Node | None:
         at = stack.pop()
         if at in taken:
             return None
-        if at is not node and product(at) is not None:
+        if at is not node and any_product(at) is not None:
             return at
         index = tuple(var(f"z{d}") for d in range(len(shape_of(at)))) if tensor_of(at) is not None else ()
         if at is node or op_name(at) in WEIGHTING or through(at, index, Ranges()) is not None:
             if at is node and op_name(at) not in WEIGHTING and through(at, index, Ranges()) is None:
-                return at if product(at) is not None else None
+                return at if any_product(at) is not None else None
             fresh = [x for x in at.all_input_nodes if x not in seen and tensor_of(x) is not None]
             seen.update(fresh)
             stack.extend(fresh)
@@ -80,7 +112,7 @@ def _parallel(facts: GraphFacts, final: Product) -> Parallel | None:
     found: list[Product] = []
 
     def leaf(node: fx.Node, index: Index) -> Expr | None:
-        candidate = product(node)
+        candidate = any_product(node)
         if candidate is None or (found and found[0].node is not node):
             return None
         at = dict(zip(candidate.out_labels, index, strict=True))

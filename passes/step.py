@@ -44,9 +44,15 @@ def step_facts(loop: Loop, place: int) -> Step | NoMatch:
     value = tensor_of(node)
     if value is None or not value.is_floating_point() or value.dim() < 2:
         return NoMatch("what is carried is no state: a floating tensor of 2 or more axes is expected", node)
+    before = tensor_of(entry(loop, -1, place))
+    if before is None or before.shape != value.shape:
+        return NoMatch("what is carried changes its shape from step to step", node)
     if not is_read(loop, place):
         return NoMatch("what is carried is summed up and read only after the loop", node)
-    steps = [_linear(_Probe(loop, k, place)) for k in (-2, -1)]
+    try:
+        steps = [_linear(_Probe(loop, k, place)) for k in (-2, -1)]
+    except (RuntimeError, IndexError, ValueError) as exc:
+        return NoMatch(f"the step does not run by itself: {str(exc).partition(chr(10))[0]}", node)
     if steps[0] is None or steps[1] is None:
         return NoMatch("the step is not affine in what it carries, as a linear recurrence is", node)
     if not any(bool(step.base.abs().max() > 0) for step in steps):

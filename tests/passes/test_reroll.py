@@ -184,6 +184,15 @@ def einsums(q, k, v, g):
     return torch.einsum("bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k) * apart, v)
 
 
+def sums(q, k, v, g):
+    total = nn.functional.pad(g, (0, 0)).cumsum(-1)
+    apart = total.unsqueeze(-1) - total.unsqueeze(-2)
+    decay = apart.masked_fill(torch.ones(L, L, dtype=torch.bool).triu(1), float("-inf")).exp()
+    scores = (q[:, :, :, None, :] * k[:, :, None, :, :]).sum(-1)
+    weights = (scores[..., None] * decay[..., None]).sum(-1)
+    return (weights[..., None] * v[:, :, None]).sum(3)
+
+
 def retention(q, k, v, g):
     apart = torch.arange(L)[:, None] - torch.arange(L)[None]
     return ((q @ k.transpose(-1, -2)) * torch.where(apart >= 0, (apart * DECAYS[:, None, None]).exp(), 0.0)) @ v
@@ -203,6 +212,7 @@ def everywhere(q, k, v, g):
         (causal, ["none"]),
         (filled, ["head"]),
         (einsums, ["head"]),
+        (sums, ["head"]),
         (retention, ["constant"]),
         (softmax, []),
         (everywhere, []),
