@@ -274,15 +274,16 @@ def _lift_sdpa(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
     if rank not in (3, 4) or any(len(s) != rank for s in shapes) or not shapes[0][-3].is_const:
         return NoMatch("scaled_dot_product_attention of other than 3 or 4 axes", anchor)
     batch, heads = (shapes[0][0], shapes[0][1]) if rank == 4 else (const(1), shapes[0][0])
-    if not heads.is_const or not shapes[1][-3].is_const or not shapes[0][-1].is_const:
+    if not heads.is_const or any(not s[-3].is_const for s in shapes) or not shapes[0][-1].is_const:
         return NoMatch("the number of heads is symbolic", anchor)
     q_heads, k_heads = int(heads.value), int(shapes[1][-3].value)
     lengths = (shapes[0][-2], shapes[1][-2])
     ranges = _named(batch, heads, *lengths, shapes[0][-1])
-    head = ranges.floordiv(H, const(q_heads // k_heads)) if given.get("enable_gqa") else H
     sides = []
-    for node, h, position, shape in ((query, H, I, shapes[0]), (key, head, J, shapes[1]), (value, head, J, shapes[2])):
-        at = (B, h, position, var("e"))[4 - rank :]
+    for node, position, shape in ((query, I, shapes[0]), (key, J, shapes[1]), (value, J, shapes[2])):
+        # Keys and values may be repeated each by its own factor.
+        head = ranges.floordiv(H, const(q_heads // int(shape[-3].value))) if given.get("enable_gqa") else H
+        at = (B, head, position, var("e"))[4 - rank :]
         sides.append((node, tuple(ZERO if s == ONE and x in (B, h) else x for x, s in zip(at, shape, strict=True))))
     widths = shapes[0][-1], shapes[2][-1]
     operands = _operands(facts, sides, (batch, q_heads, lengths, widths), ranges, anchor)
