@@ -74,7 +74,8 @@ def _backward(*args: Any) -> list[Tensor]:
         if reached:
             ys, gs = zip(*reached, strict=True)
             found = torch.autograd.grad(ys, learned, gs, allow_unused=True)
-    return [_dense(torch.zeros_like(x) if g is None else g) for x, g in zip(learned, found, strict=True)]
+    laid_out = _fake_backward(*args)
+    return [y.zero_() if g is None else y.copy_(g) for y, g in zip(laid_out, found, strict=True)]
 
 
 @contextmanager
@@ -87,13 +88,10 @@ def _autograd_on() -> Iterator[None]:
         yield
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x.detach().clone(memory_format=torch.contiguous_format)
-
-
 def _fake_backward(*args: Any) -> list[Tensor]:
+    """Gradients laid out as the inputs are: a transposed one goes back through its transpose without a copy."""
     _, _, *inputs, needs, _ = args
-    return [x.new_empty(x.shape) for x, need in zip(inputs, needs, strict=True) if need]
+    return [torch.empty_like(x) for x, need in zip(inputs, needs, strict=True) if need]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -79,16 +79,15 @@ def _quiet() -> ExitStack:
 def _run(function: Callable[..., Any], arguments: Arguments) -> tuple[list[Any], list[Any]]:
     """Tensors that `function` returns and those it wrote to, and gradients of the floating inputs."""
     inputs = [x for x in pytree.tree_leaves(dict(arguments)) if isinstance(x, torch.Tensor)]
-    out = function(**arguments)
-    values = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
-    learned = [x for x in inputs if x.requires_grad]
-    loss = sum((x.float() * _weights(x)).sum() for x in values if x.requires_grad)
+    learned, held = ([x for x in inputs if x.requires_grad is given] for given in (True, False))
+    values = [x for x in pytree.tree_leaves(function(**arguments)) if isinstance(x, torch.Tensor)]
+    loss = sum((x.double() * _weights(x)).sum() for x in values if x.requires_grad)
     grads = torch.autograd.grad(loss, learned, allow_unused=True) if isinstance(loss, torch.Tensor) and learned else ()
-    return [*values, *(x for x in inputs if not x.requires_grad)], list(grads)
+    return [*values, *held], list(grads)
 
 
 def _weights(x: torch.Tensor) -> torch.Tensor:
-    return torch.linspace(-1, 1, x.numel()).reshape(x.shape)
+    return torch.linspace(-1, 1, x.numel(), dtype=torch.float64).reshape(x.shape)
 
 
 def _difference(want: list[Any], got: list[Any], what: str = "") -> str:

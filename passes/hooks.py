@@ -25,17 +25,52 @@ from typing import Any, TypeVar
 import torch
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.variables.base import VariableTracker
-from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.functions import UserFunctionVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import TracingContext
 
+from attnc.passes import hook_recurrence as mixers
+from attnc.passes import hook_samples as samples
+from attnc.passes import hook_state_space as spaces
 from attnc.passes.graph import path_in
 from attnc.passes.hook import Hook
 from attnc.region import Unmatched
 
-HOOKS: tuple[Hook, ...] = ()
+TRANSFORMERS = "transformers*.modeling_*"  # of its models, and of code that comes with a checkpoint
+
+
+def _home(model: str) -> str:
+    return f"transformers.models.{model}.modeling_{model}"
+
+
+# fmt: off
+HOOKS: tuple[Hook, ...] = (
+    Hook(TRANSFORMERS, "torch_chunk_gated_delta_rule", mixers.gated_delta_rule, samples.delta_rule,
+         home=_home("qwen3_next")),
+    Hook(TRANSFORMERS, "torch_recurrent_gated_delta_rule", mixers.gated_delta_rule_by_token, samples.delta_rule,
+         home=_home("qwen3_next")),
+    Hook(TRANSFORMERS, "chunk_kimi_delta_attention", mixers.kimi_delta_attention, samples.delta_rule,
+         home=_home("kimi_linear")),
+    Hook(TRANSFORMERS, "recurrent_kimi_delta_attention", mixers.kimi_delta_attention_by_token, samples.delta_rule,
+         home=_home("kimi_linear")),
+    Hook(TRANSFORMERS, "mamba_selective_scan", spaces.selective_scan, samples.selective_scan, home=_home("mamba")),
+    Hook(TRANSFORMERS, "mamba_selective_state_update", spaces.selective_state_update, samples.selective_state_update,
+         home=_home("mamba")),
+    Hook(TRANSFORMERS, "mamba2_chunk_scan", spaces.chunk_scan, samples.chunk_scan, home=_home("mamba2")),
+    Hook(TRANSFORMERS, "mamba2_selective_state_update", spaces.chunk_state_update, samples.chunk_state_update,
+         refuse=samples.equal_over_heads, home=_home("mamba2")),
+    Hook(TRANSFORMERS, "RecurrentGemmaRglru._rnn_scan", mixers.rg_lru_scan, samples.rg_lru,
+         home=_home("recurrent_gemma")),
+    Hook(TRANSFORMERS, "rwkv_linear_attention_cpu", mixers.rwkv_linear_attention, samples.rwkv, home=_home("rwkv")),
+    Hook(TRANSFORMERS, "wrap_chunkwise_arbitrary_sequence_length", mixers.mlstm_of_any_length, samples.mlstm,
+         home=_home("xlstm")),
+    Hook(TRANSFORMERS, "wrap_chunkwise_pad_zeros", mixers.mlstm_padded, samples.mlstm, home=_home("xlstm")),
+    Hook(TRANSFORMERS, "mlstm_chunkwise_native_autograd", mixers.mlstm_in_chunks, samples.mlstm, home=_home("xlstm")),
+    Hook(TRANSFORMERS, "mlstm_recurrent_sequence_native", mixers.mlstm_by_token, samples.mlstm, home=_home("xlstm")),
+    Hook(TRANSFORMERS, "mlstm_recurrent_step_native", mixers.mlstm_step, samples.mlstm_step, home=_home("xlstm")),
+)
+# fmt: on
 
 Compiler = TypeVar("Compiler")
 
@@ -153,7 +188,9 @@ def _why_not(hook: Hook, function: FunctionType, args: Any, kwargs: Any, trace: 
     except TypeError as exc:
         return f"its arguments do not fit: {exc}"
     bound.apply_defaults()
-    arguments = {name: _value(x) for name, x in bound.arguments.items()}
+    further = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [name for name, p in bound.signature.parameters.items() if p.kind not in further]
+    arguments = {name: _value(bound.arguments[name]) for name in named}
     why = hook.refuse(arguments)
     if why:
         return why
@@ -181,17 +218,17 @@ def _value(x: Any) -> Any:
         return x.as_proxy().node.meta["example_value"]
     if isinstance(x, SymNodeVariable):
         return x.sym_num
-    if isinstance(x, ConstantVariable):
+    try:
         return x.as_python_constant()
-    return getattr(x, "value", x)
+    except NotImplementedError:
+        return getattr(x, "value", x)
 
 
 def _kind(name: str, x: Any) -> tuple[object, ...]:
     if isinstance(x, torch.Tensor):
         return name, x.dtype, x.dim()
-    if isinstance(x, (str, int, float, bool, type(None), torch.dtype)):
-        return name, x
-    return name, type(x)
+    plain = isinstance(x, (str, int, float, bool, type(None), torch.dtype))
+    return name, x if plain else type(x)
 
 
 def _refused(trace: Trace, hook: Hook) -> bool:

@@ -129,6 +129,18 @@ def test_output_is_laid_out_token_by_token() -> None:
     assert out.transpose(1, 2).is_contiguous()
 
 
+def test_gradients_are_laid_out_as_the_inputs() -> None:
+    # Otherwise the gradient of softplus has other strides than its meta kernel says, and a view after it fails.
+    def mixer(q: Tensor, v: Tensor, raw: Tensor) -> Tensor:
+        decay = -torch.nn.functional.softplus(raw.view(2, 33, 4))
+        rule = "decay='token'; chunk=16"
+        return RECURRENCE(*(x.transpose(1, 2) for x in (q, q, v, decay)), None, None, None, None, rule)[0]
+
+    inputs = [torch.randn(2, 33, 4, 8).requires_grad_() for _ in range(2)] + [torch.randn(66, 4).requires_grad_()]
+    torch.compile(mixer, backend="aot_eager")(*inputs).sum().backward()
+    assert all(x.grad.is_contiguous() for x in inputs)
+
+
 def test_extreme_decays_stay_finite() -> None:
     case = next(c for c in CASES if c.name == "mamba2")
     inputs = case.inputs(70, torch.float32)

@@ -1,0 +1,145 @@
+"""Small random arguments of the same kind as those of a call, for the rows of the table of hooks.
+
+Each function takes the arguments of a call, tensors as fakes, and a generator; it keeps what is no tensor, the dtypes
+and what is left out, and makes the tensors small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+B, SHORT, CHUNK = 2, 5, 16
+
+
+def _drawn(arguments: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], g: torch.Generator) -> dict[str, Any]:
+    """The arguments with small tensors of these shapes in place of those that are tensors."""
+    small = {
+        name: torch.randn(shape, generator=g).to(arguments[name].dtype).requires_grad_()
+        for name, shape in shapes.items()
+        if isinstance(arguments.get(name), Tensor)
+    }
+    chunk = arguments.get("chunk_size")
+    return {**arguments, **small, **({"chunk_size": min(chunk, CHUNK)} if isinstance(chunk, int) else {})}
+
+
+def _changed(arguments: dict[str, Any], **changes: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The arguments with some tensors mapped into their range."""
+    for name, change in changes.items():
+        if isinstance(arguments.get(name), Tensor):
+            arguments[name] = change(arguments[name].detach()).to(arguments[name].dtype).requires_grad_()
+    return arguments
+
+
+def _negative(x: Tensor) -> Tensor:
+    return -x.abs() - 0.1
+
+
+def _length(arguments: Mapping[str, Any]) -> int:
+    """A chunk and a bit, or a few tokens where nothing is cut into chunks."""
+    chunk = arguments.get("chunk_size")
+    return min(chunk, CHUNK) + 6 if isinstance(chunk, int) else SHORT
+
+
+def delta_rule(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """query, key (B, L, Hk, K), value (B, L, H, V), g (B, L, H) or (B, L, H, K), beta, initial_state."""
+    group = min(4, max(1, int(arguments["value"].shape[2]) // int(arguments["key"].shape[2])))
+    L, Hk, H, K, V = _length(arguments), 2, 2 * group, 4, 3
+    decay = (B, L, H, K) if arguments["g"].dim() == 4 else (B, L, H)
+    shapes = {"query": (B, L, Hk, K), "key": (B, L, Hk, K), "value": (B, L, H, V), "g": decay, "beta": (B, L, H)}
+    drawn = _drawn(arguments, {**shapes, "initial_state": (B, H, K, V)}, g)
+    small = (lambda x: x) if arguments["use_qk_l2norm_in_kernel"] else (lambda x: 0.4 * x)
+    return _changed(drawn, g=_negative, beta=torch.sigmoid, key=small)
+
+
+def selective_scan(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """hidden_states, dt, z (B, D, L), A (D, N), B, C (B, N, L), D and delta_bias (D,)."""
+    L, D, N = SHORT, 6, 4
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("hidden_states", "dt", "z"), (B, D, L))
+    shapes |= {"A": (D, N), "B": (B, N, L), "C": (B, N, L), "D": (D,), "delta_bias": (D,)}
+    return _changed(_drawn(arguments, shapes, g), A=_negative, dt=torch.abs)
+
+
+def selective_state_update(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """state (B, D, N), hidden_states, dt, z (B, D), A (D, N), B, C (B, N), D and dt_bias (D,)."""
+    D, N = 6, 4
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("hidden_states", "dt", "z"), (B, D))
+    shapes |= {"state": (B, D, N), "A": (D, N), "B": (B, N), "C": (B, N), "D": (D,), "dt_bias": (D,)}
+    return _written(_changed(_drawn(arguments, shapes, g), A=_negative, dt=torch.abs))
+
+
+def _written(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A state that is overwritten is no leaf of a gradient."""
+    return {**arguments, "state": arguments["state"].detach()}
+
+
+def chunk_scan(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """hidden_states (B, L, H, P), dt (B, L, H), A, D, dt_bias (H,), B, C (B, L, G, N), initial_states (B, H, P, N)."""
+    group = min(4, max(1, int(arguments["hidden_states"].shape[2]) // int(arguments["B"].shape[2])))
+    L, G, H, P, N = _length(arguments), 2, 2 * group, 3, 4
+    shapes = {"hidden_states": (B, L, H, P), "dt": (B, L, H), "A": (H,), "D": (H,), "dt_bias": (H,)}
+    shapes |= {"B": (B, L, G, N), "C": (B, L, G, N), "initial_states": (B, H, P, N)}
+    return _changed(_drawn(arguments, shapes, g), A=_negative, dt=torch.abs)
+
+
+def chunk_state_update(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """state (B, H, P, N), hidden_states, dt, z (B, H, P), A (H, P, N), B, C (B, G, N), D and dt_bias (H, P)."""
+    group = min(4, max(1, int(arguments["hidden_states"].shape[1]) // int(arguments["B"].shape[1])))
+    G, H, P, N = 2, 2 * group, 3, 4
+    shapes: dict[str, tuple[int, ...]] = {"state": (B, H, P, N), "hidden_states": (B, H, P), "z": (B, H, P)}
+    shapes |= {"dt": (B, H, 1), "A": (H, 1, 1), "D": (H, P), "dt_bias": (H, 1), "B": (B, G, N), "C": (B, G, N)}
+    drawn = _written(_changed(_drawn(arguments, shapes, g), A=_negative, dt=torch.abs))
+    wide = {"dt": (B, H, P), "A": (H, P, N), "dt_bias": (H, P)}
+    return {**drawn, **{name: drawn[name].expand(to) for name, to in wide.items() if isinstance(drawn[name], Tensor)}}
+
+
+def equal_over_heads(arguments: Mapping[str, Any]) -> str | None:
+    """Refuses a step of Mamba-2 whose decays are not known to be equal over the channels of a head."""
+    if any(arguments["A"].stride()[1:]) or arguments["dt"].stride()[-1]:
+        return "its decays are not expanded over the channels of a head, so they may differ"
+    return None
+
+
+def rg_lru(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """hidden_states and recurrent_gate (B, L, C), reset (B, L, 1) of bool, recurrent_states (B, C)."""
+    L, C = (1 if arguments["hidden_states"].shape[1] == 1 else SHORT), 4
+    shapes = {"hidden_states": (B, L, C), "recurrent_gate": (B, L, C), "recurrent_states": (B, C)}
+    drawn = _changed(_drawn(arguments, shapes, g), recurrent_gate=torch.sigmoid)
+    reset = torch.zeros(B, L, 1, dtype=torch.bool)
+    reset[0, 0] = arguments["recurrent_states"] is not None
+    return {**drawn, "reset": reset}
+
+
+def rwkv(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """time_decay and time_first (C,), key and value (B, L, C), state of three (B, C) or None."""
+    shapes = {"time_decay": (4,), "time_first": (4,), "key": (B, SHORT, 4), "value": (B, SHORT, 4)}
+    drawn = _drawn(arguments, shapes, g)
+    if drawn["state"] is None:
+        return drawn
+    numerator, denominator, maximum = (torch.randn(B, 4, generator=g) for _ in range(3))
+    return {**drawn, "state": [numerator, denominator.abs() + 0.5, maximum]}
+
+
+def mlstm(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """query, key (B, H, L, K), value (B, H, L, V), gates (B, H, L), states; kernels that need it get whole chunks."""
+    if "mlstm_chunkwise_kernel" not in arguments:
+        return _mlstm(arguments, (min(arguments.get("chunk_size", SHORT), CHUNK),), g)
+    return _mlstm(arguments, (1 if arguments["query"].shape[2] == 1 else _length(arguments),), g)
+
+
+def mlstm_step(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """query, key (B, H, K), value (B, H, V), gates (B, H, 1), states."""
+    return _mlstm(arguments, (), g)
+
+
+def _mlstm(arguments: Mapping[str, Any], L: tuple[int, ...], g: torch.Generator) -> dict[str, Any]:
+    H, K, V = 2, 4, 3
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("query", "key"), (B, H, *L, K))
+    gates = (B, H, *(L or (1,)))
+    shapes |= {"value": (B, H, *L, V), "igate": gates, "fgate": gates}
+    for given, last in (("c_initial", (K, V)), ("n_initial", (K,)), ("m_initial", (1,))):
+        shapes[given] = shapes[f"{given[0]}state"] = (B, H, *last)
+    return _drawn(arguments, shapes, g)
