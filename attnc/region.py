@@ -8,6 +8,7 @@ from typing import Any
 
 from attnc.rule import Rule, Shape
 from attnc.rule_attention import AttentionRule, AttentionShape
+from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
 
 AS_WRITTEN = "as written"
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -137,4 +138,5 @@ class Unmatched:
 
 KINDS: dict[str, tuple[type[Rule], type[Shape], type[Region]]] = {
     "attention": (AttentionRule, AttentionShape, AttentionRegion),
+    "recurrence": (RecurrenceRule, RecurrenceShape, Region),
 }

@@ -123,11 +123,17 @@ class RecurrenceRule(Rule):
         return tokens * (shape.H * each + keys) + state * (self.state_in + self.state_out)
 
     def summary(self, shape: RecurrenceShape) -> list[str]:
-        """Length, heads and widths, and what the state does."""
+        """The mixer, length, heads and widths, and what the state does."""
         heads = f"heads {shape.H}" if shape.Hk in (0, shape.H) else f"heads {shape.H}/{shape.Hk}"
         if self.memory == "taps":
-            return [f"L {shape.text('L')}", f"channels {shape.H}", f"taps {self.conv}", f"B {shape.text('B')}"]
-        parts = [f"L {shape.text('L')}", heads, f"state {shape.K} x {shape.V}", f"B {shape.text('B')}"]
+            return [
+                self.name,
+                f"L {shape.text('L')}",
+                f"channels {shape.H}",
+                f"taps {self.conv}",
+                f"B {shape.text('B')}",
+            ]
+        parts = [self.name, f"L {shape.text('L')}", heads, f"state {shape.K} x {shape.V}", f"B {shape.text('B')}"]
         parts += [f"chunk {self.chunk}"] if self.chunk > 1 else ["token by token"]
         parts += [f"conv {self.conv}"] if self.conv else []
         parts += ["state in"] if self.state_in else []

@@ -22,6 +22,8 @@ from attnc.passes.found import Found, missed
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
 from attnc.passes.lift_attention import Match, anchors, lift
 from attnc.passes.lift_flex import flex_regions
+from attnc.passes.lift_loops import rolled
+from attnc.passes.lift_recurrence import recurrences
 from attnc.passes.normalize import normalize
 from attnc.passes.repeats import Repeats
 from attnc.passes.rewrite import rule_of, shape_of_match, size_nodes
@@ -29,7 +31,10 @@ from attnc.passes.rules import label
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region, Unmatched
 
 # The lifts of what is not attention, in this order: what one takes, those after it do not see.
-LIFTS: tuple[Callable[[GraphFacts, Collection[fx.Node]], Iterator[Found | Unmatched]], ...] = ()
+LIFTS: tuple[Callable[[GraphFacts, Collection[fx.Node]], Iterator[Found | Unmatched]], ...] = (
+    recurrences,
+    rolled,
+)
 
 
 @dataclass

@@ -168,4 +168,4 @@ def test_costs_grow_with_the_length_and_the_state() -> None:
     # 6 K V + C (5 K + 3 V) of the catalogue, D14, for each token and head.
     assert rule.flops(shape) == 4 * 128 * (6 * 16 * 16 + 64 * (5 * 16 + 3 * 16))
     assert rule.elements(shape) == 128 * (4 * (2 * 16 + 2) + 2 * 4 * 16)
-    assert rule.summary(shape)[2:] == ["state 16 x 16", "B 1", "chunk 64"]
+    assert rule.summary(shape) == ["gated delta rule", "L 128", "heads 4", "state 16 x 16", "B 1", "chunk 64"]
