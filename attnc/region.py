@@ -8,6 +8,7 @@ from typing import Any
 
 from attnc.rule import Rule, Shape
 from attnc.rule_attention import AttentionRule, AttentionShape
+from attnc.rule_ffn import FFNRule, FFNShape
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
 
 AS_WRITTEN = "as written"
@@ -139,4 +140,5 @@ class Unmatched:
 KINDS: dict[str, tuple[type[Rule], type[Shape], type[Region]]] = {
     "attention": (AttentionRule, AttentionShape, AttentionRegion),
     "recurrence": (RecurrenceRule, RecurrenceShape, Region),
+    "ffn": (FFNRule, FFNShape, Region),
 }

@@ -21,6 +21,7 @@ from attnc.passes.factors import settle
 from attnc.passes.found import Found, missed
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
 from attnc.passes.lift_attention import Match, anchors, lift
+from attnc.passes.lift_ffn import ffns
 from attnc.passes.lift_flex import flex_regions
 from attnc.passes.lift_loops import rolled
 from attnc.passes.lift_recurrence import recurrences
@@ -34,6 +35,7 @@ from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region, Unmatched
 LIFTS: tuple[Callable[[GraphFacts, Collection[fx.Node]], Iterator[Found | Unmatched]], ...] = (
     recurrences,
     rolled,
+    ffns,
 )
 
 

@@ -11,6 +11,7 @@ LAYERS = {
     "attnc.errors": 0,
     "attnc.rule": 1,
     "attnc.rule_attention": 1,
+    "attnc.rule_ffn": 1,
     "attnc.rule_recurrence": 1,
     "attnc.region": 1,
     "attnc.options": 1,
