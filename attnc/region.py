@@ -9,6 +9,7 @@ from typing import Any
 from attnc.rule import Rule, Shape
 from attnc.rule_attention import AttentionRule, AttentionShape
 from attnc.rule_ffn import FFNRule, FFNShape
+from attnc.rule_moe import MoERule, MoEShape
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
 
 AS_WRITTEN = "as written"
@@ -140,5 +141,6 @@ class Unmatched:
 KINDS: dict[str, tuple[type[Rule], type[Shape], type[Region]]] = {
     "attention": (AttentionRule, AttentionShape, AttentionRegion),
     "recurrence": (RecurrenceRule, RecurrenceShape, Region),
+    "moe": (MoERule, MoEShape, Region),
     "ffn": (FFNRule, FFNShape, Region),
 }

@@ -24,6 +24,7 @@ from attnc.passes.lift_attention import Match, anchors, lift
 from attnc.passes.lift_ffn import ffns
 from attnc.passes.lift_flex import flex_regions
 from attnc.passes.lift_loops import rolled
+from attnc.passes.lift_moe import moes
 from attnc.passes.lift_recurrence import recurrences
 from attnc.passes.normalize import normalize
 from attnc.passes.repeats import Repeats
@@ -35,6 +36,7 @@ from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region, Unmatched
 LIFTS: tuple[Callable[[GraphFacts, Collection[fx.Node]], Iterator[Found | Unmatched]], ...] = (
     recurrences,
     rolled,
+    moes,
     ffns,
 )
 
@@ -98,6 +100,7 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
         facts = GraphFacts(gm.graph)
     with analysis.timed("lift"):
         analysis.found += [Found(region) for region in flex_regions(gm.graph)]
+    before = len(analysis.unmatched)
     taken = _attentions(facts, analysis, options)
     for find in LIFTS:
         with analysis.timed("lift"):
@@ -108,6 +111,8 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
             else:
                 taken |= entry.nodes
                 analysis.found.append(entry)
+    names = {node.name for node in taken}  # a router's softmax is no failed attention once its block is known
+    analysis.unmatched[before:] = [entry for entry in analysis.unmatched[before:] if entry.anchor not in names]
 
 
 def _attentions(facts: GraphFacts, analysis: Analysis, options: Options) -> set[fx.Node]:

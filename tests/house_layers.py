@@ -12,6 +12,7 @@ LAYERS = {
     "attnc.rule": 1,
     "attnc.rule_attention": 1,
     "attnc.rule_ffn": 1,
+    "attnc.rule_moe": 1,
     "attnc.rule_recurrence": 1,
     "attnc.region": 1,
     "attnc.options": 1,
