@@ -166,9 +166,9 @@ def _named(x: Tensor, y: Tensor, learned: bool) -> str | None:
     for name, function in NAMED.items():
         if _same(function(x), y):
             return name
-    for name, (function, estimate) in FAMILIES.items():
+    for name, (family, estimate) in FAMILIES.items():
         value = estimate(x, y)
-        if math.isfinite(value) and _same(function(x, value), y):
+        if math.isfinite(value) and _same(family(x, value), y):
             return LEARNED.get(name, name) if learned else f"{name}({value:.6g})"
     return None
 

@@ -189,12 +189,12 @@ def _combined(node: fx.Node, inputs: dict[fx.Node, Flow]) -> Flow:
     broken = [flow for flow in flows.values() if flow.kind == "broken"]
     culprit = next((x for x, flow in flows.items() if flow.kind == "other"), None)
     if culprit is not None:
-        bent = [flow for flow in hidden if flow.bent]
-        if not bent or name not in FACTORS | MASKS:
+        active = [flow for flow in hidden if flow.bent]
+        if not active or name not in FACTORS | MASKS:
             return OTHER
         how = "multiplied" if name in FACTORS else "masked"
         why = NoMatch(f"the hidden unit is {how} by {culprit.name}, which is no function of the same input", node)
-        return Flow("broken", bent[0].sources, bent[0].origin, True, why, culprit)
+        return Flow("broken", active[0].sources, active[0].origin, True, why, culprit)
     if broken:
         return broken[0]
     if not hidden:

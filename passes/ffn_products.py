@@ -187,10 +187,10 @@ def _einsum(node: fx.Node, known: Weights) -> Weighted | None:
     out = _expanded(end, len(shape_of(node)))
     if any(len(set(x)) != len(x) for x in (*terms, out)):
         return None
-    which = _weight_of(*operands, known)
+    which = _weight_of(operands[0], operands[1], known)
     if which is None:
         return None
-    sides = tuple(zip(operands, terms, strict=True))
+    sides = (operands[0], terms[0]), (operands[1], terms[1])
     return _contracted(node, sides if which is operands[1] else sides[::-1], out)
 
 
@@ -233,9 +233,9 @@ def _convolution(node: fx.Node) -> tuple[torch.Tensor, torch.Tensor, dict[str, A
     if data is None or weight is None or weight.dim() < 3:
         return None
     defaults: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    names = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
     if op_name(node) == "convolution":
-        names = (*names[:-1], "transposed", "output_padding", "groups")
+        names[-1:] = ["transposed", "output_padding", "groups"]
     given = defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     return data, weight, given
 

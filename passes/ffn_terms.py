@@ -159,7 +159,7 @@ class Reader:
         name = op_name(node)
         position = {"full": 1, "scalar_tensor": 0, "full_like": 1, "new_full": 2}.get(name)
         if position is not None and len(node.args) > position and isinstance(node.args[position], int | float):
-            return node.args[position]  # type: ignore[return-value]
+            return node.args[position]
         if name.removesuffix("_like").removeprefix("new_") in ("zeros", "ones"):
             return float("ones" in name)
         if name in ("lift_fresh_copy", "lift_fresh", "clone", "detach", *CASTS) and isinstance(node.args[0], fx.Node):
@@ -215,7 +215,7 @@ class Reader:
         if name == "batch_norm":
             own, others = index[1:2], index[:1] + index[2:]
         else:
-            last = len(index) - len(node.args[1])  # type: ignore[arg-type]
+            last = len(index) - len(node.args[1])
             own, others = index[last:], index[:last]
         self._runs_over(node, own, others)
         return self._step(self.read(node.args[0], index), name)
@@ -233,7 +233,7 @@ class Reader:
         return self._step(self.read(node.args[0], index), f"conv {'x'.join(map(str, kernel))}", mixes=True)
 
     def _pad(self, node: fx.Node, index: Index) -> int:
-        widths = list(node.args[1])  # type: ignore[arg-type]
+        widths = list(node.args[1])
         at = list(index)
         for k in range(len(widths) // 2):
             dim = len(index) - 1 - k
@@ -253,7 +253,7 @@ class Reader:
 
     def _row(self, node: fx.Node, index: Index, item: int | None = None) -> int:
         """A reduction; it must run over the hidden axis, all of it and nothing else."""
-        schema = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+        schema = [argument.name for argument in node.target._schema.arguments]
         given = dict(zip(schema, node.args, strict=False)) | dict(node.kwargs)
         source, dims = node.args[0], given.get("dim")
         dims = [dims] if isinstance(dims, int) else dims

@@ -162,18 +162,18 @@ def _gated(x: Tensor, grid: Tensor, hints: Hints) -> Unit | None:
     second = grid[row] / grid[row, column]
     if bool(((torch.outer(first, second) - grid).abs() > SAME * (1 + grid.abs())).any()):
         return LINEAR if _is_plane(x, grid) else None
-    straight = [line(x, first, hints.limits), line(x, second, hints.limits)]
-    for gate, (own, other) in ((1, (second, straight[0])), (0, (first, straight[1]))):
-        if other is None or straight[gate] is not None:
+    one, two = line(x, first, hints.limits), line(x, second, hints.limits)
+    for gate, own, other in ((1, second, one), (0, first, two)):
+        if other is None or line(x, own) is not None:
             continue
         slope, shift, limits = other
         found = fit(x, own * slope, hints)
         if found is not None:
             return _unit(found, gate=gate, shift=shift, up_limits=limits)
-    if straight[0] is not None and straight[1] is not None:
-        (one, shift, limits), (two, shift_1, limits_1) = straight
-        plain = shift_1 == 0 and limits_1 == NO_LIMITS
-        return Unit("identity", gate=1, shift=shift, up_limits=limits, scale=rounded(one * two)) if plain else None
+    if one is not None and two is not None:
+        plain = two[1:] == (0.0, NO_LIMITS)
+        scale = rounded(one[0] * two[0])
+        return Unit("identity", gate=1, shift=one[1], up_limits=one[2], scale=scale) if plain else None
     return _two_nonlinear(x, first, second, hints)
 
 

@@ -357,7 +357,7 @@ def _shape(first: Weighted, second: Weighted) -> FFNShape:
     out = tensor_of(second.node)
     assert out is not None
     at = [second.out_labels.index(label) for label in second.tokens]
-    symbolic = [out.shape[d] for d in at if isinstance(out.shape[d], torch.SymInt)]
+    symbolic: list[Any] = [out.shape[d] for d in at if isinstance(out.shape[d], torch.SymInt)]
     constant = math.prod(hint(out.shape[d]) for d in at if not isinstance(out.shape[d], torch.SymInt))
     symbols = {}
     if symbolic:

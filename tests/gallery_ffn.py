@@ -189,6 +189,11 @@ def gate_with_factors(p, x):
     return F.linear(F.silu(F.linear(x, p.gate) * 0.5) * F.linear(x, p.up) * 0.25, p.down)
 
 
+@spelling(weights={"gate": UP, "up": UP, "down": DOWN}, gated=True, activation="relu", up_limits=(-2.0, 2.0))
+def gate_by_clamp(p, x):
+    return F.linear(F.linear(x, p.gate).clamp(min=0) * F.linear(x, p.up).clamp(-2, 2), p.down)
+
+
 @spelling(weights={"qkv": (3 * D + 2 * FF, D), "down": DOWN}, gated=True, activation="silu", layout="halves")
 def gate_within_a_wider_product(p, x):
     _, gate, value = F.linear(x, p.qkv).split([3 * D, FF, FF], -1)
