@@ -97,7 +97,9 @@ class Flows:
         self._origin: dict[fx.Node, fx.Node] = {}
         self._inputs = _data_inputs(facts.graph)
         for node in facts.graph.nodes:
-            self.of[node] = self._flow(node, taken)
+            flow = self._flow(node, taken)
+            # A tensor that is filled in place is not what made it.
+            self.of[node] = OTHER if flow.kind == "fixed" and facts.root(node) in facts.writes else flow
 
     def is_fixed(self, node: Any) -> bool:
         return isinstance(node, fx.Node) and self.of.get(node, OTHER).kind == "fixed"

@@ -124,3 +124,11 @@ def rotary_before_a_product(p, x):
     angle = torch.arange(4.0)
     return F.linear(torch.cat([x.transpose(2, 3) * angle.cos()[:, None], x.transpose(2, 3) * angle.sin()[:, None]], -1),
                     p.out)
+
+
+@lookalike(refusal="no function of the same input", weights={"gate": UP, "up": UP, "down": DOWN})
+def hidden_unit_times_a_buffer_filled_in_place(p, x):
+    filled = torch.zeros(B, L, FF)
+    for at in range(L):
+        filled[:, at] = F.linear(x[:, : at + 1].sum(1), p.up)
+    return F.linear(F.silu(F.linear(x, p.gate)) * filled, p.down)
