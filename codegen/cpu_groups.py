@@ -88,22 +88,42 @@ def _merged(by_count: dict[int, list[int]], visits: Visits, limit: int) -> list[
     """Round the smallest steps between counts up: while that costs little and the rows come to share their keys, and on
     until `limit` buckets are left. Rows that see nothing stay apart.
     """
-    buckets = [(count, sorted(rows)) for count, rows in sorted(by_count.items()) if count]
-    spare = SPARE * sum(count * len(rows) for count, rows in buckets)
-    while len(buckets) > 1:
-        pairs = list(pairwise(buckets))
-        waste = [len(rows) * (more - count) for (count, rows), (more, _) in pairs]
-        cheap = [
-            n
-            for n, (one, two) in enumerate(pairs)
-            if waste[n] <= spare and len(_seen(one[1] + two[1], visits)) == two[0]
-        ]
+    buckets = [_Bucket(count, rows, _seen(rows, visits)) for count, rows in sorted(by_count.items()) if count]
+    spare = SPARE * sum(bucket.count * len(bucket.rows) for bucket in buckets)
+    steps = [_Step.between(one, two) for one, two in pairwise(buckets)]
+    while steps:
+        cheap = [n for n, step in enumerate(steps) if step.waste <= spare and step.shares]
         if not cheap and len(buckets) <= limit:
             break
-        n = min(cheap or range(len(waste)), key=waste.__getitem__)
-        spare -= waste[n]
-        buckets[n : n + 2] = [(buckets[n + 1][0], sorted(buckets[n][1] + buckets[n + 1][1]))]
-    return [rows for _, rows in buckets] + ([sorted(by_count[0])] if 0 in by_count else [])
+        n = min(cheap or range(len(steps)), key=lambda n: steps[n].waste)
+        spare -= steps[n].waste
+        one, two = buckets[n : n + 2]
+        buckets[n : n + 2] = [_Bucket(two.count, one.rows + two.rows, one.seen | two.seen)]
+        near = range(max(n - 1, 0), min(n + 1, len(buckets) - 1))  # the steps around the new bucket
+        steps[max(n - 1, 0) : n + 2] = [_Step.between(*buckets[k : k + 2]) for k in near]
+    return [sorted(bucket.rows) for bucket in buckets] + ([sorted(by_count[0])] if 0 in by_count else [])
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Rows that will see `count` key blocks each, and all the key blocks that they see."""
+
+    count: int
+    rows: list[int]
+    seen: set[int]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Between two buckets: the tiles that rounding the smaller up adds, and whether their rows then share all keys."""
+
+    waste: int
+    shares: bool
+
+    @classmethod
+    def between(cls, one: _Bucket, two: _Bucket) -> _Step:
+        together = len(one.seen) + len(two.seen - one.seen)
+        return cls(len(one.rows) * (two.count - one.count), together == two.count)
 
 
 def _seen(rows: list[int], visits: Visits) -> set[int]:

@@ -6,6 +6,7 @@ which the answer would change.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -64,9 +65,12 @@ def _forced(region: AttentionRegion, form: Form) -> Choice:
 
 
 def _offers(
-    region: AttentionRegion, allowed: tuple[str, ...] | None
+    region: AttentionRegion, allowed: tuple[str, ...] | None, *, search: bool = True
 ) -> tuple[list[tuple[float, Form]], dict[str, str]]:
-    """(predicted seconds, form) of each form that applies, and the sentences of those that refuse."""
+    """(predicted seconds, form) of each form that applies, and the sentences of those that refuse.
+
+    search: whether each form offers its best knobs, or only its default ones.
+    """
     device = device_named(region.device)
     chosen = FORMS if allowed is None else tuple(form_named(name) for name in allowed)
     offers, refused = [], {}
@@ -76,7 +80,7 @@ def _offers(
             if why is not None:
                 refused[start.spell()] = why
                 continue
-            best = start.space(region, device)[:1]
+            best = start.space(region, device)[:1] if search else (start,)
             offers += [(seconds(form.cost(region, device), device, region.dtype), form) for form in best]
     return offers, refused
 
@@ -98,19 +102,23 @@ def _starts(form: type[Form]) -> list[Form]:
 
 
 def crossover(region: AttentionRegion, allowed: tuple[str, ...] | None = None) -> int | None:
-    """The shortest of LENGTHS beyond the region's own at which some form would pay, all else equal."""
-    device = device_named(region.device)
-    shape = region.shape
-    for length in LENGTHS:
-        if length <= max(shape.L, shape.S):
-            continue
+    """The shortest of LENGTHS beyond the region's own at which some form would pay with its default knobs.
+
+    A form that pays at one length pays at all longer ones: what does not pay at the longest is asked once only.
+    """
+    device, shape = device_named(region.device), region.shape
+    lengths = [length for length in LENGTHS if length > max(shape.L, shape.S)]
+
+    def pays(length: int) -> bool:
         rows = length if shape.L == shape.S else shape.L
         longer = replace(region, shape=replace(shape, L=rows, S=length))
-        offers, _ = _offers(longer, allowed)
+        offers, _ = _offers(longer, allowed, search=False)
         written = seconds(written_cost(longer, device), device, region.dtype)
-        if offers and min(time for time, _ in offers) <= GAIN * written:
-            return length
-    return None
+        return bool(offers) and min(time for time, _ in offers) <= GAIN * written
+
+    if not lengths or not pays(lengths[-1]):
+        return None
+    return lengths[bisect_left(lengths, True, key=pays)]
 
 
 def checked_forms(options: Options) -> None:

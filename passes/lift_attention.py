@@ -284,7 +284,7 @@ def _lift_sdpa(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
         # Keys and values may be repeated each by its own factor.
         head = ranges.floordiv(H, const(q_heads // int(shape[-3].value))) if given.get("enable_gqa") else H
         at = (B, head, position, var("e"))[4 - rank :]
-        sides.append((node, tuple(ZERO if s == ONE and x in (B, h) else x for x, s in zip(at, shape, strict=True))))
+        sides.append((node, tuple(ZERO if s == ONE and x in (B, head) else x for x, s in zip(at, shape, strict=True))))
     widths = shapes[0][-1], shapes[2][-1]
     operands = _operands(facts, sides, (batch, q_heads, lengths, widths), ranges, anchor)
     if isinstance(operands, NoMatch):

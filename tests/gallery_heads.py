@@ -28,6 +28,14 @@ def gqa_enable_for_keys_alone(q, k, v):
     return F.scaled_dot_product_attention(q, k, v.repeat(1, 2, 1, 1), enable_gqa=True)
 
 
+def gqa_enable_for_one_token(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def one_head_one_token(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 def gqa_repeat_interleave(q, k, v):
     k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
     return (q @ k.mT * 0.25).softmax(-1) @ v
@@ -260,6 +268,8 @@ BIAS = {"parameters": {"bias": lambda: torch.randn(4, 33, 33)}}
 ENTRIES = (
     spell(gqa_enable, GROUPED, GQA),
     spell(gqa_enable_for_keys_alone, {"mask": "none"}, GQA),
+    spell(gqa_enable_for_one_token, {"mask": "none", "L": 1}, qkv(B=1, L=1, S=33, Hk=1)),
+    spell(one_head_one_token, {"mask": "none", "Hq": 1}, qkv(B=1, H=1, L=1, S=33)),
     spell(gqa_repeat_interleave, GROUPED, GQA),
     spell(gqa_expand_reshape, {**GROUPED, "mask": "causal", "dropout": 0.0}, GQA),
     spell(gqa_expand_before_heads_move, GROUPED, bshd(Hk=2)),
