@@ -17,8 +17,8 @@ from typing import ClassVar
 from attnc.rule import Rule, Shape
 
 # How a token's experts are picked: the best k scores, by one maximum after another, from a table of tokens, every
-# expert of each token, or in a way that was not identified.
-CHOICES = ("top_k", "masked_max", "table", "all", "other")
+# expert of each token, outside of the graph, or in a way that was not identified.
+CHOICES = ("top_k", "masked_max", "table", "all", "given", "other")
 # What becomes of a router's class that has no expert of its own.
 ZERO = ("", "identity", "none")
 
@@ -27,7 +27,7 @@ ZERO = ("", "identity", "none")
 class MoERule(Rule):
     """Router and experts.
 
-    score:        function of the logits, "other" where it was not identified.
+    score:        function of the logits, "other" where it was not identified, "given" where it is not in the graph.
     over:         what a softmax runs over, "all" classes or the "chosen" ones; "each" for element-wise scores.
     choice:       one of CHOICES.
     choice_bias:  whether a vector is added to the scores for the choice alone.
@@ -87,7 +87,7 @@ class MoERule(Rule):
 
     def flops(self, shape: MoEShape) -> int:
         """FLOP of the products: router, the chosen experts of each token, shared experts and what lies around them."""
-        router = shape.d_router * (shape.num_experts + self.zero_experts)
+        router = self._router(shape)
         experts = shape.active * _matrices(self.gated) * shape.d_expert * shape.d_ff
         latent = 2 * shape.d_model * shape.d_expert if self.latent else 0
         shared = _matrices(self.shared_gated) * shape.d_model * shape.shared_d_ff
@@ -96,12 +96,16 @@ class MoERule(Rule):
 
     def elements(self, shape: MoEShape) -> int:
         """Input, output and weights, each once; of the experts as many as the tokens can reach."""
-        router = shape.d_router * (shape.num_experts + self.zero_experts)
+        router = self._router(shape)
         reached = min(shape.num_experts, shape.tokens * shape.active)
         experts = reached * _matrices(self.gated) * shape.d_expert * shape.d_ff
         latent = 2 * shape.d_model * shape.d_expert if self.latent else 0
         shared = _matrices(self.shared_gated) * shape.d_model * shape.shared_d_ff
         return 2 * shape.tokens * shape.d_model + router + experts + latent + shared
+
+    def _router(self, shape: MoEShape) -> int:
+        """Elements of the router's weight."""
+        return 0 if self.choice == "given" else shape.d_router * (shape.num_experts + self.zero_experts)
 
     def summary(self, shape: MoEShape) -> list[str]:
         """Tokens, experts and widths, then what is peculiar about router and experts."""

@@ -21,7 +21,8 @@ from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, module_path, op_
 from attnc.passes.moe_block import Block, block_of, data_of, down_projection, origin
 from attnc.passes.moe_combine import Sums
 from attnc.passes.moe_describe import described, nodes_of
-from attnc.passes.moe_products import Contraction, contractions, weighted
+from attnc.passes.moe_leaving import leaving
+from attnc.passes.moe_products import Contraction, Weighted, contraction, contractions, weighted
 from attnc.passes.moe_router import router_of
 from attnc.passes.moe_rows import Element, Rows
 from attnc.passes.moe_summand import Unit
@@ -47,8 +48,30 @@ def moes(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Unma
             done |= entry.nodes
             yield entry
         elif _of_experts(unit.second.expert):
-            done.add(node)
+            done |= {node, *(first.node for first in unit.hidden.firsts)}
             yield missed(node, entry)
+    yield from map(missed_pair, _alone(sums, done, taken))
+    yield from leaving(facts, done)
+
+
+def _alone(sums: Sums, done: Collection[fx.Node], taken: Collection[fx.Node]) -> Iterator[fx.Node]:
+    """Products of rows with weights gathered or grouped by expert ids that belong to no block."""
+    for node in sums.rows.facts.graph.nodes:
+        dot = contraction(node) if node not in done and node not in taken else None
+        if dot is None or len(dot.contracted) != 1:
+            continue
+        for label in dot.out_labels:
+            if (label in dot.left_labels) == (label in dot.right_labels) or dot.extent(label) == ONE:
+                continue
+            found = _weighted(sums, dot, label)
+            if found is not None and isinstance(found.expert, Element) and found.expert.node.op != "placeholder":
+                yield node
+                break
+
+
+def missed_pair(node: fx.Node) -> Unmatched:
+    """The entry for a product that should have another behind an activation."""
+    return missed(node, NoMatch("one product with weights picked by ids, two around an activation are an expert", node))
 
 
 def _second(sums: Sums, node: fx.Node) -> Unit | None:
@@ -65,16 +88,36 @@ def _second(sums: Sums, node: fx.Node) -> Unit | None:
 
 def _unit(sums: Sums, dot: Contraction, channel: str) -> Unit | None:
     """The feed-forward of experts whose second product is `dot`, `channel` being the axis of its outputs."""
-    index = tuple(sums.col if x == channel else _row(sums, x, dot.extent(x)) for x in dot.out_labels)
+    index = _index(sums, dot, channel)
+    second = _weighted(sums, dot, channel)
+    if second is None or not (_of_experts(second.expert) or _is_weighed(dot.node)):
+        return None
     try:
-        second = weighted(sums.rows, dot, index, sums.col, "p")
-        if second is None or not (_of_experts(second.expert) or _is_weighed(dot.node)):
-            return None
         unit = sums.unit(dot, index)
+        alike = unit is not None and {_of_experts(x.expert) for x in unit.hidden.firsts} == {_of_experts(second.expert)}
+        return unit if alike and not _of_blocks(sums, unit) else None
     except Unliftable:
         return None
-    alike = unit is not None and {_of_experts(x.expert) for x in unit.hidden.firsts} == {_of_experts(second.expert)}
-    return unit if alike else None
+
+
+def _of_blocks(sums: Sums, unit: Unit | None) -> bool:
+    """Whether the axis that picks weights picks data too: heads or blocks of features, no experts."""
+    if unit is None or not isinstance(unit.second.expert, Expr):
+        return False
+    x = data_of(sums.rows, unit)[0]
+    return any(unit.second.expert.names() & e.names() for e in x.index)
+
+
+def _weighted(sums: Sums, dot: Contraction, channel: str) -> Weighted | None:
+    """The product at an element in general, `channel` being the axis of its outputs."""
+    try:
+        return weighted(sums.rows, dot, _index(sums, dot, channel), sums.col, "p")
+    except Unliftable:
+        return None
+
+
+def _index(sums: Sums, dot: Contraction, channel: str) -> tuple[Expr, ...]:
+    return tuple(sums.col if x == channel else _row(sums, x, dot.extent(x)) for x in dot.out_labels)
 
 
 def _is_weighed(node: fx.Node) -> bool:
@@ -120,10 +163,17 @@ def _block(facts: GraphFacts, sums: Sums, unit: Unit) -> Block | NoMatch:
                 break
             why = exc.no_match
             continue
-        best = block or best
-        if best is not None and block is None:
-            break
+        if block is None or all(unit.second.node is not expert.second.node for expert in block.experts):
+            if best is not None:
+                break
+        elif best is None or not _only_shows(node):
+            best = block
     return why if best is None else best
+
+
+def _only_shows(node: fx.Node) -> bool:
+    """Whether `node` is a view or a cast of the sum before it."""
+    return origin(node) is not node
 
 
 def _ahead(facts: GraphFacts, start: fx.Node) -> Iterator[fx.Node]:
@@ -145,9 +195,9 @@ def _ahead(facts: GraphFacts, start: fx.Node) -> Iterator[fx.Node]:
         horizon = max([horizon, *(facts.order[u] for u in node.users)])
 
 
-def _path(anchor: fx.Node, logits: fx.Node) -> str:
+def _path(anchor: fx.Node, logits: fx.Node | None) -> str:
     """The module that holds experts and router."""
-    paths = [module_path(n).split(".") for n in (anchor, logits)]
+    paths = [module_path(n).split(".") for n in (anchor, logits or anchor)]
     shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*paths, strict=False))
     return ".".join(name for name, _ in shared)
 

@@ -65,10 +65,17 @@ def origin(node: fx.Node) -> fx.Node:
         node = behind[0]
 
 
-def data_of(rows: Rows, unit: Unit) -> tuple[Element, list[Element]]:
-    """(the input at the first product, routing weights that multiply it)."""
+def data_of(rows: Rows, unit: Unit, token: Expr | None = None) -> tuple[Element, list[Element]]:
+    """(the input at the first product, routing weights that multiply it).
+
+    token: where it should be; views beyond the one that shows it are not followed, as lengths may be symbols.
+    """
     first = unit.hidden.firsts[0]
-    at, factors = rows.settle(first.data.node, first.data.index), []
+
+    def there(at: Element) -> bool:
+        return token is not None and at.lead == token
+
+    at, factors = rows.settle(first.data.node, first.data.index, there), []
     if op_name(at.node) == "mul" and all(tensor_of(a) is not None for a in at.node.args):
         outer, inner = shape_of(at.node), first.inner.names()
         sides = [Element(x, broadcast_index(at.index, shape_of(x), outer)) for x in at.node.args]
@@ -76,7 +83,7 @@ def data_of(rows: Rows, unit: Unit) -> tuple[Element, list[Element]]:
             free = not any(e.names() & inner for e in factor.index)
             if free and any(e.names() & inner for e in x.index) and _is_routed(rows, factor.node, x.node):
                 factors.append(factor)
-                at = rows.settle(x.node, x.index)
+                at = rows.settle(x.node, x.index, there)
                 break
     return at, factors
 
@@ -151,7 +158,7 @@ class _Checker:
         assert unit is not None and isinstance(unit.second.expert, Element)
         ids = unit.second.expert
         slots, pair, token = self._pair(ids)
-        x, inside = data_of(self.rows, unit)
+        x, inside = data_of(self.rows, unit, token)
         self._same_expert(unit, ids)
         if x.lead != token:
             raise Unliftable("an expert's data belong to another token than its id", unit.hidden.firsts[0].node)
@@ -224,7 +231,7 @@ class _Checker:
         expert = unit.second.expert
         if any(first.expert != expert for first in unit.hidden.firsts):
             raise Unliftable("the products of an expert have weights of different experts", unit.second.node)
-        x, inside = data_of(self.rows, unit)
+        x, inside = data_of(self.rows, unit, self.token)
         if x.lead != self.token:
             raise Unliftable("an expert's data belong to another token than its output", unit.hidden.firsts[0].node)
         count = self._experts(unit)
@@ -250,9 +257,9 @@ class _Checker:
         columns, sources = [], []
         for number, s in enumerate(own):
             assert s.unit is not None
-            x, inside = data_of(self.rows, s.unit)
             row = self.token if s.scatter is None else s.scatter.row
             token = self.token if s.scatter is None else s.scatter.key
+            x, inside = data_of(self.rows, s.unit, token)
             if x.lead != token or s.over or (s.scatter is not None and s.scatter.target != self.token):
                 return None
             factors = [self._column(f, row) for f in (*s.factors, *s.unit.hidden.factors, *inside)]
@@ -296,7 +303,7 @@ class _Checker:
     def _with_others(self, block: Block, others: Sequence[Summand], identity: Sequence[Summand]) -> Block | None:
         for s in others:
             assert s.unit is not None
-            x, inside = data_of(self.rows, s.unit)
+            x, inside = data_of(self.rows, s.unit, self.token)
             if x.lead != self.token or s.scatter is not None or inside or s.gained or s.latent is not None:
                 raise Unliftable("a term of the sum is no expert and reads other tokens", s.unit.second.node)
         if any(not s.factors for s in identity):

@@ -61,8 +61,7 @@ def described(block: Block, router: Router) -> tuple[MoEMatch, MoERule, MoEShape
         facts["latent"], latent = True, d_model
         d_model = hint(tensor_of(block.out).shape[-1])  # type: ignore[union-attr]
     data = tensor_of(router.data)
-    assert data is not None
-    d_routed = hint(data.shape[-1])
+    d_routed = d_model if data is None else hint(data.shape[-1])
     shape = MoEShape(
         tokens=block.tokens,
         d_model=d_model,
@@ -139,7 +138,8 @@ def _gate(term: Summand) -> str:
 def _zero(block: Block, router: Router) -> dict[str, Any]:
     """Router classes without weights; those that normalise with shared experts are theirs."""
     beyond = router.classes - block.count
-    if beyond <= 0 or router.facts.get("normalise") == "chosen and shared":
+    known = router.facts["choice"] not in ("other", "given") and router.facts.get("normalise") != "chosen and shared"
+    if beyond <= 0 or not known:
         return {}
     return {"zero_experts": beyond, "zero": "identity" if block.identity else "none"}
 

@@ -120,7 +120,7 @@ def is_weight(node: Any) -> bool:
 
 def _keeps_weights(node: fx.Node) -> bool:
     name = op_name(node)
-    if name in CASTS or name in ("stack", "cat", "detach", "mul", "add", "sub", "div"):
+    if name in CASTS or name in ("stack", "cat", "detach", "set_", "mul", "add", "sub", "div"):
         return True
     value = tensor_of(node)
     index = tuple(var(f"w{d}") for d in range(value.dim())) if value is not None else ()
@@ -243,8 +243,13 @@ def _grouped(rows: Rows, offsets: fx.Node, row: Expr, count: Expr) -> Element | 
         return None
     if sorted_from(counted) is not None:
         return ids_of(rows, Element(counted, (row,)))
-    for order in _orders_of(counted):
-        return ids_of(rows, Element(counted, (rows.number(order, (row,)),)))
+    here = ids_of(rows, Element(counted, (row,)))
+    for node in rows.facts.graph.nodes:
+        key = order_of(node)
+        if key is None or op_name(key) == "topk" or (key is not node and node.args[1] != 1):
+            continue
+        if len(shape_of(node)) == 1 and ids_of(rows, Element(key.args[0], (row,))) == here:
+            return ids_of(rows, Element(counted, (rows.number(node, (row,)),)))
     return None
 
 
@@ -274,13 +279,6 @@ def _bare(node: Any) -> Any:
     while op_name(node) in CASTS:
         node = node.args[0]
     return node
-
-
-def _orders_of(ids: fx.Node) -> list[fx.Node]:
-    """Permutations that sort the 1-D tensor `ids`."""
-    argsorts = [u for u in ids.users if op_name(u) == "argsort"]
-    sorts = [u for u in ids.users if op_name(u) == "sort"]
-    return argsorts + [g for s in sorts for g in s.users if op_name(g) == "getitem" and g.args[1] == 1]
 
 
 # --------------------------------------------------------------------------------------------------------------------

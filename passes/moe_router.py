@@ -29,14 +29,15 @@ MOST_CUTS = 6  # element-wise functions between the product and the score functi
 class Router:
     """A router in the graph, and what it was found to compute, as fields of MoERule.
 
-    logits:  its product; data, weight, bias: the operands. classes: experts, and classes without one.
+    logits:  its product, None where it is not in the graph; data, weight, bias: the operands.
+    classes: experts, and classes without one.
     nodes:   from the product to what the experts are given.
     choice_bias, expert_scale: vectors that take part in the choice, that multiply the weights.
     """
 
-    logits: fx.Node
-    data: fx.Node
-    weight: fx.Node
+    logits: fx.Node | None
+    data: fx.Node | None
+    weight: fx.Node | None
     bias: fx.Node | None
     classes: int
     top_k: int = 0
@@ -50,17 +51,29 @@ def router_of(wanted: Wanted, tokens: int, experts: int) -> Router | str:
     """The router behind `wanted`, or why there is none."""
     nodes = between(wanted.targets)
     routed = [n for n in nodes if _classes(n, tokens) is not None]
+    if not routed and any(n.op != "placeholder" for n in wanted.targets):
+        inner = [n for n in nodes if contraction(n) is not None]
+        if inner or wanted.ids is None:
+            return "no product of the tokens with a router's weights leads to the choice"
     if not routed:
-        return "no product of the tokens with a router's weights leads to the choice"
-    router = _found(routed[-1], tokens, nodes)
+        given = {"score": "given", "over": "each", "choice": "given"}
+        return Router(None, None, None, None, experts, _slots(wanted, tokens), nodes=nodes, facts=given)
+    logits = routed[-1]
+    router = _found(logits, tokens, nodes)
     if len(routed) == 1:
-        for cut in _cuts(router.logits):
+        for cut in _cuts(logits):
             facts = _fitted(wanted, router, cut, tokens, experts)
             if facts is not None:
                 router.facts |= facts
                 return router
-    router.facts |= {"score": "other", "over": "each", **_unknown(wanted, router, tokens, experts)}
+    router.facts |= {"score": "other", "over": "each", **_unknown(wanted, router, logits, tokens, experts)}
     return router
+
+
+def _slots(wanted: Wanted, tokens: int) -> int:
+    """Experts of each token, by the shape of the ids."""
+    value = tensor_of(wanted.ids)
+    return max(1, size(value) // tokens) if value is not None else 1
 
 
 def _found(logits: fx.Node, tokens: int, nodes: list[fx.Node]) -> Router:
@@ -96,6 +109,7 @@ def _cuts(logits: fx.Node) -> Iterator[fx.Node]:
 
 def _fitted(wanted: Wanted, router: Router, cut: fx.Node, tokens: int, experts: int) -> dict[str, Any] | None:
     """The facts of the router with `cut` in place of its logits; None where no score function fits."""
+    assert router.logits is not None
     before = _before(router.logits, cut)
     seen = outcome(wanted, cut, tokens, experts) if before is not None else ""
     if before is None or isinstance(seen, str):
@@ -112,20 +126,20 @@ def _fitted(wanted: Wanted, router: Router, cut: fx.Node, tokens: int, experts: 
     return {**found, **before, "expert_scale": scaled is not None, **chosen}
 
 
-def _unknown(wanted: Wanted, router: Router, tokens: int, experts: int) -> dict[str, Any]:
+def _unknown(wanted: Wanted, router: Router, logits: fx.Node, tokens: int, experts: int) -> dict[str, Any]:
     """How experts are chosen, where their weights are of no known kind."""
-    seen = outcome(wanted, router.logits, tokens, experts)
-    value = tensor_of(wanted.ids)
+    seen = outcome(wanted, logits, tokens, experts)
     if isinstance(seen, str):
-        router.top_k = max(1, size(value) // tokens) if value is not None else 1
+        router.top_k = _slots(wanted, tokens)
         return {"choice": "other"}
     router.top_k = seen.ids.shape[-1]
-    return _chosen(wanted, router, seen, "", _roles(wanted, router.logits, seen)[1], router.classes)
+    return _chosen(wanted, router, seen, "", _roles(wanted, logits, seen)[1], router.classes)
 
 
 def _chosen(
     wanted: Wanted, router: Router, seen: Outcome, score: str, biases: Sequence[fx.Node], classes: int
 ) -> dict[str, Any]:
+    assert router.logits is not None
     if wanted.ids is not None and router.logits not in behind([wanted.ids], {router.logits}):
         return {"choice": "table"}
     facts, router.choice_bias = choice_of(seen, router.nodes, score, classes, biases)

@@ -1,80 +1,21 @@
-"""Small mixtures of experts, one spelling each, with the facts they must lift to; and what looks like one and is none.
-
-Letters: B batch, L length, D model width, F expert width, N experts.
-"""
+"""Small mixtures of experts, one spelling each, with the facts they must lift to."""
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-B, L, D, W, N = 2, 11, 16, 24, 6
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """A module, and the facts of its one region; `facts` None: it is no mixture of experts.
-
-    eager: whether Dynamo cannot hold it in one graph; it is then tested as an exported program only.
-    """
-
-    name: str
-    make: Callable[[], nn.Module]
-    facts: Mapping[str, object] | None = field(default_factory=dict)
-    eager: bool = False
-
-    def build(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
-        """The same module and inputs on every call."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            module = self.make().eval()
-            inputs = module.inputs() if hasattr(module, "inputs") else (torch.randn(B, L, D),)
-        return module, inputs
-
-
-def weights(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape) * shape[-1] ** -0.5)
-
-
-class Expert(nn.Module):
-    """A gated feed-forward."""
-
-    def __init__(self, width: int = W):
-        super().__init__()
-        self.gate, self.up = nn.Linear(D, width, bias=False), nn.Linear(D, width, bias=False)
-        self.down = nn.Linear(width, D, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Plain(nn.Module):
-    """A feed-forward without gate."""
-
-    def __init__(self, activation: Callable[[Tensor], Tensor] = F.relu):
-        super().__init__()
-        self.first, self.second, self.activation = nn.Linear(D, W), nn.Linear(W, D), activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.activation(self.first(x)))
-
-
-class Stacked(nn.Module):
-    """Experts with stacked weights: value and gate in one product, gate first."""
-
-    def __init__(self, count: int = N):
-        super().__init__()
-        self.gate_up, self.down = weights(count, 2 * W, D), weights(count, D, W)
-
-
-def gathered(self: Stacked, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-    """Weights gathered for each pair: x (T, D), ids and w (T, k)."""
-    gate, up = torch.einsum("tkfd,td->tkf", self.gate_up[ids], x).chunk(2, -1)
-    y = torch.einsum("tkdf,tkf->tkd", self.down[ids], F.silu(gate) * up)
-    return (y * w[..., None]).sum(1)
+from tests.gallery_moe_all import (
+    EveryExpert,
+    EveryExpertSummed,
+    Llama4,
+    RowsLoop,
+    Soft,
+    StackedLoop,
+    StaticLoop,
+    Switch,
+)
+from tests.gallery_moe_entry import B, D, Expert, L, N, Spelling, Stacked, W, gathered, weights
 
 
 class Mixtral(Stacked):
@@ -152,44 +93,6 @@ class GptOss(nn.Module):
         h = (up + 1) * gate * torch.sigmoid(1.702 * gate)
         y = torch.bmm(h[:, None], self.w2[at])[:, 0] + self.b2[at]
         return (y * w.reshape(-1, 1)).view(-1, 2, D).sum(1).view(x.shape)
-
-
-class Switch(nn.Module):
-    """The best expert, at most `capacity` tokens each; every expert on every token, masked."""
-
-    def __init__(self, capacity: int = 8):
-        super().__init__()
-        self.router, self.capacity = nn.Linear(D, N, bias=False), capacity
-        self.experts = nn.ModuleList(Plain() for _ in range(N))
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, D)
-        p = self.router(flat).softmax(-1)
-        w, ids = p.max(-1)
-        mask = F.one_hot(ids, N)
-        mask = mask * (mask.cumsum(0) <= self.capacity)
-        out = torch.zeros_like(flat)
-        for number, expert in enumerate(self.experts):
-            out = out + expert(flat) * (mask[:, number] * w)[:, None]
-        return out.view(x.shape)
-
-
-class Llama4(nn.Module):
-    """The weight, a sigmoid, multiplies the input of the one chosen expert; all experts see all tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.router, self.shared = nn.Linear(D, N, bias=False), Expert()
-        self.gate_up, self.down = weights(N, D, 2 * W), weights(N, W, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, D)
-        top, ids = self.router(flat).topk(1, dim=1)
-        scores = torch.full((len(flat), N), -torch.inf).scatter_(1, ids, top).sigmoid()
-        rows = (flat.repeat(N, 1) * scores.transpose(0, 1).reshape(-1, 1)).view(N, -1, D)
-        gate, up = torch.bmm(rows, self.gate_up).chunk(2, -1)
-        y = torch.bmm(up * F.silu(gate), self.down)
-        return (self.shared(flat) + y.sum(0)).view(x.shape)
 
 
 class Granite(Stacked):
@@ -282,87 +185,8 @@ class MaskedMax(Stacked):
         return gathered(self, flat, ids, w / w.sum(-1, keepdim=True)).view(x.shape)
 
 
-class EveryExpert(nn.Module):
-    """Every expert on every token by einsum, weights scattered over the experts."""
-
-    def __init__(self):
-        super().__init__()
-        self.router = nn.Linear(D, N, bias=False)
-        self.first, self.second = weights(N, D, W), weights(N, W, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        top, ids = self.router(x).topk(2, dim=-1)
-        dense = torch.zeros(*x.shape[:2], N).scatter(-1, ids, top.softmax(-1))
-        h = F.gelu(torch.einsum("bld,edf->blef", x, self.first))
-        return torch.einsum("blef,efd,ble->bld", h, self.second, dense)
-
-
-class EveryExpertSummed(EveryExpert):
-    """The same, the weighted sum written as a product and a sum."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        p = self.router(x).softmax(-1)
-        top = p.topk(2, dim=-1)[0]
-        dense = torch.where(p >= top[..., -1:], p, 0.0)
-        h = F.gelu(torch.einsum("bld,edf->belf", x, self.first))
-        y = torch.einsum("belf,efd->beld", h, self.second)
-        return (y * dense.transpose(1, 2)[..., None]).sum(1)
-
-
-class Soft(EveryExpert):
-    """No choice: all experts, weighted by a softmax."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        p = self.router(x).softmax(-1)
-        h = F.gelu(torch.einsum("bld,edf->blef", x, self.first))
-        return torch.einsum("bled,ble->bld", torch.einsum("blef,efd->bled", h, self.second), p)
-
-
-class StaticLoop(nn.Module):
-    """A loop over all experts, each weighted by a mask of the chosen."""
-
-    def __init__(self):
-        super().__init__()
-        self.router = nn.Linear(D, N, bias=False)
-        self.experts = nn.ModuleList(Expert() for _ in range(N))
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, D)
-        w, ids = self.router(flat).softmax(-1).topk(2, dim=-1)
-        out = torch.zeros_like(flat)
-        for number, expert in enumerate(self.experts):
-            weight = torch.where(ids == number, w, 0.0).sum(-1, keepdim=True)
-            out += weight * expert(flat)
-        return out.view(x.shape)
-
-
-class StackedLoop(StaticLoop):
-    """Outputs of all experts stacked, then weighted and summed."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        p = self.router(x).sigmoid()
-        w, ids = p.topk(2, dim=-1)
-        dense = torch.zeros_like(p).scatter(-1, ids, w)
-        return (torch.stack([expert(x) for expert in self.experts], -2) * dense[..., None]).sum(-2)
-
-
-class RowsLoop(StaticLoop):
-    """Each expert gathers its rows and adds its outputs; row counts are known at run time only."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, D)
-        w, ids = self.router(flat).softmax(-1).topk(2, dim=-1)
-        w = w / w.sum(-1, keepdim=True)
-        out = torch.zeros_like(flat)
-        mask = F.one_hot(ids, N).permute(2, 1, 0)
-        for number, expert in enumerate(self.experts):
-            slot, token = torch.where(mask[number])
-            out.index_add_(0, token, expert(flat[token]) * w[token, slot, None])
-        return out.view(x.shape)
-
-
 class GatedShared(Mixtral):
-    """A shared expert behind a sigmoid gate, and noise on the input in training."""
+    """A shared expert behind a sigmoid gate."""
 
     def __init__(self):
         super().__init__()
@@ -385,6 +209,52 @@ class Latent(Stacked):
     def forward(self, x: Tensor) -> Tensor:
         w, ids = F.linear(x, self.router).sigmoid().topk(2, dim=-1)
         return F.linear(gathered(self, F.linear(x, self.into), ids, w), self.out)
+
+
+class SlotsMixedUp(Mixtral):
+    """Weights of another slot: the second expert's for the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        w, ids = self.router(flat).softmax(-1).topk(2, dim=-1)
+        return gathered(self, flat, ids, w.t().reshape(-1, 2)).view(x.shape)
+
+
+class OverTokens(Mixtral):
+    """A softmax over tokens, not over experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        w, ids = self.router(flat).softmax(0).topk(2, dim=-1)
+        return gathered(self, flat, ids, w).view(x.shape)
+
+
+class Jittered(Mixtral):
+    """Noise on the input in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.empty_like(x).uniform_(0.99, 1.01))
+
+
+class Grouped(Stacked):
+    """Rows sorted into groups, a product for all groups at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(D, N, bias=False)
+        self.to(torch.bfloat16)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (torch.randn(B, L, D, dtype=torch.bfloat16),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        w, ids = self.router(flat).float().softmax(-1).topk(2, dim=-1)
+        order = ids.flatten().argsort()
+        ends = F.one_hot(ids.flatten(), N).sum(0).cumsum(0).to(torch.int32)
+        gate, up = torch._grouped_mm(flat[order // 2], self.gate_up.mT, offs=ends).chunk(2, -1)
+        y = torch._grouped_mm(F.silu(gate) * up, self.down.mT, offs=ends) * w.to(x.dtype).flatten()[order, None]
+        return torch.zeros_like(flat).index_add(0, order // 2, y).view(x.shape)
 
 
 SOFTMAX = {"score": "softmax", "num_experts": N, "top_k": 2, "d_ff": W, "d_model": D, "tokens": B * L}
@@ -416,5 +286,9 @@ SPELLINGS = (
     Spelling("stacked_loop", StackedLoop, {"score": "sigmoid", "top_k": 2, "num_experts": N, "written": "loop"}),
     Spelling("rows_loop", RowsLoop, {**SOFTMAX, "normalise": "chosen", "written": "loop"}, eager=True),
     Spelling("gated_shared", GatedShared, {**SOFTMAX, "shared": 1, "shared_gate": "sigmoid", "shared_d_ff": W // 2}),
+    Spelling("jittered", Jittered, {**SOFTMAX, "jitter": 0.01, "normalise": "chosen"}, train=True),
+    Spelling("grouped", Grouped, {**SOFTMAX, "written": "grouped_mm", "router_dtype": "bfloat16", "dtype": "bfloat16"}),
+    Spelling("slots_mixed_up", SlotsMixedUp, {"score": "other", "choice": "top_k", "num_experts": N, "top_k": 2}),
+    Spelling("softmax_over_tokens", OverTokens, {"score": "other", "num_experts": N, "top_k": 2}),
     Spelling("latent", Latent, {"score": "sigmoid", "latent": True, "d_model": 2 * D, "d_latent": D}),
 )
