@@ -20,7 +20,7 @@ from attnc.passes.extent import cut_gradient, inside, leaves_of
 from attnc.passes.factors import settle
 from attnc.passes.found import Found, missed
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
-from attnc.passes.lift_attention import Match, anchors, lift
+from attnc.passes.lift_attention import Match, anchors, lift, unused
 from attnc.passes.lift_ffn import ffns
 from attnc.passes.lift_flex import flex_regions
 from attnc.passes.lift_loops import rolled
@@ -95,6 +95,8 @@ def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> None:
+    for anchor in unused(gm.graph):
+        analysis.unmatched.append(missed(anchor, NoMatch("nothing uses its result, so it is not computed", anchor)))
     with analysis.timed("normalize"):
         normalize(gm)
         facts = GraphFacts(gm.graph)
