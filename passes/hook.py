@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -49,6 +50,10 @@ class Hook:
     def names(self, module: str, qualified: str) -> bool:
         """Whether the function `qualified` of `module` is this row's."""
         return fnmatchcase(qualified, self.name) and fnmatchcase(module, self.module)
+
+    def covers(self, function: FunctionType) -> bool:
+        """Whether `function` is this row's."""
+        return self.names(function.__module__ or "", function.__qualname__)
 
     def disagreement(self, original: Callable[..., Any], arguments: Arguments) -> str:
         """How original and substitute differ on small arguments like `arguments`; "" where they agree."""

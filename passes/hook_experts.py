@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from attnc.passes.hook import Arguments, Hook
 
 INTERFACE = "transformers.integrations.moe"
-TOKENS, SLOTS, WIDTH, INNER = 5, 2, 8, 6
+TOKENS, SLOTS, WIDTH, INNER = 5, 2, 16, 8
+ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ def jetmoe_experts(self: Any, inputs: Tensor, expert_size: Any) -> Tensor:
     counts = expert_size.counts if isinstance(expert_size, Sizes) else torch.tensor(expert_size, device=inputs.device)
     ends = torch.cumsum(counts, 0, dtype=torch.int32)
     weight = self.weight.transpose(1, 2)
+    if any(s * weight.element_size() % ALIGNED for s in weight.shape[1:]):  # the gating has no way back
+        return sys.modules[INTERFACE]._grouped_mm(inputs.float(), weight.float(), offs=ends).to(inputs.dtype)
     return sys.modules[INTERFACE]._grouped_mm(inputs, weight, offs=ends)
 
 
@@ -151,12 +154,20 @@ def jetmoe_experts(self: Any, inputs: Tensor, expert_size: Any) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def unfit(arguments: Arguments) -> str | None:
+    """Grouped products of narrow types take rows of whole 16 bytes."""
+    for name, weight in arguments["self"].named_parameters():
+        odd = [s for s in weight.shape[-2:] if s * weight.element_size() % ALIGNED]
+        if weight.dim() > 1 and weight.dtype != torch.float32 and odd:
+            return f"{name} has a side of {odd[0]} numbers, grouped products take multiples of {ALIGNED} bytes"
+    return drops(arguments)
+
+
 def drops(arguments: Arguments) -> str | None:
     """Dropout inside the experts draws its numbers expert by expert."""
     module = arguments["self"]
-    dropping = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.p > 0]
-    if module.training and dropping:
-        return "dropout is active inside the experts, and grouped rows would draw other numbers; set it to 0"
+    if module.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()):
+        return "dropout is active inside the experts, and sorted rows would draw other numbers; set it to 0"
     return None
 
 

@@ -30,6 +30,7 @@ from torch._dynamo.variables.lazy import LazyVariableTracker
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import TracingContext
 
+from attnc.passes import hook_experts as experts
 from attnc.passes import hook_recurrence as mixers
 from attnc.passes import hook_samples as samples
 from attnc.passes import hook_state_space as spaces
@@ -69,6 +70,19 @@ HOOKS: tuple[Hook, ...] = (
     Hook(TRANSFORMERS, "mlstm_chunkwise_native_autograd", mixers.mlstm_in_chunks, samples.mlstm, home=_home("xlstm")),
     Hook(TRANSFORMERS, "mlstm_recurrent_sequence_native", mixers.mlstm_by_token, samples.mlstm, home=_home("xlstm")),
     Hook(TRANSFORMERS, "mlstm_recurrent_step_native", mixers.mlstm_step, samples.mlstm_step, home=_home("xlstm")),
+    experts.InterfaceHook(TRANSFORMERS, "*.forward", experts.by_interface, experts.stacked, refuse=experts.unfit),
+    Hook(TRANSFORMERS, "DbrxExperts.forward", experts.dbrx, experts.dbrx_sample, refuse=experts.unfit,
+         home=_home("dbrx")),
+    Hook(TRANSFORMERS, "LongcatFlashExperts.forward", experts.longcat, experts.longcat_sample,
+         refuse=experts.unfit, home=_home("longcat_flash")),
+    Hook(TRANSFORMERS, "SwitchTransformersExperts.forward", experts.switch, experts.switch_sample,
+         refuse=experts.unfit, home=_home("switch_transformers")),
+    Hook(TRANSFORMERS, "NllbMoeExperts.forward", experts.nllb, experts.nllb_sample, refuse=experts.drops,
+         home=_home("nllb_moe")),
+    Hook(TRANSFORMERS, "JetMoeTopKGating.forward", experts.jetmoe_gating, experts.jetmoe_gating_sample,
+         home=_home("jetmoe")),
+    Hook(TRANSFORMERS, "JetMoeParallelExperts.forward", experts.jetmoe_experts, experts.jetmoe_experts_sample,
+         home=_home("jetmoe")),
 )
 # fmt: on
 
@@ -137,8 +151,7 @@ def enter(entrance: Callable[..., Any], tx: Any, fn: Any, args: Any, kwargs: Any
 
 def hook_of(function: FunctionType) -> Hook | None:
     """The row for a function, by where it was defined."""
-    name, module = function.__qualname__, function.__module__ or ""
-    return next((h for h in _rows(HOOKS).get(function.__name__, ()) if h.names(module, name)), None)
+    return next((h for h in _rows(HOOKS).get(function.__name__, ()) if h.covers(function)), None)
 
 
 @functools.lru_cache(maxsize=8)
