@@ -123,7 +123,9 @@ class Flows:
         found = weighted(node, self)
         if found is not None:
             self.products[node] = found
-            return Flow("hidden", frozenset((node,)), self.origin(found.data))
+            below = self.of[found.data]  # of a product of products, as in a low-rank update, the first one's input
+            chained = below.kind == "hidden" and not below.bent
+            return Flow("hidden", frozenset((node,)), below.origin if chained else self.origin(found.data))
         inputs = {x: self.of[x] for x in node.all_input_nodes}
         if all(flow.kind == "fixed" for flow in inputs.values()):
             return FIXED if node.meta.get("val") is not None else OTHER

@@ -29,8 +29,8 @@ LEARNED = ((0.3713, 0.8317, 1.2149, 0.5923, 0.9371), (0.7411, 0.4567, 0.6173, 1.
 class Unit:
     """A hidden unit: `scale * clip(up(u) * act(factor * g))`, see FFNRule.
 
-    gate: which operand is g, None: not gated. offset: added to it, where that is a parameter.
-    learned: whether its scale is a parameter. linear: whether it is no activation at all.
+    gate: which operand is g, None: not gated. learned: whether its scale is a parameter, and with offset 1 what is
+    added to it too. linear: whether it is no activation at all.
     """
 
     activation: str
@@ -59,10 +59,10 @@ def unit_of(formula: Formula) -> Unit:
         second = _named(formula, LEARNED[1])
         if second is not None and second != first:
             same = replace(second, scale=first.scale, offset=first.offset) == first
-            first = replace(first, scale=1.0, offset=0.0, learned=True) if same else None
+            first = replace(first, scale=1.0, offset=float(first.offset != 0), learned=True) if same else None
         elif second is None:
             first = None
-    if first is None or first.offset:
+    if first is None or (first.offset and not first.learned):
         return Unit("custom", text=text_of(formula))
     return first
 

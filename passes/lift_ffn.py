@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from attnc.expr import ONE, Expr, add, scale
-from attnc.passes.ffn_flow import CASTS, FACTORS, QUOTIENTS, VIEWS, Flow, Flows, is_dropping, is_elementwise
+from attnc.passes.ffn_around import NEAR, is_parallel, role_of, tail_of
+from attnc.passes.ffn_flow import Flow, Flows
 from attnc.passes.ffn_formula import Formula, Operand, layout_of
 from attnc.passes.ffn_products import Weighted
 from attnc.passes.ffn_terms import Reader
@@ -27,10 +28,6 @@ from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, hint, module_pat
 from attnc.region import AS_WRITTEN, Choice, Region, Unmatched
 from attnc.rule_ffn import FFNRule, FFNShape
 
-# How far around a region its surroundings are looked at: a gate behind it, a token mixer beside it.
-NEAR = 12
-GATES = frozenset(("sigmoid", "hardsigmoid", "special_expit", "softmax", "tanh"))
-MATRICES = frozenset(("matmul", "bmm", "mm", "__matmul__", "einsum", "baddbmm"))
 # Operators whose results keep the features of a token on the last axis.
 FEATURES_LAST = frozenset(("layer_norm", "rms_norm", "native_layer_norm", "linear", "embedding"))
 
@@ -66,16 +63,6 @@ class FFNMatch:
     hidden: fx.Node
     inner: tuple[fx.Node, ...]
     out: fx.Node
-
-
-@dataclass(frozen=True)
-class _Tail:
-    """What follows the second product and belongs to the region."""
-
-    out: fx.Node
-    nodes: tuple[fx.Node, ...] = ()
-    bias: fx.Node | None = None
-    scale: float = 1.0
 
 
 def ffns(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Unmatched]:
@@ -124,8 +111,8 @@ def _lift(
     unit, norm = units[formula.key]
     if unit.linear:
         return None
-    tail = _tail(second.node, flows)
-    role = _role(formula, second, tail.out, flows, taken)
+    tail = tail_of(second, flows)
+    role = role_of(formula, second, tail.out, flows, taken)
     if role is None:
         return None
     why = _read_elsewhere(formula, second, flows)
@@ -172,87 +159,6 @@ def _without_constant(e: Expr) -> Expr:
     return add(e, scale(ONE, -e.args[0])) if e.op == "lin" else e
 
 
-# What follows.
-
-
-def _tail(node: fx.Node, flows: Flows) -> _Tail:
-    """The bias and the constant factor behind the second product, up to the last of them."""
-    tail, passed, bias, factor = _Tail(node), [], None, 1.0
-    while len(node.users) == 1:
-        (user,) = node.users
-        name = op_name(user)
-        other = next((x for x in user.args if x is not node), None) if len(user.args) == 2 else None
-        if name == "add" and bias is None and factor == 1.0 and not user.kwargs and _is_bias(other, user, flows):
-            bias = other
-        elif name in FACTORS | QUOTIENTS and user.args[0] is node and isinstance(other, int | float):
-            factor *= other if name in FACTORS else 1.0 / other
-        elif not ((name in VIEWS - {"getitem", "slice", "select", "split", "chunk"} or name in CASTS)
-                  or (name == "dropout" and not is_dropping(user))) or user.args[0] is not node:
-            break
-        node = user
-        passed.append(node)
-        if bias is not tail.bias or factor != tail.scale:
-            tail = _Tail(node, tuple(passed), bias, factor)
-    return tail
-
-
-def _is_bias(node: Any, user: fx.Node, flows: Flows) -> bool:
-    value, result = tensor_of(node), tensor_of(user)
-    if value is None or result is None or not flows.is_fixed(node):
-        return False
-    return value.dim() == 1 and value.shape[0] == result.shape[-1]
-
-
-def _role(
-    formula: Formula, second: Weighted, out: fx.Node, flows: Flows, taken: Collection[fx.Node]
-) -> str | None:
-    """See FFNRule.role; None for what is no feed-forward: coefficients of other values (a gate on more than its own
-    tokens, a router), and a head whose hidden unit is normed, which is a layer and the product of a head."""
-    first = formula.operands[0]
-    use = _use(out, flows, taken)
-    if use is not None:
-        return None if use == "coefficients" else use
-    if flows.is_fixed(first.product.data) and first.source[0].op != "placeholder":
-        return "constant"
-    d_model, d_ff = first.product.size(first.product.contracted), second.size(second.contracted)
-    if second.size(second.features) != d_model:
-        return None if _is_normed(formula) else "head"
-    if len(first.source[1]) == 2 and any(t.name == "batch_norm" for t in formula.terms):
-        return None
-    return "bottleneck" if d_ff < d_model else "block"
-
-
-def _count(node: fx.Node) -> int:
-    value = tensor_of(node)
-    return math.prod(map(hint, value.shape)) if value is not None else 0
-
-
-def _is_normed(formula: Formula) -> bool:
-    """Whether the activation's value is normed before the second product."""
-    return any(t.bent and (t.kind == "norm" or t.name.endswith("norm")) for t in formula.terms)
-
-
-def _use(node: fx.Node, flows: Flows, taken: Collection[fx.Node]) -> str | None:
-    """"coefficients" where the output weighs other values: it is broadcast in a product, or enters a product of
-    matrices that has no weights; "gate" where it multiplies something as a bounded number; else None."""
-    bounded, count = False, _count(node)
-    for _ in range(NEAR):
-        if len(node.users) != 1:
-            return None
-        (user,) = node.users
-        name = op_name(user)
-        others = [x for x in user.all_input_nodes if x is not node and not flows.is_fixed(x)]
-        if name in FACTORS and (others or _count(user) > count):
-            return "coefficients" if _count(user) > count else "gate" if bounded else None
-        if name in MATRICES and others and user not in flows.products and user not in taken:
-            return "coefficients"
-        if others or not (name in VIEWS or name in CASTS or is_elementwise(user)) or tensor_of(user) is None:
-            return None
-        bounded = bounded or name in GATES
-        node = user
-    return None
-
-
 # The region.
 
 
@@ -267,13 +173,14 @@ def _found(facts, flows, second, formula, named, tail, role, taken) -> Found:
     first = formula.operands[0]
     match = FFNMatch(first.source[0], up, None if gate is None else ups[gate], down, second.data,
                      tuple(sorted(formula.nodes, key=facts.order.__getitem__)), tail.out)
+    parallel = is_parallel(match.input, {p.node for p in ups}, taken)
     layout = _layout(formula)
     order = sorted(range(len(ups)), key=lambda k: (facts.order[ups[k].node], ups[k].offset))
     rule = FFNRule(
         unit.activation, gate is not None, layout, gate is not None and order[0] == gate,
         unit.up, unit.shift, unit.factor, unit.scale, tail.scale, unit.up_limits, unit.gate_limits, unit.clip,
         any(p.bias is not None for p in ups), down.bias is not None, _inner(formula, unit, norm), formula.dropout,
-        _axis(first), role, _is_parallel(match, flows, taken), first.product.size(first.product.blocks),
+        _axis(first), role, parallel, first.product.size(first.product.blocks),
         max(first.product.groups, second.groups), unit.text,
     )
     value = tensor_of(second.node)
@@ -312,7 +219,7 @@ def _inner(formula: Formula, unit: Unit, norm: str | None) -> tuple[str, ...]:
     if norm is not None:
         steps.append((norm, next(t.bent for t in formula.terms if t.kind == "norm")))
     elif unit.learned:
-        steps.append(("learned scale", True))
+        steps.append(("learned scale and shift" if unit.offset else "learned scale", True))
     before = [name for name, bent in steps if not bent]
     after = [name for name, bent in steps if bent]
     return (*before, "act", *after) if steps else ()
@@ -325,32 +232,6 @@ def _axis(operand: Operand) -> str:
     if op_name(node) in FEATURES_LAST and contracted and len(index) - 1 not in contracted:
         return "tokens"
     return "features"
-
-
-def _is_parallel(match: FFNMatch, flows: Flows, taken: Collection[fx.Node]) -> bool:
-    """Whether another product that reads the same input ends in a region that is taken."""
-    own = {match.up.node, match.gate.node if match.gate else None}
-    if not taken:
-        return False
-    frontier = [user for user in match.input.users if user not in own]
-    seen: set[fx.Node] = set()
-    for _ in range(NEAR):
-        if any(node in taken for node in frontier):
-            return True
-        seen.update(frontier)
-        frontier = [
-            user for node in frontier if not _ends(node, match) for user in node.users if user not in seen
-        ]
-        if not frontier or len(seen) > NEAR * NEAR:
-            return False
-    return False
-
-
-def _ends(node: fx.Node, match: FFNMatch) -> bool:
-    """Whether a residual sum stands here: what follows reads more than this input."""
-    value, source = tensor_of(node), tensor_of(match.input)
-    joins = op_name(node) == "add" and value is not None and source is not None and value.shape == source.shape
-    return joins or node is match.out
 
 
 def _shape(first: Weighted, second: Weighted) -> FFNShape:

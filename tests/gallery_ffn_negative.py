@@ -38,6 +38,11 @@ def normed_low_rank_factors(p, x):
     return F.linear(F.rms_norm(F.linear(x, p.a), (4,), p.n), p.b)
 
 
+@lookalike(refusal="different inputs", weights={"up": UP, "a": (4, D), "b": (FF, 4), "down": DOWN})
+def first_product_with_a_low_rank_update(p, x):
+    return F.linear(F.relu(F.linear(x, p.up) + F.linear(F.linear(x, p.a), p.b)), p.down)
+
+
 @lookalike((B, D, 5, 3), weights={"up": (4, D, 1, 1), "down": (D, 4, 1, 1)})
 def squeeze_and_excite(p, x):
     pooled = F.adaptive_avg_pool2d(x, 1)

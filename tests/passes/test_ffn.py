@@ -145,6 +145,12 @@ def test_an_exported_program_has_the_same_region():
     assert (exported.rule, exported.shape) == (the_only(model, x).rule, the_only(model, x).shape)
 
 
+def test_reports_come_back_from_json():
+    report = attnc.explain(SwinBlock().eval(), torch.randn(B, 16, D))
+    again = attnc.Report.from_json(report.to_json())
+    assert again.regions == report.regions and [r.kind for r in again.regions] == ["attention", "ffn"]
+
+
 def test_symbolic_lengths_are_named():
     x = torch.randn(B, L, D)
     torch._dynamo.mark_dynamic(x, 1)
