@@ -47,6 +47,7 @@ class FFNRule(Rule):
                 is not the input's; "gate" where the output goes through a bounded function and multiplies something;
                 "constant" where the input is the same for all data.
     parallel:   whether a token mixer reads the same input.
+    chained:    whether the first product is the second one of another feed-forward, where its cost is counted.
     blocks:     sets of weights, each for its own part of the tokens. groups: parts of the features on their own.
     function:   the text of a custom activation.
     """
@@ -72,20 +73,23 @@ class FFNRule(Rule):
     axis: str = "features"
     role: str = "block"
     parallel: bool = False
+    chained: bool = False
     blocks: int = 1
     groups: int = 1
     function: str = ""
 
     def flops(self, shape: FFNShape) -> int:
-        """FLOP of the products, forward."""
+        """FLOP of its own products, forward."""
         return 2 * shape.tokens * self._weights(shape) // self.groups
 
     def elements(self, shape: FFNShape) -> int:
         """Elements of input, weights and output, each once; hidden units are not counted."""
-        return shape.tokens * (shape.d_model + shape.d_out) + self.blocks * self._weights(shape) // self.groups
+        read = shape.d_ff if self.chained else shape.d_model
+        return shape.tokens * (read + shape.d_out) + self.blocks * self._weights(shape) // self.groups
 
     def _weights(self, shape: FFNShape) -> int:
-        return shape.d_ff * ((2 if self.gated else 1) * shape.d_model + shape.d_out)
+        before = 0 if self.chained else shape.d_model * (2 if self.gated else 1)
+        return shape.d_ff * (before + shape.d_out)
 
     def summary(self, shape: FFNShape) -> list[str]:
         """Sizes, the activation, and what is peculiar."""
@@ -97,7 +101,7 @@ class FFNRule(Rule):
         parts += ["clamped"] if any(x != NO_LIMITS for x in (self.up_limits, self.gate_limits, self.clip)) else []
         parts += [step for step in self.inner if step != "act"]
         parts += [f"mixes {self.axis}"] if self.axis != "features" else []
-        parts += ["parallel"] if self.parallel else []
+        parts += [name for name in ("parallel", "chained") if getattr(self, name)]
         parts += [f"blocks {self.blocks}"] if self.blocks > 1 else []
         return parts + ([self.role] if self.role != "block" else [])
 

@@ -78,12 +78,13 @@ def role_of(
     """See FFNRule.role; None for what is no feed-forward: coefficients of other values (a gate on more than its own
     tokens, a router), and a layer that is followed by the product of a head or of the next layer."""
     first = formula.operands[0]
-    use = _use(out, flows, taken)
+    d_model, d_ff = first.product.size(first.product.contracted), second.size(second.contracted)
+    narrow = d_ff < d_model != second.size(second.features)
+    use = _use(out, flows, taken, narrow)
     if use is not None:
         return None if use == "coefficients" else use
     if flows.is_fixed(first.product.data) and first.source[0].op != "placeholder":
         return "constant"
-    d_model, d_ff = first.product.size(first.product.contracted), second.size(second.contracted)
     if second.size(second.features) != d_model:
         return None if _is_layered(formula) else "head"
     if len(first.source[1]) == 2 and any(t.name == "batch_norm" for t in formula.terms):
@@ -102,19 +103,23 @@ def _is_layered(formula: Formula) -> bool:
     return any(t.kind == "norm" for t in formula.terms) or any(x.endswith("norm") or "conv" in x for x in steps)
 
 
-def _use(node: fx.Node, flows: Flows, taken: Collection[fx.Node]) -> str | None:
-    """"coefficients" where the output weighs other values: it is broadcast in a product, or enters a product of
-    matrices that has no weights; "gate" where it multiplies something as a bounded number; else None."""
+def _use(node: fx.Node, flows: Flows, taken: Collection[fx.Node], narrow: bool) -> str | None:
+    """"coefficients" where the output weighs other values: it is broadcast in a product with them, or, where its hidden
+    unit is narrow, enters a product of matrices; "gate" where it multiplies something as a bounded number; else None.
+    """
     bounded, count = False, _count(node)
     for _ in range(NEAR):
         if len(node.users) != 1:
             return None
         (user,) = node.users
         name = op_name(user)
-        others = [x for x in user.all_input_nodes if x is not node and not flows.is_fixed(x)]
-        if name in FACTORS and (others or _count(user) > count):
-            return "coefficients" if _count(user) > count else "gate" if bounded else None
-        if name in MATRICES and others and user not in flows.products and user not in taken:
+        beside = [x for x in user.all_input_nodes if x is not node]
+        others = [x for x in beside if not flows.is_fixed(x)]
+        if name in FACTORS and _count(user) > count:
+            return "coefficients" if any(_count(x) == _count(user) for x in beside) else None
+        if name in FACTORS and others:
+            return "gate" if bounded else None
+        if narrow and name in MATRICES and others and user not in flows.products and user not in taken:
             return "coefficients"
         if others or not (name in VIEWS or name in CASTS or is_elementwise(user)) or tensor_of(user) is None:
             return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,18 +70,27 @@ def ffns(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Unma
     flows = Flows(facts, taken)
     units: dict[Any, tuple[Unit, str | None]] = {}
     used: set[fx.Node] = set()
+    seconds: set[fx.Node] = set()
     for node, product in flows.products.items():
         flow = flows.of[product.data]
         if flow.kind == "broken" and flow.why is not None:
             if not _is_excused(flow, taken):
                 yield missed(node, flow.why)
-        elif flow.kind == "hidden" and flow.bent and not used & flow.sources:
+        elif flow.kind == "hidden" and flow.bent and (flow.sources <= seconds or not used & flow.sources):
             found = _lift(facts, flows, product, flow, units, taken)
             if isinstance(found, NoMatch):
                 yield missed(node, found)
-            elif found is not None and not used & found.nodes:
+            elif found is not None and (flow.sources <= seconds or not used & found.nodes):
+                found = _chained(found, used) if flow.sources <= seconds else found
                 used |= found.nodes
+                seconds.add(node)
                 yield found
+
+
+def _chained(found: Found, used: set[fx.Node]) -> Found:
+    """A feed-forward whose first product is the second one of another: that product is the other's."""
+    region = replace(found.region, rule=replace(found.region.rule, chained=True))  # type: ignore[call-arg]
+    return replace(found, region=region, nodes=found.nodes - used)
 
 
 def _is_excused(flow: Flow, taken: Collection[fx.Node]) -> bool:
@@ -180,7 +189,7 @@ def _found(facts, flows, second, formula, named, tail, role, taken) -> Found:
         unit.activation, gate is not None, layout, gate is not None and order[0] == gate,
         unit.up, unit.shift, unit.factor, unit.scale, tail.scale, unit.up_limits, unit.gate_limits, unit.clip,
         any(p.bias is not None for p in ups), down.bias is not None, _inner(formula, unit, norm), formula.dropout,
-        _axis(first), role, parallel, first.product.size(first.product.blocks),
+        _axis(first), role, parallel, False, first.product.size(first.product.blocks),
         max(first.product.groups, second.groups), unit.text,
     )
     value = tensor_of(second.node)

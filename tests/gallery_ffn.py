@@ -50,14 +50,15 @@ class Spelling:
 SPELLINGS: list[Spelling] = []
 
 
-def spelling(*inputs, training=False, buffers=None, regions=1, weights=None, **facts):
-    """Enter the decorated function; `weights` are shapes of its parameters."""
+def spelling(*inputs, training=False, buffers=None, regions=1, weights=None, also=None, **facts):
+    """Enter the decorated function; `weights` are shapes of its parameters, `also` what differs in a second region."""
 
     def enter(fn):
         shapes = weights or {"up": UP, "down": DOWN}
         known = {**TOKENS, "activation": "relu", "gated": False, "role": "block", **facts}
-        SPELLINGS.append(Spelling(fn.__name__, lambda: Body(fn, shapes, buffers or {}), (known,) * regions,
-                                  inputs or ((B, L, D),), training))
+        each = (known,) * regions if also is None else (known, {**known, **also})
+        SPELLINGS.append(Spelling(fn.__name__, lambda: Body(fn, shapes, buffers or {}), each, inputs or ((B, L, D),),
+                                  training))
         return fn
 
     return enter
@@ -373,3 +374,15 @@ def two_layers(p, x):
     for _ in range(2):
         x = x + F.linear(F.relu(F.linear(F.layer_norm(x, (D,)), p.up)), p.down)
     return x
+
+
+@spelling(weights={"a": (FF, D), "b": (FF, FF), "c": (D, FF)}, d_out=FF, role="head",
+          also={"d_model": FF, "d_out": D, "chained": True})
+def three_products(p, x):
+    return x + F.linear(F.relu(F.linear(F.relu(F.linear(x, p.a)), p.b)), p.c)
+
+
+@spelling(weights={"up": UP, "down": DOWN, "mix": (4, D)}, activation="silu")
+def output_spread_over_streams(p, x):
+    out = F.linear(F.silu(F.linear(x, p.up)), p.down)
+    return F.linear(x.softmax(-1), p.mix)[..., None] * out[:, :, None]

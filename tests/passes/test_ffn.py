@@ -204,6 +204,7 @@ def test_costs_count_each_product_and_weight():
     plain, gated = FFNRule("relu"), FFNRule("silu", gated=True, layout="separate")
     shape = FFNShape(tokens=10, d_model=8, d_ff=32, d_out=8)
     assert plain.flops(shape) == 2 * 10 * 32 * 16 and gated.flops(shape) == 2 * 10 * 32 * 24
+    assert FFNRule("relu", chained=True).flops(shape) == 2 * 10 * 32 * 8
     assert plain.elements(shape) == 10 * 16 + 32 * 16 and gated.elements(shape) == 10 * 16 + 32 * 24
 
 
