@@ -101,7 +101,7 @@ class Watch:
     def _sum(self, runs: Sequence[int]) -> Counter[str]:
         total: Counter[str] = Counter()
         for graph, times in zip(self.graphs, runs, strict=False):
-            for region in graph.report.regions if graph.report else ():
+            for region in graph.report.regions if graph.report and times else ():
                 total[region.kind] += times
         return total
 
@@ -208,6 +208,8 @@ def _not_offered(job: Mapping[str, Any], exc: Exception) -> str | None:
         return "has no sdpa"
     if job["experts"] is not None and "experts_implementation" in str(exc):
         return "has no choice of experts implementation"
+    if job["cache"]:
+        return f"does not run with a cache: {said(exc)}"
     return None
 
 
@@ -283,7 +285,7 @@ def _reported(program: Program, fn: Callable[..., Any], watch: Watch) -> dict[st
             for u in report.unmatched
         ],
         "problems": list(dict.fromkeys(p for report, _ in reports for p in report.problems)),
-        "own_s": round(sum(sum(report.timings.values()) for report, _ in reports), 3),
+        "own_s": {name: round(seconds, 3) for name, seconds in Report.merge(r for r, _ in reports).timings.items()},
     }
 
 

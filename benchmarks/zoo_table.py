@@ -19,6 +19,7 @@ OPTIONAL_FFN = ("n_head_mlp", "n_aux_ffn")  # heads and adapters that look like 
 KINDS = tuple(TRUTH)
 GOALS = {"attention": 0.98, "ffn": 0.95, "moe": 0.95, "recurrence": 0.90}
 VERDICTS = ("equal", "wrong", "failed", "late", "open", "left out")
+SLOW = 10.0  # seconds
 MOST_REASONS, MOST_NAMES, WIDEST = 30, 12, 220
 
 
@@ -128,7 +129,7 @@ def refusals(records: Iterable[Record]) -> list[tuple[str, int, list[Record]]]:
         if not any(found_of(record, k) < wanted_of(record, k) for k in KINDS):
             continue
         for entry in part(record, "attnc").get("unmatched") or ():
-            reason = re.sub(r"\d+", "n", entry[1])
+            reason = re.sub(r"\d+", "n", re.sub(r"_\d+\b", "", entry[1]))
             times[reason] += max(entry[4], 1)
             if record not in where[reason]:
                 where[reason].append(record)
@@ -258,8 +259,10 @@ def _lists(records: Sequence[Record], title: str) -> list[str]:
         lines += [f"- {kind} missed in {named(low, 1000, tell)}"] if low else []
         lines += [f"- {kind} beyond the truth in {named(high, 1000, tell)}"] if high else []
     quiet, breaks = silent(records), [r for r in records if more_breaks(r)]
+    slow = [r for r in records if own_seconds(r) > SLOW]
     lines += [f"- missed without a refusal: {named(quiet, 1000)}"] if quiet else []
     lines += [f"- more graph breaks than Dynamo alone: {named(breaks, 1000)}"] if breaks else []
+    lines += [f"- more than {SLOW:.0f} s in attnc's own passes: {named(slow, 1000, _longest)}"] if slow else []
     for name in ("wrong", "failed", "late", "open"):
         own = [r for r in records if verdict(r) == name]
         lines += [f"- {name}: {named(own, 1000, trouble)}"] if own else []
@@ -272,6 +275,15 @@ def _lists(records: Sequence[Record], title: str) -> list[str]:
         blocks.append(f"Refusals in models with a miss, {count}:")
         blocks.append(markdown(["reason", "times", "models"], shown))
     return blocks
+
+
+def own_seconds(record: Record) -> float:
+    return float(sum((part(record, "attnc").get("own_s") or {}).values()))
+
+
+def _longest(record: Record) -> str:
+    name, seconds = max(part(record, "attnc")["own_s"].items(), key=lambda item: item[1])
+    return f"{name} {seconds:.0f} s"
 
 
 def _count(kind: str) -> Callable[[Record], str]:

@@ -90,6 +90,13 @@ def test_refusals_are_those_of_models_with_a_miss() -> None:
     assert found == [("axis n of n is no key axis", 3, [missing, other])]
 
 
+def test_time_lost_in_a_pass_is_told() -> None:
+    page = table.page(
+        [record(ours={"own_s": {"lift": 0.5, "choose": 60.0}}), record("gpt2", ours={"own_s": {"lift": 1}})]
+    )
+    assert "more than 10 s in attnc's own passes: bert (choose 60 s)" in page
+
+
 def test_a_miss_without_a_sentence_is_silent() -> None:
     refused = {"unmatched": [["softmax", "no product", "view_7", "", 1, ""]]}
     quiet = record(found={"ffn": 2})
