@@ -22,8 +22,8 @@ from attnc.passes.moe_block import Block, block_of, data_of, down_projection, or
 from attnc.passes.moe_combine import Sums
 from attnc.passes.moe_describe import described, nodes_of
 from attnc.passes.moe_leaving import leaving
-from attnc.passes.moe_products import Contraction, Weighted, contraction, contractions, weighted
-from attnc.passes.moe_router import router_of
+from attnc.passes.moe_products import Contraction, Weighted, contraction, contractions, holds_many, weighted
+from attnc.passes.moe_router import Routers
 from attnc.passes.moe_rows import Element, Rows
 from attnc.passes.moe_summand import Unit
 from attnc.region import AS_WRITTEN, Choice, Region, Unmatched
@@ -34,7 +34,7 @@ CHOICE = Choice(AS_WRITTEN, "no form of attnc replaces experts yet, so the block
 
 def moes(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Unmatched]:
     """The mixtures of experts of a graph, and what looked like one."""
-    sums = Sums(Rows(facts))
+    sums, routers = Sums(Rows(facts)), Routers()
     done: set[fx.Node] = set()
     for node in facts.graph.nodes:
         if node in done or node in taken:
@@ -43,7 +43,7 @@ def moes(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Unma
         if unit is None:
             continue
         found = _block(facts, sums, unit)
-        entry = found if isinstance(found, NoMatch) else _entry(facts, found)
+        entry = found if isinstance(found, NoMatch) else _entry(facts, routers, found)
         if isinstance(entry, Found):
             done |= entry.nodes
             yield entry
@@ -58,7 +58,7 @@ def _alone(sums: Sums, done: Collection[fx.Node], taken: Collection[fx.Node]) ->
     """Products of rows with weights gathered or grouped by expert ids that belong to no block."""
     for node in sums.rows.facts.graph.nodes:
         dot = contraction(node) if node not in done and node not in taken else None
-        if dot is None or len(dot.contracted) != 1:
+        if dot is None or len(dot.contracted) != 1 or not any(map(holds_many, node.all_input_nodes)):
             continue
         for label in dot.out_labels:
             if (label in dot.left_labels) == (label in dot.right_labels) or dot.extent(label) == ONE:
@@ -76,7 +76,10 @@ def missed_pair(node: fx.Node) -> Unmatched:
 
 def _second(sums: Sums, node: fx.Node) -> Unit | None:
     """The feed-forward whose second product is `node`: one of stacked experts, or one that is weighted by rows."""
-    for dot in contractions(node):
+    ways = contractions(node)
+    if not ways or not (_is_weighed(node) or any(map(holds_many, node.all_input_nodes))):
+        return None
+    for dot in ways:
         for label in dot.out_labels:
             own = (label in dot.left_labels) != (label in dot.right_labels)
             if own and dot.extent(label) != ONE:
@@ -154,7 +157,7 @@ def _block(facts: GraphFacts, sums: Sums, unit: Unit) -> Block | NoMatch:
     why = NoMatch("no later node is the sum of the experts' outputs", unit.second.node)
     for node in _ahead(facts, unit.second.node):
         value = tensor_of(node)
-        if value is None or value.dim() < 2 or not shape_of(node)[-1].is_const:
+        if value is None or value.dim() < 2 or not shape_of(node)[-1].is_const or _only_shows(node):
             continue
         try:
             block = block_of(sums, node)
@@ -166,7 +169,7 @@ def _block(facts: GraphFacts, sums: Sums, unit: Unit) -> Block | NoMatch:
         if block is None or all(unit.second.node is not expert.second.node for expert in block.experts):
             if best is not None:
                 break
-        elif best is None or not _only_shows(node):
+        else:
             best = block
     return why if best is None else best
 
@@ -202,9 +205,9 @@ def _path(anchor: fx.Node, logits: fx.Node | None) -> str:
     return ".".join(name for name, _ in shared)
 
 
-def _entry(facts: GraphFacts, block: Block) -> Found | NoMatch:
+def _entry(facts: GraphFacts, routers: Routers, block: Block) -> Found | NoMatch:
     anchor = block.experts[0].second.node
-    router = router_of(block.wanted, block.tokens, block.count)
+    router = routers.of(block.wanted, block.tokens, block.count)
     if isinstance(router, str):
         return NoMatch(router, anchor)
     found = described(block, router)

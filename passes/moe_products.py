@@ -17,12 +17,12 @@ import torch
 from torch import fx
 
 from attnc.expr import ONE, ZERO, Expr, var
+from attnc.passes.ffn_flow import VIEWS
 from attnc.passes.graph import integer, op_name, shape_of, tensor_of
 from attnc.passes.moe_rows import CASTS, Element, Rows, inverse_of, order_of, sorted_from
-from attnc.passes.views import Index, Ranges, broadcast_index, through
+from attnc.passes.views import Index, broadcast_index
 
 X = var("x")  # the expert, as a coordinate of a gathered weight
-_ANY = Ranges()
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,18 @@ def is_weight(node: Any) -> bool:
 
 def _keeps_weights(node: fx.Node) -> bool:
     name = op_name(node)
-    if name in CASTS or name in ("stack", "cat", "detach", "set_", "mul", "add", "sub", "div"):
+    return name in VIEWS or name in CASTS or name in ("stack", "cat", "set_", "mul", "add", "sub", "div")
+
+
+def holds_many(node: fx.Node) -> bool:
+    """Whether `node` holds weights with a third axis, or weights looked up by ids, views and casts aside."""
+    if tensor_of(node) is None or len(shape_of(node)) < 3:
+        return False
+    if is_weight(node):
         return True
-    value = tensor_of(node)
-    index = tuple(var(f"w{d}") for d in range(value.dim())) if value is not None else ()
-    return name in ("chunk", "split", "unbind", "split_with_sizes") or through(node, index, _ANY) is not None
+    while (op_name(node) in VIEWS or op_name(node) in CASTS) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return op_name(node) in ("index", "index_select", "embedding") and is_weight(node.args[0])
 
 
 def weighted(rows: Rows, dot: Contraction, index: Index, col: Expr, inner: str) -> Weighted | None:

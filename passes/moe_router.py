@@ -8,7 +8,7 @@ each expert and factors of the logits are told the same way. What fits nothing i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,56 @@ class Router:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+class Routers:
+    """The routers of one graph; equal ones are run once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], Router] = {}
+
+    def of(self, wanted: Wanted, tokens: int, experts: int) -> Router | str:
+        """The router behind `wanted`, or why there is none."""
+        nodes = between(wanted.targets)
+        key = (*_key(wanted, nodes), tokens, experts)
+        known = self._known.get(key)
+        if known is not None:
+            return _like(known, nodes)
+        found = router_of(wanted, tokens, experts)
+        if isinstance(found, Router):
+            self._known[key] = found
+        return found
+
+
+def _key(wanted: Wanted, nodes: Sequence[fx.Node]) -> tuple[object, ...]:
+    """Equal for routers that compute the same of their product and vectors."""
+    place = {node: at for at, node in enumerate(nodes)}
+
+    def named(x: fx.Node) -> object:
+        return ("node", place[x]) if x in place else ("outside", str(x.meta.get("val")))
+
+    said = [
+        (
+            str(n.target) if n.op == "call_function" else n.op,
+            str(n.meta.get("val")),
+            () if contraction(n) is not None else str(fx.node.map_arg((n.args, dict(n.kwargs)), named)),
+        )
+        for n in nodes
+    ]
+    columns = [(e, [(place[n], pick) for n, pick in fs], rows and place[rows]) for e, fs, rows in wanted.columns]
+    ids = None if wanted.ids is None else place[wanted.ids]
+    return (*said, ids, *(place[n] for n in wanted.weights), str(columns))
+
+
+def _like(known: Router, nodes: list[fx.Node]) -> Router:
+    """A router whose nodes stand where those of `known` do."""
+    twin = dict(zip(known.nodes, nodes, strict=True))
+    if known.logits is None:
+        return replace(known, nodes=nodes, facts=dict(known.facts))
+    own = _found(twin[known.logits], nodes)
+    bias, scale = (None if x is None else twin[x] for x in (known.choice_bias, known.expert_scale))
+    facts = {**known.facts, **{name: own.facts[name] for name in ("router_dtype", "logit_bias")}}
+    return replace(own, classes=known.classes, top_k=known.top_k, choice_bias=bias, expert_scale=scale, facts=facts)
+
+
 def router_of(wanted: Wanted, tokens: int, experts: int) -> Router | str:
     """The router behind `wanted`, or why there is none."""
     nodes = between(wanted.targets)
@@ -59,7 +109,7 @@ def router_of(wanted: Wanted, tokens: int, experts: int) -> Router | str:
         given = {"score": "given", "over": "each", "choice": "given"}
         return Router(None, None, None, None, experts, _slots(wanted, tokens), nodes=nodes, facts=given)
     logits = routed[-1]
-    router = _found(logits, tokens, nodes)
+    router = _found(logits, nodes)
     if len(routed) == 1:
         for cut in _cuts(logits):
             facts = _fitted(wanted, router, cut, tokens, experts)
@@ -76,12 +126,13 @@ def _slots(wanted: Wanted, tokens: int) -> int:
     return max(1, size(value) // tokens) if value is not None else 1
 
 
-def _found(logits: fx.Node, tokens: int, nodes: list[fx.Node]) -> Router:
+def _found(logits: fx.Node, nodes: list[fx.Node]) -> Router:
     dot, value = contraction(logits), tensor_of(logits)
     assert dot is not None and value is not None
     data, weight = (dot.left, dot.right) if is_weight(dot.right) else (dot.right, dot.left)
     facts = {"router_dtype": str(value.dtype).removeprefix("torch."), "logit_bias": dot.bias is not None}
-    return Router(logits, data, weight, dot.bias, _classes(logits, tokens) or 0, nodes=nodes, facts=facts)
+    classes = hint(value.shape[-1])
+    return Router(logits, data, weight, dot.bias, classes, nodes=nodes, facts=facts)
 
 
 def _classes(node: fx.Node, tokens: int) -> int | None:
