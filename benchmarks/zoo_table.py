@@ -142,7 +142,7 @@ def refusals(records: Iterable[Record]) -> list[tuple[str, int, list[Record]]]:
 def setting_of(record: Record) -> str:
     parts = [record["attn"], record["mask"], record["mode"]]
     parts += [record[name] for name in ("inner", "experts") if record.get(name) not in (None, "aot_eager")]
-    parts += ["force " + record["force"]] if record.get("force") else []
+    parts += ["force_" + record["force"]] if record.get("force") else []
     return "-".join(parts + [name for name in ("cache", "unlisted") if record.get(name)])
 
 
