@@ -64,11 +64,11 @@ def verdict(record: Record) -> str:
     if (record.get("result") or {}).get("skipped"):
         return "left out"
     ours, control = part(record, "attnc"), part(record, "control")
-    if not ours or (not control and record["status"] != "ok"):
-        return "failed" if record["status"] == "error" else "late"
     tolerance = record.get("tolerance", 1e-4)
     if within(ours.get("errors"), tolerance):
         return "equal"
+    if not ours or (not control and record["status"] != "ok"):
+        return "failed" if record["status"] == "error" else "late"
     fair = within(control.get("errors"), tolerance) and within(control.get("eager"), tolerance)
     if not fair:
         return "open"

@@ -67,6 +67,7 @@ def test_heads_may_be_counted_as_feed_forward() -> None:
         ({"ours": {"failed": "x", "errors": None}, "control": {"failed": "x", "errors": None}}, "open"),
         ({"status": "error", "result": None}, "failed"),
         ({"status": "crash", "result": None}, "late"),
+        ({"status": "timeout", "result": {"attnc": {"errors": EXACT}}}, "equal"),  # the control ran out of time
     ],
 )
 def test_a_result_is_wrong_only_where_the_control_is_right(given: dict[str, Any], expected: str) -> None:
