@@ -37,21 +37,32 @@ class Mixer:
     ends: set[fx.Node]
     rolled: list[tuple[Loop, Step]] = field(default_factory=list)
     products: list[Parallel] = field(default_factory=list)
+    solves: bool = False  # a triangular system on the way into its products, by an operator or by substitution
 
 
 def rolled(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Unmatched]:
-    """The recurrences of a graph that are written out."""
+    """The recurrences of a graph that are written out.
+
+    A loop that is no recurrence but makes the values of one solves the triangular system of its delta rule.
+    """
     mixers: list[Mixer] = []
+    refused: list[tuple[Loop, NoMatch]] = []
     for loop in loops(facts.graph, taken):
         step = _step(loop, mixers)
         if isinstance(step, Step):
             _enter(mixers, _ends(loop.nodes)).rolled.append((loop, step))
         elif step is not None and loop.steps >= FEWEST:
-            yield missed(step.node, step)
+            refused.append((loop, step))
     for found in parallels(facts, taken):
         _enter(mixers, _ends([found.last.node])).products.append(found)
+    behind = {id(mixer): _behind(facts, mixer) for mixer in mixers}
     for mixer in mixers:
+        mixer.solves |= any(behind[id(mixer)].intersection(loop.nodes) for loop, _ in refused)
+        mixer.solves |= any(op_name(node) in SOLVES for node in behind[id(mixer)])
         yield _found(facts, mixer)
+    for loop, why in refused:
+        if not any(nodes.intersection(loop.nodes) for nodes in behind.values()):
+            yield missed(why.node, why)
 
 
 def _step(loop: Loop, mixers: Sequence[Mixer]) -> Step | NoMatch | None:
@@ -68,7 +79,7 @@ def _step(loop: Loop, mixers: Sequence[Mixer]) -> Step | NoMatch | None:
         if isinstance(step, Step):
             continue
         reasons.append(step)
-    telling = [r for r in reasons if "affine" in r.reason or "mixes" in r.reason]
+    telling = [r for r in reasons if any(word in r.reason for word in ("affine", "mixes", "mixed"))]
     return telling[0] if telling else None
 
 
@@ -106,7 +117,7 @@ def _found(facts: GraphFacts, mixer: Mixer) -> Found:
     for loop, _ in mixer.rolled:
         nodes |= set(loop.nodes)
     assert anchor is not None and shape is not None
-    rule = replace(rule, delta=rule.delta or _solves(mixer))
+    rule = replace(rule, delta=rule.delta or mixer.solves)
     value = tensor_of(anchor)
     assert value is not None
     region = Region(
@@ -186,16 +197,16 @@ def _of_products(found: Parallel) -> tuple[RecurrenceRule, RecurrenceShape]:
     )
 
 
-def _solves(mixer: Mixer) -> bool:
-    """Whether values are corrected by a triangular solve on their way into the mixer's products."""
+def _behind(facts: GraphFacts, mixer: Mixer) -> set[fx.Node]:
+    """What the values of a mixer are made of, back to products with weights, through writes into parts of a tensor."""
+    nodes = list(facts.graph.nodes)
     seen: set[fx.Node] = set()
     stack = [found.last.right for found in mixer.products]
     stack += [n for loop, _ in mixer.rolled for n in loop.blocks[0]]
     while stack:
         node = stack.pop()
-        if op_name(node) in SOLVES:
-            return True
         if node not in seen and op_name(node) not in WEIGHTED:
             seen.add(node)
             stack.extend(node.all_input_nodes)
-    return False
+            stack.extend(nodes[at] for at in facts.writes.get(facts.root(node), ()))
+    return seen

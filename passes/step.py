@@ -19,6 +19,7 @@ from attnc.passes.graph import NoMatch, hint, op_name, tensor_of
 from attnc.passes.products import product
 from attnc.passes.reroll import Loop
 
+PARTS = ("select", "slice", "narrow")  # rows of a triangular system that is solved by substitution, for one
 TOLERANCE = 1e-3  # a step computes in float32 where the model says so
 
 
@@ -44,6 +45,8 @@ def step_facts(loop: Loop, place: int) -> Step | NoMatch:
     value = tensor_of(node)
     if value is None or not value.is_floating_point() or value.dim() < 2:
         return NoMatch("what is carried is no state: a floating tensor of 2 or more axes is expected", node)
+    if op_name(node) in PARTS:
+        return NoMatch("what is carried is a part of a tensor, of which other parts are mixed in", node)
     before = tensor_of(entry(loop, -1, place))
     if before is None or before.shape != value.shape:
         return NoMatch("what is carried changes its shape from step to step", node)
