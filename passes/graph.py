@@ -187,6 +187,14 @@ class GraphFacts:
             node = self._root[node]
         return node
 
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """What the value of `node` is made of: its inputs, and what is written into its memory."""
+        return [*node.all_input_nodes, *(self._nodes[at] for at in self.writes.get(self.root(node), ()))]
+
+    @cached_property
+    def _nodes(self) -> list[fx.Node]:
+        return list(self.order)
+
     def unchanged(self, node: fx.Node, after: fx.Node, until: fx.Node) -> bool:
         """Whether nothing writes to `node`'s memory after `after` has read it and before `until`."""
         low, high = self.order[after], self.order[until]

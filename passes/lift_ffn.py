@@ -74,7 +74,7 @@ def ffns(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Unma
     for node, product in flows.products.items():
         flow = flows.of[product.data]
         if flow.kind == "broken" and flow.why is not None:
-            if not _is_excused(flow, taken):
+            if not _is_excused(facts, flow, taken):
                 yield missed(node, flow.why)
         elif flow.kind == "hidden" and flow.bent and (flow.sources <= seconds or not used & flow.sources):
             found = _lift(facts, flows, product, flow, units, taken)
@@ -93,13 +93,15 @@ def _chained(found: Found, used: set[fx.Node]) -> Found:
     return replace(found, region=region, nodes=found.nodes - used)
 
 
-def _is_excused(flow: Flow, taken: Collection[fx.Node]) -> bool:
-    """Whether what stands in the way belongs to another region: a gate on the output of an attention, for one."""
-    node = flow.culprit
+def _is_excused(facts: GraphFacts, flow: Flow, taken: Collection[fx.Node]) -> bool:
+    """Whether what stands in the way comes from another region: a gate on the output of an attention, for one."""
+    seen: set[fx.Node] = set()
+    frontier = [flow.culprit] if flow.culprit is not None else []
     for _ in range(NEAR):
-        if node is None or node in taken:
-            return node is not None
-        node = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if any(node in taken for node in frontier):
+            return True
+        seen.update(frontier)
+        frontier = [x for node in frontier for x in facts.sources(node) if x not in seen]
     return False
 
 

@@ -199,7 +199,6 @@ def _of_products(found: Parallel) -> tuple[RecurrenceRule, RecurrenceShape]:
 
 def _behind(facts: GraphFacts, mixer: Mixer) -> set[fx.Node]:
     """What the values of a mixer are made of, back to products with weights, through writes into parts of a tensor."""
-    nodes = list(facts.graph.nodes)
     seen: set[fx.Node] = set()
     stack = [found.last.right for found in mixer.products]
     stack += [n for loop, _ in mixer.rolled for n in loop.blocks[0]]
@@ -207,6 +206,5 @@ def _behind(facts: GraphFacts, mixer: Mixer) -> set[fx.Node]:
         node = stack.pop()
         if node not in seen and op_name(node) not in WEIGHTED:
             seen.add(node)
-            stack.extend(node.all_input_nodes)
-            stack.extend(nodes[at] for at in facts.writes.get(facts.root(node), ()))
+            stack.extend(facts.sources(node))
     return seen
