@@ -28,7 +28,7 @@ from attnc.passes.moe_rows import Element, Rows
 from attnc.passes.moe_summand import Unit
 from attnc.region import AS_WRITTEN, Choice, Region, Unmatched
 
-STEPS = 48  # nodes that are looked at beyond the last product for the sum of the experts' outputs
+STEPS = 16  # nodes in a row, beyond the last product, that may be no sum of experts' outputs
 CHOICE = Choice(AS_WRITTEN, "no form of attnc replaces experts yet, so the block runs as written")
 
 
@@ -42,8 +42,11 @@ def moes(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Unma
         unit = _second(sums, node)
         if unit is None:
             continue
-        found = _block(facts, sums, unit)
-        entry = found if isinstance(found, NoMatch) else _entry(facts, routers, found)
+        try:
+            found = _block(facts, sums, unit)
+            entry = found if isinstance(found, NoMatch) else _entry(facts, routers, found)
+        except Unliftable as exc:
+            entry = exc.no_match
         if isinstance(entry, Found):
             done |= entry.nodes
             yield entry
@@ -154,6 +157,7 @@ def _block(facts: GraphFacts, sums: Sums, unit: Unit) -> Block | NoMatch:
     below = down_projection(x)
     sums.begin({x}, facts.order[x if below is None else below[1]])
     best: Block | None = None
+    failed = 0
     why = NoMatch("no later node is the sum of the experts' outputs", unit.second.node)
     for node in _ahead(facts, unit.second.node):
         value = tensor_of(node)
@@ -162,10 +166,12 @@ def _block(facts: GraphFacts, sums: Sums, unit: Unit) -> Block | NoMatch:
         try:
             block = block_of(sums, node)
         except Unliftable as exc:
-            if best is not None:
+            failed += 1
+            if best is not None or failed > STEPS:
                 break
             why = exc.no_match
             continue
+        failed = 0
         if block is None or all(unit.second.node is not expert.second.node for expert in block.experts):
             if best is not None:
                 break
@@ -183,7 +189,7 @@ def _ahead(facts: GraphFacts, start: fx.Node) -> Iterator[fx.Node]:
     """Nodes that everything computed from `start` passes, in order."""
     nodes = list(facts.graph.nodes)[facts.order[start] :]
     reached: set[fx.Node] = set()
-    horizon, steps = facts.order[start], 0
+    horizon = facts.order[start]
     for node in nodes:
         if node is not start and not any(x in reached for x in node.all_input_nodes):
             continue
@@ -191,9 +197,6 @@ def _ahead(facts: GraphFacts, start: fx.Node) -> Iterator[fx.Node]:
             return
         if horizon <= facts.order[node]:
             yield node
-            steps += 1
-        if steps > STEPS:
-            return
         reached.add(node)
         horizon = max([horizon, *(facts.order[u] for u in node.users)])
 

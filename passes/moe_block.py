@@ -254,26 +254,34 @@ class _Checker:
         own.sort(key=lambda s: self.rows.facts.order[s.unit.second.node])  # type: ignore[union-attr]
         if len(own) < 2:
             return None
-        columns, sources = [], []
+        columns, sources = [], set()
         for number, s in enumerate(own):
-            assert s.unit is not None
-            row = self.token if s.scatter is None else s.scatter.row
-            token = self.token if s.scatter is None else s.scatter.key
-            x, inside = data_of(self.rows, s.unit, token)
-            if x.lead != token or s.over or (s.scatter is not None and s.scatter.target != self.token):
+            found = self._one_of_loop(s)
+            if found is None or (s.scatter is not None and s.scatter.target != self.token):
                 return None
-            factors = [self._column(f, row) for f in (*s.factors, *s.unit.hidden.factors, *inside)]
-            if not factors:
-                return None
-            columns.append((number, tuple(factors), None if s.scatter is None else s.scatter.keys))
-            sources.append(origin(x.node))
-        if len(set(sources)) > 1:
+            columns.append((number, found[0], None if s.scatter is None else s.scatter.keys))
+            sources.add(found[1])
+        if len(sources) > 1:
             return None
         units = [s.unit for s in own if s.unit is not None]
         at = "inner" if own[0].unit.hidden.factors else "output" if own[0].factors else "input"  # type: ignore[union-attr]
         wanted = Wanted(None, (), tuple(columns))
-        block = Block(self.out, self.tokens, sources[0], units, own, len(own), "loop", wanted, at, own[0].scale)
-        return self._with_others(block, [s for s in terms if s not in own], identity)
+        block = Block(self.out, self.tokens, sources.pop(), units, own, len(own), "loop", wanted, at, own[0].scale)
+        chosen = set(map(id, own))
+        return self._with_others(block, [s for s in terms if id(s) not in chosen], identity)
+
+    def _one_of_loop(self, s: Summand) -> tuple[tuple[tuple[fx.Node, int | None], ...], fx.Node] | None:
+        """(weights, input) of an expert with a feed-forward of its own; kept, as sums grow one expert at a time."""
+        assert s.unit is not None
+        key = (s.unit.second.node, s.factors, s.scatter, s.over, self.token)
+        if key not in self.sums.seen:
+            row = self.token if s.scatter is None else s.scatter.row
+            token = self.token if s.scatter is None else s.scatter.key
+            x, inside = data_of(self.rows, s.unit, token)
+            factors = tuple(self._column(f, row) for f in (*s.factors, *s.unit.hidden.factors, *inside))
+            fits = x.lead == token and not s.over and bool(factors)
+            self.sums.seen[key] = (factors, origin(x.node)) if fits else None
+        return self.sums.seen[key]
 
     def _column(self, factor: Element, row: Expr) -> tuple[fx.Node, int | None]:
         """(tensor, its column) that holds one number for each row."""

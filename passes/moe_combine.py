@@ -45,7 +45,8 @@ class Sums:
         self.inputs: set[fx.Node] = set()  # the block's input: a term of its own where experts are the identity
         self.floor = -1  # what was computed before the block's input is no term
         self._units: dict[tuple[Contraction, Index], Unit | None] = {}
-        self._memo: dict[Element, list[Summand]] = {}
+        self._memo: dict[Element, list[Summand] | Unliftable] = {}
+        self.seen: dict[object, Any] = {}  # what users of the sums have worked out about their terms
 
     def begin(self, inputs: set[fx.Node], floor: int) -> None:
         """Take the sums of another block: its inputs, and the place in the graph before which nothing is a term."""
@@ -56,8 +57,14 @@ class Sums:
         """The summands of element `index`; its last coordinate is the channel."""
         at = Element(node, index)
         if at not in self._memo:
-            self._memo[at] = self._take(at)
-        return self._memo[at]
+            try:
+                self._memo[at] = self._take(at)
+            except Unliftable as exc:
+                self._memo[at] = exc
+        found = self._memo[at]
+        if isinstance(found, Unliftable):
+            raise found
+        return found
 
     def out(self, axis: int, extent: Expr) -> Expr:
         """The coordinate of an axis of the output."""
