@@ -6,7 +6,7 @@ nothing of the library is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-# How far a substitute may be from its original, relative to the largest value, by dtype.
+# How far a substitute may be from its original, relative to the largest value, by the coarsest dtype that goes in.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 Arguments = Mapping[str, Any]
@@ -59,11 +59,20 @@ class Hook:
         """How original and substitute differ on small arguments like `arguments`; "" where they agree."""
         try:
             with _quiet():
-                want, want_grads = _run(original, self.sample(arguments, _generator()))
-                got, got_grads = _run(self.substitute, self.sample(arguments, _generator()))
-                return _difference(want, got) or _difference(want_grads, got_grads, "gradient ")
+                return self._differs(original, arguments)
         except Exception as exc:  # noqa: BLE001  # whatever the check raises, the original is traced and the reason is said
             return f"comparing them raised {type(exc).__name__}: {str(exc).partition(chr(10))[0]}"
+
+    def _differs(self, original: Callable[..., Any], arguments: Arguments) -> str:
+        small = dict(self.sample(arguments, _generator()))
+        allowed = max((TOLERANCE.get(x.dtype, 0.0) for x in _tensors(small)), default=0.0)
+        want = _run(original, small)
+        got = _run(self.substitute, self.sample(arguments, _generator()))
+        if allowed == TOLERANCE[torch.float32] or _unlike(want, got):
+            return _unlike(want, got) or _far(want, got, allowed)
+        # Narrow dtypes: at most half as far again from the function in float32 as the function itself is.
+        exact = _run(original, _widened(dict(self.sample(arguments, _generator()))))
+        return _far(exact, got, allowed, [1.5 * x for x in _distances(exact, want)])
 
 
 def _generator() -> torch.Generator:
@@ -81,33 +90,59 @@ def _quiet() -> ExitStack:
     return stack
 
 
-def _run(function: Callable[..., Any], arguments: Arguments) -> tuple[list[Any], list[Any]]:
+def _run(function: Callable[..., Any], arguments: Arguments) -> list[torch.Tensor | None]:
     """Tensors that `function` returns and those it wrote to, and gradients of the floating inputs."""
-    inputs = [x for x in pytree.tree_leaves(dict(arguments)) if isinstance(x, torch.Tensor)]
+    inputs = _tensors(dict(arguments))
     learned, held = ([x for x in inputs if x.requires_grad is given] for given in (True, False))
-    values = [x for x in pytree.tree_leaves(function(**arguments)) if isinstance(x, torch.Tensor)]
+    values = _tensors(function(**arguments))
     loss = sum((x.double() * _weights(x)).sum() for x in values if x.requires_grad)
     grads = torch.autograd.grad(loss, learned, allow_unused=True) if isinstance(loss, torch.Tensor) and learned else ()
-    return [*values, *held], list(grads)
+    return [*values, *held, *grads]
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def _widened(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments in float32."""
+
+    def wide(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().float().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+    return pytree.tree_map_only(torch.Tensor, wide, arguments)
 
 
 def _weights(x: torch.Tensor) -> torch.Tensor:
     return torch.linspace(-1, 1, x.numel(), dtype=torch.float64).reshape(x.shape)
 
 
-def _difference(want: list[Any], got: list[Any], what: str = "") -> str:
+Results = Sequence[torch.Tensor | None]
+
+
+def _unlike(want: Results, got: Results) -> str:
+    """How shapes and dtypes differ."""
     if len(want) != len(got):
         return f"{len(got)} tensors for {len(want)}"
     for place, (a, b) in enumerate(zip(want, got, strict=True)):
-        if a is None or b is None:  # no gradient counts as zero
-            if any(x is not None and bool(x.any()) for x in (a, b)):
-                return f"{what}{place} is there on one side only"
-            continue
-        if a.shape != b.shape or a.dtype != b.dtype:
-            return f"{what}{place} is {b.dtype} {tuple(b.shape)}, against {a.dtype} {tuple(a.shape)}"
-        a, b = a.detach(), b.detach()
-        far = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
-        most = TOLERANCE.get(a.dtype, 0.0) * max(float(a.double().abs().max()) if a.numel() else 0.0, 1e-3)
+        if a is not None and b is not None and (a.shape != b.shape or a.dtype != b.dtype):
+            return f"{place} is {b.dtype} {tuple(b.shape)}, against {a.dtype} {tuple(a.shape)}"
+    return ""
+
+
+def _distances(want: Results, got: Results) -> list[float]:
+    """The largest distance of each two tensors; no gradient counts as zero."""
+    both = [(a, b) if a is not None else (b, a) for a, b in zip(want, got, strict=True)]
+    plain = [(a.detach().double(), 0.0 if b is None else b.detach().double()) for a, b in both if a is not None]
+    return [float((a - b).abs().max()) if a.numel() else 0.0 for a, b in plain]
+
+
+def _far(want: Results, got: Results, allowed: float, more: Sequence[float] = ()) -> str:
+    """Which of the tensors are too far from each other."""
+    given = [a if a is not None else b for a, b in zip(want, got, strict=True)]
+    sizes = [float(x.detach().double().abs().max()) if x.numel() else 0.0 for x in given if x is not None]
+    for place, (far, size) in enumerate(zip(_distances(want, got), sizes, strict=True)):
+        most = allowed * max(size, 1e-3) + (more[place] if more else 0.0)
         if not far <= most:
-            return f"{what}{place} is {far:.1e} off, against {most:.1e} allowed"
+            return f"{place} is {far:.1e} off, against {most:.1e} allowed"
     return ""

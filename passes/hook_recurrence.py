@@ -116,7 +116,7 @@ def rg_lru_scan(
     initial = None if recurrent_states is None else recurrent_states[..., None, None]
     value = hidden_states.transpose(1, 2)[..., None]
     rule = "decay='token'; factors=True"
-    if acc_dtype == torch.float64:
+    if acc_dtype == torch.float64 or (recurrent_states is not None and recurrent_states.dtype == torch.float64):
         rule = "decay='token'; factors=True; state='float64'"
     out, state = RECURRENCE(None, None, value, factors, None, None, None, initial, rule)
     return out.squeeze(-1).transpose(1, 2), state[..., 0, 0]
@@ -132,12 +132,41 @@ def rwkv_linear_attention(
 ) -> tuple[Tensor, Any]:
     """RWKV-4: time_decay and time_first (C,), key and value (B, L, C); the state is three tensors (B, C)."""
     rule = "decay='head'; gate='exp'; read='before'; normaliser='sum'"
+    if value.dtype == torch.float64:
+        rule = "decay='head'; gate='exp'; read='before'; normaliser='sum'; state='float64'"
     initial = None if state is None else torch.stack(tuple(state), -1)[:, :, None]
     k, v = key.transpose(1, 2), value.transpose(1, 2)[..., None]
     out, last = RECURRENCE(None, None, v, -torch.exp(time_decay), None, k, time_first, initial, rule)
     if return_state or state is not None:
         state = list(last.squeeze(2).unbind(-1))
     return out.squeeze(-1).transpose(1, 2), state
+
+
+def lightning_attention(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any,
+    attention_mask: Tensor | None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Lightning attention with its projections: hidden_states (B, L, C), attention_mask (B, L) or None; also gives the
+    last state (B, H, D, D), which the cache keeps."""
+    B, L, _ = hidden_states.shape
+    H, D = self.num_attention_heads, self.head_dim
+    mixed = self.act_fn(self.qkv_proj(hidden_states))
+    if attention_mask is not None:
+        mixed = (mixed * attention_mask[:, :, None]).to(mixed.dtype)
+    q, k, v = mixed.view(B, L, H, 3 * D).transpose(1, 2).split(D, 3)
+    initial = None if past_key_values is None else past_key_values.get_linear_cache(self.layer_idx)
+    chunk = self.block_size if initial is None else 1
+    decay = -self.slope_rate.flatten()
+    out, state = RECURRENCE(q, k, v, decay, None, None, None, initial, f"decay='head'; chunk={chunk}")
+    state = state.to(v.dtype)
+    mixed = self.norm(out.transpose(1, 2).reshape(B, L, H * D))
+    if past_key_values is not None:
+        past_key_values.set_linear_cache(self.layer_idx, state)
+    return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * mixed), state
 
 
 # mLSTM: query, key (B, H, L, K), value (B, H, L, V), gates (B, H, L); states (B, H, K, V), (B, H, K), (B, H, 1).
@@ -158,8 +187,8 @@ def mlstm_in_chunks(
     **kwargs: Any,
 ) -> Any:
     """mLSTM over a whole number of chunks."""
-    states = c_initial, n_initial, m_initial
-    return _mlstm(query, key, value, igate, fgate, states, return_last_states, eps, chunk_size)
+    out, last = _mlstm(query, key, value, igate, fgate, (c_initial, n_initial, m_initial), eps, chunk_size)
+    return (out, _states(last, value, key.dtype)) if return_last_states else out
 
 
 def mlstm_by_token(
@@ -177,8 +206,8 @@ def mlstm_by_token(
     **kwargs: Any,
 ) -> Any:
     """mLSTM token by token."""
-    states = c_initial, n_initial, m_initial
-    return _mlstm(query, key, value, igate, fgate, states, return_last_states, eps, 1)
+    out, last = _mlstm(query, key, value, igate, fgate, (c_initial, n_initial, m_initial), eps, 1)
+    return (out, _states(last, value, dtype_state)) if return_last_states else out
 
 
 def mlstm_step(
@@ -196,8 +225,8 @@ def mlstm_step(
 ) -> Any:
     """One token of mLSTM: query, key (B, H, K), value (B, H, V), gates (B, H, 1)."""
     q, k, v = (x[:, :, None] for x in (query, key, value))
-    out, states = _mlstm(q, k, v, igate, fgate, (cstate, nstate, mstate), True, eps, 1)
-    return out.squeeze(2), states
+    out, last = _mlstm(q, k, v, igate, fgate, (cstate, nstate, mstate), eps, 1)
+    return out.squeeze(2), _states(last, value, dtype_state)
 
 
 def mlstm_padded(
@@ -217,8 +246,7 @@ def mlstm_padded(
     **kwargs: Any,
 ) -> Any:
     """mLSTM of any length, without the states: padding would change them."""
-    states = c_initial, n_initial, m_initial
-    return _mlstm(query, key, value, igate, fgate, states, False, eps, chunk_size)
+    return _mlstm(query, key, value, igate, fgate, (c_initial, n_initial, m_initial), eps, chunk_size)[0]
 
 
 def mlstm_of_any_length(
@@ -240,8 +268,13 @@ def mlstm_of_any_length(
     enable_logging: bool = False,
 ) -> Any:
     """mLSTM of any length, in chunks as far as they go."""
-    states = c_initial, n_initial, m_initial
-    return _mlstm(query, key, value, igate, fgate, states, return_last_states, eps, chunk_size)
+    out, last = _mlstm(query, key, value, igate, fgate, (c_initial, n_initial, m_initial), eps, chunk_size)
+    if not return_last_states:
+        return out
+    kept = getattr(mlstm_sequence_kernel, "keywords", {}).get("dtype_state", torch.float32)
+    if key.dtype != kept and query.shape[2] % chunk_size == 0:  # no step follows the last chunk
+        kept = key.dtype
+    return out, _states(last, value, kept)
 
 
 def _mlstm(
@@ -251,19 +284,23 @@ def _mlstm(
     igate: Tensor,
     fgate: Tensor,
     states: tuple[Tensor | None, Tensor | None, Tensor | None],
-    wants_states: bool,
     eps: float,
     chunk: int,
-) -> Any:
+) -> tuple[Tensor, Tensor]:
+    """The outputs, and the last states as the operator packs them."""
     cell, norm, maximum = states
     packed = None
     if cell is not None and norm is not None and maximum is not None:
         packed = torch.cat([cell, norm[..., None], maximum[..., None].expand(-1, -1, cell.shape[2], -1)], -1)
-    rule = f"decay='token'; gate='exp'; normaliser='max1'; eps={eps}; scale={query.shape[-1] ** -0.5}; chunk={chunk}"
+    acc = "float64" if query.dtype == torch.float64 else "float32"
+    scale = query.shape[-1] ** -0.5
+    rule = f"decay='token'; gate='exp'; normaliser='max1'; eps={eps}; scale={scale}; chunk={chunk}; state='{acc}'"
     # On the CPU the result is contiguous whatever its meta kernel says, and views in the backward would fail.
     forget = F.logsigmoid(fgate.contiguous())
-    out, last = RECURRENCE(query, key, value, forget, None, igate, None, packed, rule)
-    if not wants_states:
-        return out
+    return RECURRENCE(query, key, value, forget, None, igate, None, packed, rule)
+
+
+def _states(packed: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     width = value.shape[-1]
-    return out, (last[..., :width], last[..., width], last[:, :, 0, width + 1 :])
+    packed = packed.to(dtype)
+    return packed[..., :width], packed[..., width], packed[:, :, 0, width + 1 :]

@@ -6,10 +6,13 @@ and what is left out, and makes the tensors small.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 B, SHORT, CHUNK = 2, 5, 16
@@ -72,8 +75,8 @@ def selective_state_update(arguments: Mapping[str, Any], g: torch.Generator) -> 
 
 
 def _written(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A state that is overwritten is no leaf of a gradient."""
-    return {**arguments, "state": arguments["state"].detach()}
+    """A step that overwrites its state has no gradient, there as here."""
+    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()}
 
 
 def chunk_scan(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
@@ -143,3 +146,26 @@ def _mlstm(arguments: Mapping[str, Any], L: tuple[int, ...], g: torch.Generator)
     for given, last in (("c_initial", (K, V)), ("n_initial", (K,)), ("m_initial", (1,))):
         shapes[given] = shapes[f"{given[0]}state"] = (B, H, *last)
     return _drawn(arguments, shapes, g)
+
+
+def lightning(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """A small module like the one of the call, hidden_states (B, L, C), attention_mask (B, L), a cache of one state."""
+    real, H, D, C, L = arguments["self"], 2, 4, 6, SHORT + 6
+    dtype = arguments["hidden_states"].dtype
+    held = {name: getattr(real, name) for name in ("layer_idx", "num_hidden_layers", "act_fn")}
+    small = SimpleNamespace(**held, head_dim=D, num_attention_heads=H, block_size=4)
+    small.slope_rate = real.get_slope_rate.__func__(small)
+    decays = real.decay_factors.__func__(small, small.slope_rate)
+    small.query_decay, small.key_decay, small.diagonal_decay = decays
+    small.norm = lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    for name, (out, width) in {"qkv_proj": (3 * H * D, C), "output_gate": (H * D, C), "out_proj": (C, H * D)}.items():
+        weight = torch.randn(out, width, generator=g).to(dtype)
+        setattr(small, name, functools.partial(F.linear, weight=weight))
+    drawn = {**arguments, "self": small, "position_embeddings": None}
+    drawn["hidden_states"] = torch.randn(B, L, C, generator=g).to(dtype).requires_grad_()
+    if isinstance(arguments["attention_mask"], Tensor):
+        drawn["attention_mask"] = (torch.rand(B, L, generator=g) > 0.3).to(arguments["attention_mask"].dtype)
+    if arguments["past_key_values"] is not None:
+        state = torch.randn(B, H, D, D, generator=g).to(dtype)
+        drawn["past_key_values"] = SimpleNamespace(get_linear_cache=lambda i: state, set_linear_cache=lambda i, x: None)
+    return drawn

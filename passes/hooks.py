@@ -11,6 +11,7 @@ which tensors are given): compared once per process and kind.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import inspect
@@ -23,6 +24,7 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.functions import UserFunctionVariable
@@ -64,6 +66,8 @@ HOOKS: tuple[Hook, ...] = (
     Hook(TRANSFORMERS, "RecurrentGemmaRglru._rnn_scan", mixers.rg_lru_scan, samples.rg_lru,
          home=_home("recurrent_gemma")),
     Hook(TRANSFORMERS, "rwkv_linear_attention_cpu", mixers.rwkv_linear_attention, samples.rwkv, home=_home("rwkv")),
+    Hook(TRANSFORMERS, "MiniMaxLightningAttention.forward", mixers.lightning_attention, samples.lightning,
+         home=_home("minimax")),
     Hook(TRANSFORMERS, "wrap_chunkwise_arbitrary_sequence_length", mixers.mlstm_of_any_length, samples.mlstm,
          home=_home("xlstm")),
     Hook(TRANSFORMERS, "wrap_chunkwise_pad_zeros", mixers.mlstm_padded, samples.mlstm, home=_home("xlstm")),
@@ -178,17 +182,16 @@ def is_ours(compiler: Any) -> bool:
 
 def _mentioned(function: FunctionType) -> list[Any]:
     """What the code of a function refers to outside of itself."""
-    cells = [cell.cell_contents for cell in function.__closure__ or () if not _is_empty(cell)]
     known = function.__globals__
-    return cells + [known[name] for name in function.__code__.co_names if name in known]
+    return _cells(function) + [known[name] for name in function.__code__.co_names if name in known]
 
 
-def _is_empty(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
+def _cells(function: FunctionType) -> list[Any]:
+    held = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    return held
 
 
 # One call.
@@ -197,28 +200,34 @@ def _is_empty(cell: Any) -> bool:
 def _why_not(hook: Hook, function: FunctionType, args: Any, kwargs: Any, trace: Trace) -> str:
     """Why a call is not substituted; "" if it is."""
     try:
-        bound = inspect.signature(function).bind(*args, **kwargs)
-    except TypeError as exc:
-        return f"its arguments do not fit: {exc}"
-    bound.apply_defaults()
-    further = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = [name for name, p in bound.signature.parameters.items() if p.kind not in further]
-    arguments = {name: _value(bound.arguments[name]) for name in named}
-    why = hook.refuse(arguments)
+        arguments = _arguments(function, args, kwargs)
+        why = hook.refuse(arguments)
+    except TorchDynamoException:  # a graph break or a restart: Dynamo's own business
+        raise
+    except Exception as exc:  # noqa: BLE001  # what cannot be read is traced as it is, and the reason is said
+        return f"its arguments cannot be read ({type(exc).__name__}: {str(exc).partition(chr(10))[0]})"
     if why:
         return why
     kind = (hook, function.__code__, *(_kind(name, x) for name, x in arguments.items()))
     if kind not in _VERDICTS:
         _VERDICTS[kind] = hook.disagreement(function, arguments)
-    if _VERDICTS[kind]:
-        where = f"{function.__module__}.{function.__qualname__}"
-        sentence = (
-            f"trace {where} as one operator: found that its substitute differs from it ({_VERDICTS[kind]}), allowed is "
-            "rounding. The function is traced as it is; report the version of its library."
-        )
-        trace.problems.append(sentence)
-        return f"its substitute differs from it ({_VERDICTS[kind]})"
-    return ""
+    if not _VERDICTS[kind]:
+        return ""
+    where = f"{function.__module__}.{function.__qualname__}"
+    trace.problems.append(
+        f"trace {where} as one operator: found that its substitute differs from it ({_VERDICTS[kind]}), allowed is "
+        "rounding. The function is traced as it is; report the version of its library."
+    )
+    return f"its substitute differs from it ({_VERDICTS[kind]})"
+
+
+def _arguments(function: FunctionType, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call by name, without those that the function only passes on."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    further = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = [name for name, p in bound.signature.parameters.items() if p.kind not in further]
+    return {name: _value(bound.arguments[name]) for name in named}
 
 
 def _value(x: Any) -> Any:
@@ -234,7 +243,7 @@ def _value(x: Any) -> Any:
     try:
         return x.as_python_constant()
     except NotImplementedError:
-        return getattr(x, "value", x)
+        return vars(x).get("value", x)
 
 
 def _kind(name: str, x: Any) -> tuple[object, ...]:
@@ -284,15 +293,25 @@ def _absence(hook: Hook) -> str:
 
 
 def _patches(name: str, module: Any) -> list[str]:
-    """Functions of the table in `module` that were defined outside of their library."""
-    lines = []
+    """Functions of the table in `module` whose work is done by what was defined outside of their library."""
     held = getattr(module, "__dict__", {})
-    for hook in (h for last, rows in _rows(HOOKS).items() if last in held for h in rows if h.names(name, last)):
-        function = held[hook.name]
-        maker = str(getattr(inspect.unwrap(function), "__module__", None)) if callable(function) else "?"
-        if not fnmatchcase(maker, hook.module):
-            lines.append(f"hook {hook.name}: in {name} it is supplied by {maker}; its calls are left to it")
-    return lines
+    rows = [h for last, rows in _rows(HOOKS).items() if last in held for h in rows if h.names(name, last)]
+    made = {h: [str(getattr(f, "__module__", None)) for f in _workers(held[h.name])] for h in rows}
+    return [
+        f"hook {hook.name}: in {name} it is supplied by {maker}; its calls are left to it"
+        for hook, makers in made.items()
+        for maker in makers
+        if not fnmatchcase(maker, hook.module)
+    ]
+
+
+def _workers(function: Any) -> list[Any]:
+    """The function under its decorators, or what a decorator calls in its place."""
+    written = inspect.unwrap(function) if callable(function) else function
+    if not isinstance(function, FunctionType) or written is function:
+        return [written]
+    chosen = [x for x in _cells(function) if isinstance(x, FunctionType) and x.__name__ != "<lambda>"]
+    return [x for x in chosen if inspect.unwrap(x) is not written] or [written]
 
 
 def _version(library: str) -> str:
