@@ -18,8 +18,9 @@ from torch import fx
 from attnc.expr import ONE, Expr, var
 from attnc.passes.found import Found, missed
 from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, module_path, op_name, shape_of, tensor_of
-from attnc.passes.moe_block import Block, block_of, data_of, down_projection, origin
+from attnc.passes.moe_block import Block, block_of, down_projection
 from attnc.passes.moe_combine import Sums
+from attnc.passes.moe_data import data_of, origin
 from attnc.passes.moe_describe import described, nodes_of
 from attnc.passes.moe_leaving import leaving
 from attnc.passes.moe_products import Contraction, Weighted, contraction, contractions, holds_many, weighted
@@ -110,7 +111,7 @@ def _of_blocks(sums: Sums, unit: Unit | None) -> bool:
     """Whether the axis that picks weights picks data too: heads or blocks of features, no experts."""
     if unit is None or not isinstance(unit.second.expert, Expr):
         return False
-    x = data_of(sums.rows, unit)[0]
+    x = data_of(sums.rows, unit).x
     return any(unit.second.expert.names() & e.names() for e in x.index)
 
 
@@ -153,7 +154,7 @@ def _of_experts(expert: Element | Expr | None) -> bool:
 
 def _block(facts: GraphFacts, sums: Sums, unit: Unit) -> Block | NoMatch:
     """The largest block whose sum holds the feed-forward."""
-    x = origin(data_of(sums.rows, unit)[0].node)
+    x = origin(data_of(sums.rows, unit).x.node)
     below = down_projection(x)
     sums.begin({x}, facts.order[x if below is None else below[1]])
     best: Block | None = None

@@ -11,19 +11,15 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from attnc.expr import ONE, ZERO, Expr, add, const, mul
+from attnc.expr import ONE, Expr, add, const, mul, var
 from attnc.passes.graph import Unliftable, hint, op_name, shape_of, tensor_of
 from attnc.passes.moe_combine import Sums
+from attnc.passes.moe_data import ROW, SELECTIONS, data_of, origin
 from attnc.passes.moe_norms import normed
 from attnc.passes.moe_outcome import Wanted
 from attnc.passes.moe_products import contraction, is_weight
-from attnc.passes.moe_rows import CASTS, Element, Rows, flat, order_of
-from attnc.passes.moe_run import inputs
+from attnc.passes.moe_rows import Element, flat, order_of
 from attnc.passes.moe_summand import Summand, Unit
-from attnc.passes.views import Ranges, broadcast_index, through
-
-_ANY = Ranges()
-SELECTIONS = ("topk", "sort", "argsort", "argmax", "max", "scatter", "one_hot", "softmax", "gather")
 
 
 @dataclass
@@ -49,59 +45,6 @@ class Block:
     shared: list[Summand] = field(default_factory=list)
     identity: list[Summand] = field(default_factory=list)
     latent: tuple[fx.Node, ...] = ()
-
-
-def origin(node: fx.Node) -> fx.Node:
-    """The node behind views and casts."""
-    while True:
-        value = tensor_of(node)
-        if op_name(node) in CASTS and node.args and tensor_of(node.args[0]) is not None:
-            node = node.args[0]
-            continue
-        index = tuple(ZERO for _ in range(value.dim())) if value is not None else ()
-        behind = through(node, index, _ANY) if value is not None else None
-        if behind is None:
-            return node
-        node = behind[0]
-
-
-def data_of(rows: Rows, unit: Unit, token: Expr | None = None) -> tuple[Element, list[Element]]:
-    """(the input at the first product, routing weights that multiply it).
-
-    token: where it should be; views beyond the one that shows it are not followed, as lengths may be symbols.
-    """
-    first = unit.hidden.firsts[0]
-
-    def there(at: Element) -> bool:
-        return token is not None and at.lead == token
-
-    at, factors = rows.settle(first.data.node, first.data.index, there), []
-    if op_name(at.node) == "mul" and all(tensor_of(a) is not None for a in at.node.args):
-        outer, inner = shape_of(at.node), first.inner.names()
-        sides = [Element(x, broadcast_index(at.index, shape_of(x), outer)) for x in at.node.args]
-        for factor, x in (sides, sides[::-1]):
-            free = not any(e.names() & inner for e in factor.index)
-            if free and any(e.names() & inner for e in x.index) and _is_routed(rows, factor.node, x.node):
-                factors.append(factor)
-                at = rows.settle(x.node, x.index, there)
-                break
-    return at, factors
-
-
-def _is_routed(rows: Rows, factor: fx.Node, x: fx.Node) -> bool:
-    """Whether `factor` comes from a choice that was made after `x`."""
-    floor = rows.facts.order[origin(x)]
-    stack, seen = [factor], set()
-    while stack:
-        node = stack.pop()
-        if node in seen or rows.facts.order[node] <= floor:
-            continue
-        seen.add(node)
-        if op_name(node) in SELECTIONS:
-            return True
-        if contraction(node) is None:
-            stack += inputs(node)
-    return False
 
 
 def down_projection(x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -158,7 +101,8 @@ class _Checker:
         assert unit is not None and isinstance(unit.second.expert, Element)
         ids = unit.second.expert
         slots, pair, token = self._pair(ids)
-        x, inside = data_of(self.rows, unit, token)
+        data = data_of(self.rows, unit, token)
+        x, inside = data.x, data.factors
         self._same_expert(unit, ids)
         if x.lead != token:
             raise Unliftable("an expert's data belong to another token than its id", unit.hidden.firsts[0].node)
@@ -231,10 +175,14 @@ class _Checker:
         expert = unit.second.expert
         if any(first.expert != expert for first in unit.hidden.firsts):
             raise Unliftable("the products of an expert have weights of different experts", unit.second.node)
-        x, inside = data_of(self.rows, unit, self.token)
+        data = data_of(self.rows, unit, self.token)
+        x, inside = data.x, data.factors
+        count = self._experts(unit)
+        if data.mask is not None:
+            block = self._by_capacity(term, x, data.mask, count)
+            return None if block is None else self._with_others(block, others, identity)
         if x.lead != self.token:
             raise Unliftable("an expert's data belong to another token than its output", unit.hidden.firsts[0].node)
-        count = self._experts(unit)
         if term.scatter is not None or len(term.over) != 1 or term.over[0] != (expert, const(count)):
             return None
         pair = add(mul(self.token, const(count)), expert)
@@ -246,6 +194,27 @@ class _Checker:
         x_node = origin(x.node)
         block = Block(self.out, self.tokens, x_node, [unit], [term], count, "every expert", wanted, at, term.scale)
         return self._with_others(block, others, identity)
+
+    def _by_capacity(self, term: Summand, x: Element, mask: Element, count: int) -> Block | None:
+        """Rows of experts, so many for each, filled and emptied by products with masks (token, expert, row)."""
+        unit = term.unit
+        assert unit is not None and isinstance(unit.second.expert, Expr)
+        expert = unit.second.expert
+        if len(term.factors) != 1 or unit.hidden.factors or len(term.over) not in (1, 2):
+            raise Unliftable("rows of experts are combined by more than one mask", unit.second.node)
+        weights = self.rows.settle(term.factors[0].node, term.factors[0].index)
+        row = next((e for e in mask.index if not e.names() & {ROW, *expert.names()}), None)
+        if row is None or len(shape_of(weights.node)) != 3 or weights.index != (self.token, expert, row):
+            raise Unliftable("rows of experts are not combined as they were filled", term.factors[0].node)
+        rows = shape_of(weights.node)[2]
+        whole = x.lead == var(ROW) and shape_of(weights.node)[1] == const(count)
+        if mask.index != (var(ROW), expert, row) or not whole or not rows.is_const:
+            raise Unliftable("rows of experts are filled from other tokens than they are combined to", mask.node)
+        if {e.args[0] for e, _ in term.over} != {*expert.names(), *row.names()}:
+            return None
+        wanted = Wanted(None, (weights.node,), rows=int(rows.value), mask=mask.node)
+        how = "one-hot products"
+        return Block(self.out, self.tokens, origin(x.node), [unit], [term], count, how, wanted, "output", term.scale)
 
     # Experts one by one.
 
@@ -277,7 +246,8 @@ class _Checker:
         if key not in self.sums.seen:
             row = self.token if s.scatter is None else s.scatter.row
             token = self.token if s.scatter is None else s.scatter.key
-            x, inside = data_of(self.rows, s.unit, token)
+            data = data_of(self.rows, s.unit, token)
+            x, inside = data.x, data.factors
             factors = tuple(self._column(f, row) for f in (*s.factors, *s.unit.hidden.factors, *inside))
             fits = x.lead == token and not s.over and bool(factors)
             self.sums.seen[key] = (factors, origin(x.node)) if fits else None
@@ -311,8 +281,10 @@ class _Checker:
     def _with_others(self, block: Block, others: Sequence[Summand], identity: Sequence[Summand]) -> Block | None:
         for s in others:
             assert s.unit is not None
-            x, inside = data_of(self.rows, s.unit, self.token)
-            if x.lead != self.token or s.scatter is not None or inside or s.gained or s.latent is not None:
+            data = data_of(self.rows, s.unit, self.token)
+            x, inside = data.x, data.factors
+            changed = s.scatter is not None or s.gained or s.latent is not None
+            if x.lead != self.token or data.mask is not None or inside or changed:
                 raise Unliftable("a term of the sum is no expert and reads other tokens", s.unit.second.node)
         if any(not s.factors for s in identity):
             raise Unliftable("the block's input is added to the sum as it is", self.out)

@@ -18,7 +18,7 @@ from attnc.passes.ffn_flow import DROPOUTS, is_dropping
 from attnc.passes.graph import Unliftable, integer, op_name, shape_of, tensor_of
 from attnc.passes.moe_hidden import HiddenReader
 from attnc.passes.moe_norms import normed
-from attnc.passes.moe_products import Contraction, contractions, is_weight, weighted
+from attnc.passes.moe_products import Contraction, contraction, contractions, is_weight, weighted
 from attnc.passes.moe_rows import CASTS, Element, Rows
 from attnc.passes.moe_rules import RULES
 from attnc.passes.moe_summand import Summand, Unit
@@ -121,10 +121,11 @@ class Sums:
         try:
             return self._joined(at, first) if first.summed or first.beside else self._product(at, first)
         except Unliftable as exc:
-            if not others:
+            sum_of_rows = contraction(at.node) if not others else None
+            if not others and (sum_of_rows is None or len(sum_of_rows.contracted) == 1):
                 raise
             try:
-                return self._any_of(at, others)
+                return self._any_of(at, others) if sum_of_rows is None else self._contracted(at, sum_of_rows)
             except Unliftable:
                 raise exc from None
 

@@ -11,7 +11,8 @@ from torch import fx
 from attnc.passes.ffn_unit import Unit as Function
 from attnc.passes.ffn_unit import unit_of
 from attnc.passes.graph import NoMatch, hint, op_name, tensor_of
-from attnc.passes.moe_block import Block, origin
+from attnc.passes.moe_block import Block
+from attnc.passes.moe_data import origin
 from attnc.passes.moe_hidden import layout
 from attnc.passes.moe_products import contraction
 from attnc.passes.moe_router import Router

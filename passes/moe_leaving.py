@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from torch import Tensor, fx
 
 from attnc.passes.graph import GraphFacts, hint, module_path, op_name, tensor_of
-from attnc.passes.moe_block import origin
+from attnc.passes.moe_data import origin
 from attnc.passes.moe_outcome import between
 from attnc.passes.moe_products import contraction
 from attnc.region import Unmatched

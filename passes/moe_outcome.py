@@ -24,11 +24,14 @@ class Wanted:
     weights: factors of each (token, slot), or of each (token, class); their product counts.
     columns: factors by expert number where each expert has its own: tensors with the column that counts, None where
              they have one; and the rows they belong to, None for all tokens.
+    rows:    of each expert, which weights name too: (token, expert, row). mask: what fills those rows.
     """
 
     ids: fx.Node | None
     weights: tuple[fx.Node, ...]
     columns: tuple[tuple[int, tuple[tuple[fx.Node, int | None], ...], fx.Node | None], ...] = ()
+    rows: int = 1
+    mask: fx.Node | None = None
 
     @property
     def factors(self) -> list[fx.Node]:
@@ -39,7 +42,8 @@ class Wanted:
     def targets(self) -> list[fx.Node]:
         """All of it, each once."""
         rows = [rows for _, _, rows in self.columns if rows is not None]
-        return list(dict.fromkeys([*([] if self.ids is None else [self.ids]), *self.factors, *rows]))
+        own = [x for x in (self.ids, self.mask) if x is not None]
+        return list(dict.fromkeys([*own, *self.factors, *rows]))
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ def outcome(wanted: Wanted, cut: fx.Node, tokens: int, experts: int) -> Outcome 
     if isinstance(values, str):
         return values
     at = dict(zip(targets, values, strict=True))
+    if wanted.mask is not None and not torch.equal(at[wanted.mask] != 0, at[wanted.weights[0]] != 0):
+        return "rows are filled by another mask than they are combined with"
     ids, weights = _dense(wanted, at, tokens, experts) if wanted.ids is None else _sparse(wanted, at, tokens)
     return Outcome(given[cut].reshape(tokens, -1), ids, weights, vectors)
 
@@ -119,7 +125,7 @@ def _dense(wanted: Wanted, at: dict[fx.Node, Any], tokens: int, experts: int) ->
     """Weights by class as (ids, weights) of those that are not zero."""
     dense = torch.ones(tokens, experts)
     for node in wanted.weights:
-        dense = dense * at[node].reshape(tokens, experts).float()
+        dense = dense * at[node].reshape(tokens, experts, wanted.rows).float().sum(-1)
     if wanted.columns:
         dense = torch.zeros(tokens, experts)
     for expert, factors, rows in wanted.columns:

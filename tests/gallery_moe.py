@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tests.gallery_moe_all import (
     EveryExpert,
     EveryExpertSummed,
+    GShard,
     Llama4,
     RowsLoop,
     Soft,
@@ -281,6 +282,8 @@ SPELLINGS = (
     Spelling("every_expert", EveryExpert, {**SOFTMAX, "over": "chosen", "gated": False, "activation": "gelu",
                                            "written": "every expert"}),
     Spelling("every_expert_summed", EveryExpertSummed, {**SOFTMAX, "over": "all", "written": "every expert"}),
+    Spelling("gshard", GShard, {**SOFTMAX, "over": "all", "normalise": "chosen", "choice": "masked_max", "capacity": 9,
+                                "written": "one-hot products"}),
     Spelling("soft", Soft, {"score": "softmax", "choice": "all", "top_k": N}),
     Spelling("static_loop", StaticLoop, {**SOFTMAX, "normalise": "", "written": "loop"}),
     Spelling("stacked_loop", StackedLoop, {"score": "sigmoid", "top_k": 2, "num_experts": N, "written": "loop"}),

@@ -82,6 +82,34 @@ class Soft(EveryExpert):
         return torch.einsum("bled,ble->bld", torch.einsum("blef,efd->bled", h, self.second), p)
 
 
+class GShard(EveryExpert):
+    """The best two, at most `capacity` tokens for each expert: rows filled and emptied by one-hot products."""
+
+    capacity = 9
+
+    def route(self, x: Tensor) -> Tensor:
+        """Weights by token, expert and row."""
+        p = self.router(x).softmax(-1)
+        first = F.one_hot(p.argmax(-1), N)
+        second = F.one_hot(p.masked_fill(first.bool(), 0.0).argmax(-1), N)
+        place = first.cumsum(0) - 1, second.cumsum(0) - 1 + first.sum(0, keepdim=True)
+        total = (p * (first + second)).sum(-1)
+        combine = torch.zeros(len(x), N, self.capacity)
+        for mask, at in zip((first, second), place, strict=True):
+            mask = mask * (at < self.capacity)
+            weight = (p * mask).sum(-1) / total
+            rows = F.one_hot((at * mask).sum(-1), self.capacity)
+            combine = combine + weight[:, None, None] * mask[:, :, None] * rows[:, None]
+        return combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        combine = self.route(flat)
+        rows = torch.einsum("tec,td->ecd", combine.bool().to(x.dtype), flat)
+        y = torch.bmm(F.gelu(torch.bmm(rows, self.first)), self.second)
+        return torch.einsum("tec,ecd->td", combine, y).view(x.shape)
+
+
 class StaticLoop(nn.Module):
     """A loop over all experts, each weighted by a mask of the chosen."""
 
