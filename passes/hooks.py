@@ -133,7 +133,7 @@ def install() -> None:
 
 def enter(entrance: Callable[..., Any], tx: Any, fn: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
     """Trace the call of `fn`, or of the substitute that the table has for it."""
-    function = fn.fn if isinstance(fn, UserFunctionVariable) else None
+    function = getattr(fn, "fn", None)  # of functions and of methods, not of those made while tracing
     hook = hook_of(function) if isinstance(function, FunctionType) else None
     if hook is None or not is_ours(tx.output.compiler_fn):
         return entrance(tx, fn, args, kwargs, *rest, **options)

@@ -268,7 +268,7 @@ def test_names_that_are_gone_are_a_line_of_the_report(
     unloaded = Hook("otherlib", "slow", fast, small, home="otherlib")
     table(monkeypatch, *hooks.HOOKS, gone, unloaded)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         compiled = torch.compile(library.Block(), backend="attnc", options={"inner": "eager"})
         compiled(torch.randn(2, 4))
     report = attnc.last_report(compiled)

@@ -127,34 +127,43 @@ def made(name: str, config: str, **given: Any) -> torch.nn.Module:
     return getattr(transformers, name)(getattr(transformers, config)(**{**SIZES, **given})).eval()
 
 
-MODELS: dict[str, tuple[int, Callable[[], torch.nn.Module]]] = {
-    "qwen3_next": (
-        1,
-        lambda: made(
-            "Qwen3NextForCausalLM", "Qwen3NextConfig", **LINEAR, head_dim=8, num_experts=2, num_experts_per_tok=1,
-            moe_intermediate_size=16, shared_expert_intermediate_size=16, mlp_only_layers=[0, 1],
-            layer_types=["linear_attention", "full_attention"],
-        ),
+def qwen3_next(*kinds: str) -> torch.nn.Module:
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    return made(
+        "Qwen3NextForCausalLM", "Qwen3NextConfig", **LINEAR, **experts, shared_expert_intermediate_size=16, head_dim=8,
+        mlp_only_layers=[0, 1], layer_types=list(kinds),
+    )  # fmt: skip
+
+
+def minimax(*kinds: str) -> torch.nn.Module:
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    return made("MiniMaxForCausalLM", "MiniMaxConfig", **experts, head_dim=16, block_size=16, layer_types=list(kinds))
+
+
+def recurrent_gemma() -> torch.nn.Module:
+    sizes = {"lru_width": 32, "head_dim": 16, "attention_window_size": 16, "block_types": ["recurrent", "attention"]}
+    return made("RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", **sizes)
+
+
+def llama() -> torch.nn.Module:
+    return made("LlamaForCausalLM", "LlamaConfig")
+
+
+HYBRID, ATTENTION = ("linear_attention", "full_attention"), ("full_attention",) * 2
+# How many recurrences; the model; a model of the same depth with attention in their place.
+MODELS: dict[str, tuple[int, Callable[[], torch.nn.Module], Callable[[], torch.nn.Module]]] = {
+    "qwen3_next": (1, lambda: qwen3_next(*HYBRID), lambda: qwen3_next(*ATTENTION)),
+    "minimax": (1, lambda: minimax(*HYBRID), lambda: minimax(*ATTENTION)),
+    "recurrent_gemma": (1, recurrent_gemma, llama),
+    "mamba": (2, lambda: made("MambaForCausalLM", "MambaConfig", state_size=4), llama),
+    "mamba2": (
+        2,
+        lambda: made("Mamba2ForCausalLM", "Mamba2Config", num_heads=8, head_dim=8, state_size=8, n_groups=2),
+        llama,
     ),
-    "mamba": (2, lambda: made("MambaForCausalLM", "MambaConfig", state_size=4)),
-    "mamba2": (2, lambda: made("Mamba2ForCausalLM", "Mamba2Config", num_heads=8, head_dim=8, state_size=8, n_groups=2)),
-    "recurrent_gemma": (
-        1,
-        lambda: made(
-            "RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", lru_width=32, head_dim=16, attention_window_size=16,
-            block_types=["recurrent", "attention"],
-        ),
-    ),
-    "xlstm": (2, lambda: made("xLSTMForCausalLM", "xLSTMConfig", num_blocks=2, num_heads=2, chunk_size=16)),
-    "rwkv": (2, lambda: made("RwkvForCausalLM", "RwkvConfig", attention_hidden_size=32)),
-    "minimax": (
-        1,
-        lambda: made(
-            "MiniMaxForCausalLM", "MiniMaxConfig", head_dim=16, block_size=16, num_local_experts=2,
-            num_experts_per_tok=1, layer_types=["linear_attention", "full_attention"],
-        ),
-    ),
-}  # fmt: skip
+    "xlstm": (2, lambda: made("xLSTMForCausalLM", "xLSTMConfig", num_blocks=2, num_heads=2, chunk_size=16), llama),
+    "rwkv": (2, lambda: made("RwkvForCausalLM", "RwkvConfig", attention_hidden_size=32), llama),
+}
 
 
 def slow_but(*quick: str) -> Any:
@@ -184,19 +193,16 @@ def logits(model: Callable[..., Any], ids: Tensor = IDS) -> Tensor:
 
 @slow_but("qwen3_next", "xlstm")
 def test_small_models_are_one_small_graph_and_compute_the_same(name: str) -> None:
-    expected, make = MODELS[name]
+    expected, make, attention = MODELS[name]
     model, graphs = make(), []
-    llama = made("LlamaForCausalLM", "LlamaConfig")
     compiled = counted(model, graphs)
     with torch.no_grad():
         assert_close(logits(compiled), logits(model))
-        logits(counted(llama, graphs))
+        logits(counted(attention(), graphs))
     report = attnc.last_report(compiled)
     assert report.counts()["kinds"]["recurrence"] == expected and not report.problems
     assert all(r.written == "operator" for r in report.regions if r.kind == "recurrence")
-    assert len(graphs) == 2
-    if name != "minimax":  # two layers of experts
-        assert graphs[0] <= 1.5 * graphs[1]
+    assert len(graphs) == 2 and graphs[0] <= 1.5 * graphs[1]
 
 
 @slow_but("mamba")
