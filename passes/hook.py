@@ -105,12 +105,13 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _widened(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments in float32."""
+    """The arguments in float32, modules among them."""
 
     def wide(x: torch.Tensor) -> torch.Tensor:
         return x.detach().float().requires_grad_(x.requires_grad) if x.is_floating_point() else x
 
-    return pytree.tree_map_only(torch.Tensor, wide, arguments)
+    given = {name: x.float() if isinstance(x, torch.nn.Module) else x for name, x in arguments.items()}
+    return pytree.tree_map_only(torch.Tensor, wide, given)
 
 
 def _weights(x: torch.Tensor) -> torch.Tensor:

@@ -218,7 +218,7 @@ def _entry(facts: GraphFacts, routers: Routers, block: Block) -> Found | NoMatch
     if isinstance(found, NoMatch):
         return found
     match, rule, shape = found
-    out = tensor_of(block.out)
+    out = tensor_of(anchor)
     assert out is not None
     region = Region(
         path=_path(anchor, router.logits),
