@@ -118,8 +118,8 @@ _VERDICTS: dict[tuple[object, ...], str] = {}
 
 def install() -> None:
     """Put the table before Dynamo's entrance into Python functions; a second call does nothing."""
-    entrance = getattr(InstructionTranslatorBase, _ENTRANCE)
-    if getattr(entrance, MARK, False):
+    entrance = getattr(InstructionTranslatorBase, _ENTRANCE, None)
+    if entrance is None or getattr(entrance, MARK, False):
         return
 
     @functools.wraps(entrance)
@@ -279,6 +279,8 @@ def trace_of_compile() -> Trace:
 
 def notes() -> list[str]:
     """A line for each row whose library is loaded and does not have the function, or has another in its place."""
+    if not hasattr(InstructionTranslatorBase, _ENTRANCE):
+        return [f"hooks: torch {torch.__version__} has no {_ENTRANCE}; loops of libraries are read as they are written"]
     absent = [line for hook in HOOKS if hook.home in sys.modules and (line := _absence(hook))]
     return absent + [line for name, module in list(sys.modules.items()) for line in _patches(name, module)]
 

@@ -187,7 +187,7 @@ def _gated(node: fx.Node) -> Gated | NoMatch | None:
     if len(origins) != 1 or None in origins:
         return None
     why = _not_causal(convolution, between)
-    return why or Gated(convolution, gates[0], tuple(between))
+    return Gated(convolution, gates[0], tuple(between)) if why is None else why
 
 
 def _product(node: Any) -> tuple[fx.Node, fx.Node] | None:

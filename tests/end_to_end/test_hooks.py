@@ -170,6 +170,12 @@ def test_installing_twice_or_reloading_registers_once() -> None:
     assert not hasattr(entrance.__wrapped__, hooks.MARK)
 
 
+def test_a_torch_without_the_entrance_is_a_line_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(hooks.InstructionTranslatorBase, "inline_user_function_return")
+    hooks.install()
+    assert "loops of libraries are read as they are written" in hooks.notes()[0]
+
+
 def test_attnc_is_known_under_what_wraps_it() -> None:
     @functools.wraps(attnc_backend)
     def counting(gm, given):
