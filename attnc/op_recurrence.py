@@ -14,7 +14,7 @@ Source: torch.library (operators that compilers do not look into); `attnc.rule_r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -40,12 +40,21 @@ parse_recurrence = lru_cache(maxsize=1024)(RecurrenceRule.parse)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, spelling = args
-    rule = parse_recurrence(spelling)
+    inputs, rule = args[:8], parse_recurrence(args[8])
     with torch.amp.autocast(inputs[2].device.type, enabled=False):
-        out, state = cpu_recurrence.recurrence(*inputs, rule)
+        out, state = cpu_recurrence.recurrence(*_operands(inputs), rule)
     laid_out, last = _meta(inputs[2], inputs[1], rule)
     return laid_out.copy_(out), last.copy_(state)
+
+
+Operands = tuple[
+    Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]
+
+
+def _operands(given: Sequence[Any]) -> Operands:
+    query, key, value, decay, rates, beta, bonus, initial = given
+    return query, key, value, decay, rates, beta, bonus, initial
 
 
 def _meta(value: Tensor, key: Tensor | None, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
@@ -66,8 +75,8 @@ def _backward(*args: Any) -> list[Tensor]:
     rule = parse_recurrence(spelling)
     with _autograd_on(), torch.amp.autocast(grad_out.device.type, enabled=False):
         own = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
-        out, state = cpu_recurrence.recurrence(*own, rule)
-        learned = [x for x, need in zip(own, needs, strict=True) if need]
+        out, state = cpu_recurrence.recurrence(*_operands(own), rule)
+        learned: list[Any] = [x for x, need in zip(own, needs, strict=True) if need]
         # A step without a state, and outputs that nothing reaches, have no gradient function.
         reached = [(y, g) for y, g in ((out, grad_out), (state, grad_state)) if y.requires_grad]
         found: tuple[Tensor | None, ...] = (None,) * len(learned)

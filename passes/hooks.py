@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -125,7 +125,7 @@ def install() -> None:
     @functools.wraps(entrance)
     def hooked(tx: Any, fn: Any, args: Sequence[Any], kwargs: dict[str, Any], *rest: Any, **options: Any) -> Any:
         # The table is looked up at every call, so that the module can be reloaded.
-        return sys.modules[__name__].enter(entrance, tx, fn, args, kwargs, *rest, **options)  # type: ignore[attr-defined]
+        return sys.modules[__name__].enter(entrance, tx, fn, args, kwargs, *rest, **options)
 
     setattr(hooked, MARK, True)
     setattr(InstructionTranslatorBase, _ENTRANCE, hooked)
@@ -134,7 +134,9 @@ def install() -> None:
 def enter(entrance: Callable[..., Any], tx: Any, fn: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
     """Trace the call of `fn`, or of the substitute that the table has for it."""
     function = getattr(fn, "fn", None)  # of functions and of methods, not of those made while tracing
-    hook = hook_of(function) if isinstance(function, FunctionType) else None
+    if not isinstance(function, FunctionType):
+        return entrance(tx, fn, args, kwargs, *rest, **options)
+    hook = hook_of(function)
     if hook is None or not is_ours(tx.output.compiler_fn):
         return entrance(tx, fn, args, kwargs, *rest, **options)
     trace = _TRACES.setdefault(tx.output.tracing_context, Trace())
@@ -150,7 +152,7 @@ def enter(entrance: Callable[..., Any], tx: Any, fn: Any, args: Any, kwargs: Any
         trace.named.append(Unmatched(hook.last_name, f"{hook.last_name} is traced as it is: {why}", "", path))
         return entrance(tx, fn, args, kwargs, *rest, **options)
     trace.hits[hook] = trace.hits.get(hook, 0) + 1
-    return entrance(tx, UserFunctionVariable(hook.substitute), args, kwargs, *rest, **options)
+    return entrance(tx, UserFunctionVariable(cast(FunctionType, hook.substitute)), args, kwargs, *rest, **options)
 
 
 def hook_of(function: FunctionType) -> Hook | None:
