@@ -18,6 +18,7 @@ from attnc.expr import ONE, ZERO, Expr, add, const, load, mul
 from attnc.passes.graph import GraphFacts, Unliftable, op_name, shape_of, tensor_of
 from attnc.passes.indexing import RULES as INDEXING
 from attnc.passes.masks import Lift, kind_of
+from attnc.passes.moe_lengths import Lengths
 from attnc.passes.views import Index, Ranges, join_heads, through
 from attnc.predicate import lt
 
@@ -71,7 +72,7 @@ class Rows:
     def __init__(self, facts: GraphFacts) -> None:
         self.facts = facts
         self.lift = _Lookups(facts, next(iter(reversed(facts.graph.nodes))), self._leaf)
-        self.ranges = self.lift.ranges
+        self.lift.ranges = self.ranges = Lengths()
 
     def settle(self, node: Any, index: Index, stop: Callable[[Element], bool] = lambda at: False) -> Element:
         """The element behind views, casts and lookups; `stop` ends the walk earlier."""

@@ -13,9 +13,7 @@ from tests.gallery_moe_negative import LOOKALIKES
 from tests.gallery_run import assert_same, attnc_compiled, run
 
 BY_NAME = {spelling.name: spelling for spelling in SPELLINGS}
-# A batch and a length that are both symbols are not told from one product of them behind `repeat`.
-STATIC_ONLY = {"llama4"}
-QUICK = ("mixtral", "deepseek", "every_expert", "rows_loop")
+QUICK = ("mixtral", "deepseek", "every_expert", "llama4", "rows_loop")
 SLOW = {name: pytest.mark.slow for name in BY_NAME if name not in QUICK}
 
 
@@ -64,11 +62,23 @@ def test_exported_program_lifts_to_the_same_facts(spelling):
     assert not disagreements(spelling, region)
 
 
-@pytest.mark.parametrize("spelling", by_name((s for s in SPELLINGS if s.name not in STATIC_ONLY), **SLOW))
+@pytest.mark.parametrize("spelling", by_name(SPELLINGS, **SLOW))
 def test_symbolic_lengths_lift_to_the_same_facts(spelling):
     region = the_one(compiled_report(spelling, dynamic=True))
     assert not disagreements(spelling, region)
     assert spelling.eager or "tokens" in region.shape.symbols
+
+
+@pytest.mark.parametrize("name", ["llama4", "deepseek"])
+def test_length_alone_may_be_symbolic(name):
+    module, (x,) = BY_NAME[name].build()
+    torch._dynamo.mark_dynamic(x, 1)
+    compiled = torch.compile(module, backend="attnc", options={"inner": "eager"})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+    region = the_one(attnc.last_report(compiled))
+    assert not disagreements(BY_NAME[name], region)
+    assert region.shape.symbols["tokens"].startswith("2*")
 
 
 @pytest.mark.parametrize("spelling", by_name(LOOKALIKES))
