@@ -47,6 +47,7 @@ class FFNRule(Rule):
                 is not the input's; "gate" where the output goes through a bounded function and multiplies something;
                 "constant" where the input is the same for all data.
     parallel:   whether a token mixer reads the same input.
+    rank:       of what low-rank updates add to the first products, all of them together.
     chained:    whether the first product is the second one of another feed-forward, where its cost is counted.
     blocks:     sets of weights, each for its own part of the tokens. groups: parts of the features on their own.
     function:   the text of a custom activation.
@@ -73,6 +74,7 @@ class FFNRule(Rule):
     axis: str = "features"
     role: str = "block"
     parallel: bool = False
+    rank: int = 0
     chained: bool = False
     blocks: int = 1
     groups: int = 1
@@ -89,7 +91,9 @@ class FFNRule(Rule):
 
     def _weights(self, shape: FFNShape) -> int:
         before = 0 if self.chained else shape.d_model * (2 if self.gated else 1)
-        return shape.d_ff * (before + shape.d_out)
+        fused = self.gated and self.layout != "separate"
+        update = self.rank * (shape.d_model + shape.d_ff * (2 if fused else 1))
+        return shape.d_ff * (before + shape.d_out) + update
 
     def summary(self, shape: FFNShape) -> list[str]:
         """Sizes, the activation, and what is peculiar."""
@@ -102,6 +106,7 @@ class FFNRule(Rule):
         parts += [step for step in self.inner if step != "act"]
         parts += [f"mixes {self.axis}"] if self.axis != "features" else []
         parts += [name for name in ("parallel", "chained") if getattr(self, name)]
+        parts += [f"low-rank updates {self.rank}"] if self.rank else []
         parts += [f"blocks {self.blocks}"] if self.blocks > 1 else []
         return parts + ([self.role] if self.role != "block" else [])
 

@@ -87,7 +87,7 @@ def role_of(
         return "constant"
     if second.size(second.features) != d_model:
         return None if _is_layered(formula) else "head"
-    if len(first.source[1]) == 2 and any(t.name == "batch_norm" for t in formula.terms):
+    if len(first.product.data_labels) == 2 and any(t.name == "batch_norm" for t in formula.terms):
         return None
     return "bottleneck" if d_ff < d_model else "block"
 

@@ -24,7 +24,7 @@ from attnc.passes.ffn_products import CONVOLUTIONS, Weighted, depthwise, weighte
 from attnc.passes.graph import GraphFacts, NoMatch, hint, op_name, tensor_of
 
 # More products than this feed no hidden unit of a feed-forward, and sets of them would make the pass quadratic.
-MOST_SOURCES = 4
+MOST_SOURCES = 6
 
 CASTS = frozenset(("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double"))
 DROPOUTS = frozenset(("dropout", "dropout_", "native_dropout", "feature_dropout", "alpha_dropout"))
@@ -108,9 +108,9 @@ class Flows:
         return isinstance(node, fx.Node) and bool(self.origin(node).meta.get("requires_grad"))
 
     def origin(self, node: fx.Node) -> fx.Node:
-        """The node behind views and casts."""
+        """The node behind views, casts and dropout."""
         if node not in self._origin:
-            through = op_name(node) in VIEWS | CASTS or (op_name(node) in DROPOUTS and not is_dropping(node))
+            through = op_name(node) in VIEWS | CASTS | DROPOUTS
             source = node.args[0] if through and node.args else None
             self._origin[node] = self.origin(source) if isinstance(source, fx.Node) else node
         return self._origin[node]

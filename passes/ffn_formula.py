@@ -48,6 +48,7 @@ class Operand:
 
     feature: position among the product's outputs, an expression of the hidden coordinates.
     source:  the node that the product reads, behind views, and the index of the token there.
+    updates: pairs of products with weights whose result is added, low-rank updates of the same weight.
     """
 
     product: Weighted
@@ -55,6 +56,7 @@ class Operand:
     tokens: Index
     source: tuple[fx.Node, Index]
     bias: fx.Node | None = None
+    updates: tuple[tuple[Weighted, Weighted], ...] = ()
 
 
 @dataclass

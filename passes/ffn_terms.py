@@ -102,15 +102,7 @@ class Reader:
         raise Unliftable(f"{name} stands between the activation and the second product", node)
 
     def _operand(self, node: fx.Node, index: Index) -> int:
-        product = self.flows.products[node]
-        at = dict(zip(product.out_labels, index, strict=True))
-        feature = product.feature(index)
-        tokens = tuple(at[label] for label in product.tokens)
-        if not feature.names() <= self.hidden.keys():
-            raise Unliftable("the second product does not run over the features of the first", node)
-        if any(x.names() & self.hidden.keys() for x in tokens):
-            raise Unliftable("the second product runs over tokens of the first, not only over its features", node)
-        operand = Operand(product, feature, tokens, self._source(product, index))
+        operand = self._projected(self.flows.products[node], index)
         if operand not in self.formula.operands:
             self.formula.operands.append(operand)
         position = self.formula.operands.index(operand)
@@ -118,13 +110,29 @@ class Reader:
         self._operand_at[found] = position
         return found
 
-    def _source(self, product: Weighted, index: Index) -> tuple[fx.Node, Index]:
-        node, at = product.data, product.data_index(index)
+    def _projected(self, product: Weighted, index: Index, first: Weighted | None = None) -> Operand:
+        """The operand at `index` of a product; first: the product that makes its data, to be read through."""
+        node = product.node
+        at = dict(zip(product.out_labels, index, strict=True))
+        feature = product.feature(index)
+        tokens = tuple(at[label] for label in product.tokens)
+        if not feature.names() <= self.hidden.keys():
+            raise Unliftable("the second product does not run over the features of the first", node)
+        if any(x.names() & self.hidden.keys() for x in tokens):
+            raise Unliftable("the second product runs over tokens of the first, not only over its features", node)
+        source = self._source(product, product.data_index(index))
+        if first is not None and source[0] is first.node:
+            source = self._source(first, first.data_index(source[1]), dropped=True)
+        return Operand(product, feature, tokens, source)
+
+    def _source(self, product: Weighted, index: Index, dropped: bool = False) -> tuple[fx.Node, Index]:
+        """Where the data of a product come from, behind views, with `dropped` behind dropout too."""
+        node, at = product.data, index
         for k, label in enumerate(product.contracted):
             self.ranges.declare(f"c{k}", product.extent(label))
         while True:
-            if op_name(node) in CASTS and isinstance(node.args[0], fx.Node):
-                node = node.args[0]
+            if op_name(node) in CASTS or (dropped and op_name(node) in DROPOUTS):
+                node = node.args[0]  # type: ignore[assignment]
                 continue
             view = through(node, at, self.ranges)
             if view is None:
@@ -274,6 +282,9 @@ class Reader:
 
     def _call(self, node: fx.Node, index: Index) -> int:
         outer = shape_of(node)
+        updated = self._with_update(node, index)
+        if updated is not None:
+            return updated
 
         def at(argument: fx.Node) -> Ref:
             if tensor_of(argument) is None:
@@ -283,6 +294,47 @@ class Reader:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), at)
         biased = self._with_bias(node, args)
         return biased if biased is not None else self._join(node, node.target, args, frozen(kwargs))
+
+    def _with_update(self, node: fx.Node, index: Index) -> int | None:
+        """A product of products of the same input that is added to a projection is a low-rank update of its weight."""
+        if op_name(node) != "add" or node.kwargs or len(node.args) != 2:
+            return None
+        for main, side in (node.args, node.args[::-1]):
+            pair = self._factors(side)
+            if pair is None or tensor_of(main) is None or self._factors(main) is not None:
+                continue
+            first, second, passed = pair
+            shape = shape_of(node)
+            if shape != shape_of(main) or shape != shape_of(second.node):  # type: ignore[arg-type]
+                return None
+            at = self.read(main, index)  # type: ignore[arg-type]
+            position = self._operand_at.get(at)
+            if position is None:
+                return None
+            operand, update = self.formula.operands[position], self._projected(second, index, first)
+            if (update.feature, update.tokens, update.source) != (operand.feature, operand.tokens, operand.source):
+                return None
+            pairs = (*operand.updates, (first, second))
+            self.formula.operands[position] = replace(operand, updates=pairs)
+            self.formula.nodes.update(dict.fromkeys((*passed, second.node, first.node)))
+            return at
+        return None
+
+    def _factors(self, node: Any) -> tuple[Weighted, Weighted, list[fx.Node]] | None:
+        """Two products with weights, one of the other's result, behind casts and constant factors."""
+        passed = []
+        while isinstance(node, fx.Node) and (
+            op_name(node) in CASTS or (op_name(node) in FACTORS and isinstance(node.args[1], int | float))
+        ):
+            passed.append(node)
+            node = node.args[0]
+        second = self.flows.products.get(node)
+        if second is None:
+            return None
+        below = self.flows.of[second.data]
+        if below.kind != "hidden" or below.bent or len(below.sources) != 1:
+            return None
+        return self.flows.products[next(iter(below.sources))], second, passed
 
     def _with_bias(self, node: fx.Node, args: tuple[Any, ...]) -> int | None:
         """A parameter that is added to a projection is the projection's bias."""

@@ -191,7 +191,7 @@ def _found(facts, flows, second, formula, named, tail, role, taken) -> Found:
         unit.activation, gate is not None, layout, gate is not None and order[0] == gate,
         unit.up, unit.shift, unit.factor, unit.scale, tail.scale, unit.up_limits, unit.gate_limits, unit.clip,
         any(p.bias is not None for p in ups), down.bias is not None, _inner(formula, unit, norm), formula.dropout,
-        _axis(first), role, parallel, False, first.product.size(first.product.blocks),
+        _axis(first), role, parallel, _rank(formula), False, first.product.size(first.product.blocks),
         max(first.product.groups, second.groups), unit.text,
     )
     value = tensor_of(second.node)
@@ -209,6 +209,11 @@ def _projection(operand: Operand) -> Projection:
     product = operand.product
     step, offset = layout_of(operand.feature) or (0, 0)
     return Projection(product.node, product.data, product.weight, operand.bias or product.bias, offset, step)
+
+
+def _rank(formula: Formula) -> int:
+    firsts = {first.node: first for operand in formula.operands for first, _ in operand.updates}
+    return sum(first.size(first.features) for first in firsts.values())
 
 
 def _layout(formula: Formula) -> str:

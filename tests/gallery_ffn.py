@@ -20,13 +20,11 @@ UP, DOWN, BOTH = (FF, D), (D, FF), (2 * FF, D)  # weights of F.linear
 class Body(nn.Module):
     """A function of its own parameters and of tensors."""
 
-    def __init__(self, fn: Callable, weights: Mapping[str, tuple], buffers: Mapping[str, tuple]):
+    def __init__(self, fn: Callable, weights: Mapping[str, tuple]):
         super().__init__()
         self.fn = fn
         for name, shape in weights.items():
             self.register_parameter(name, nn.Parameter(torch.randn(shape) * 0.2))
-        for name, shape in buffers.items():
-            self.register_buffer(name, torch.rand(shape))
 
     def forward(self, *args: Tensor):
         return self.fn(self, *args)
@@ -50,14 +48,14 @@ class Spelling:
 SPELLINGS: list[Spelling] = []
 
 
-def spelling(*inputs, training=False, buffers=None, regions=1, weights=None, also=None, **facts):
+def spelling(*inputs, training=False, regions=1, weights=None, also=None, **facts):
     """Enter the decorated function; `weights` are shapes of its parameters, `also` what differs in a second region."""
 
     def enter(fn):
         shapes = weights or {"up": UP, "down": DOWN}
         known = {**TOKENS, "activation": "relu", "gated": False, "role": "block", **facts}
         each = (known,) * regions if also is None else (known, {**known, **also})
-        SPELLINGS.append(Spelling(fn.__name__, lambda: Body(fn, shapes, buffers or {}), each, inputs or ((B, L, D),),
+        SPELLINGS.append(Spelling(fn.__name__, lambda: Body(fn, shapes), each, inputs or ((B, L, D),),
                                   training))
         return fn
 
@@ -267,6 +265,20 @@ def half_step(p, x):
 def autocast(p, x):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return F.linear(F.relu(F.linear(x, p.up)), p.down)
+
+
+@spelling(weights={"up": UP, "a": (4, D), "b": (FF, 4), "down": DOWN, "c": (4, FF), "d": (D, 4)}, rank=4,
+          training=True)
+def low_rank_updates(p, x):
+    h = F.relu(F.linear(x, p.up) + F.linear(F.linear(F.dropout(x, 0.1, p.training), p.a), p.b) * 0.5)
+    return F.linear(h, p.down) + F.linear(F.linear(h, p.c), p.d)
+
+
+@spelling(weights={"up": BOTH, "a": (4, D), "b": (2 * FF, 4), "down": DOWN}, rank=4, gated=True, activation="silu",
+          layout="halves")
+def low_rank_update_of_both_halves(p, x):
+    gate, value = (F.linear(x, p.up) + F.linear(F.linear(x, p.a), p.b)).chunk(2, -1)
+    return F.linear(F.silu(gate) * value, p.down)
 
 
 # Activations by hand.

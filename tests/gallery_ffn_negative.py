@@ -9,13 +9,13 @@ from tests.gallery_ffn import DOWN, FF, UP, B, Body, D, L, Spelling
 LOOKALIKES: list[Spelling] = []
 
 
-def lookalike(*inputs, refusal="", weights=None, buffers=None, training=False):
+def lookalike(*inputs, refusal="", weights=None):
     """Enter a function that holds no feed-forward; refusal: part of the sentence that says why."""
 
     def enter(fn):
         shapes = weights or {"up": UP, "down": DOWN}
-        LOOKALIKES.append(Spelling(fn.__name__, lambda: Body(fn, shapes, buffers or {}), (), inputs or ((B, L, D),),
-                                   training, refusal))
+        LOOKALIKES.append(Spelling(fn.__name__, lambda: Body(fn, shapes), (), inputs or ((B, L, D),),
+                                   refusal=refusal))
         return fn
 
     return enter
@@ -36,11 +36,6 @@ def lora(p, x):
 @lookalike(weights={"a": (4, D), "n": (4,), "b": (D, 4)})
 def normed_low_rank_factors(p, x):
     return F.linear(F.rms_norm(F.linear(x, p.a), (4,), p.n), p.b)
-
-
-@lookalike(refusal="different inputs", weights={"up": UP, "a": (4, D), "b": (FF, 4), "down": DOWN})
-def first_product_with_a_low_rank_update(p, x):
-    return F.linear(F.relu(F.linear(x, p.up) + F.linear(F.linear(x, p.a), p.b)), p.down)
 
 
 @lookalike((B, D, 5, 3), weights={"up": (4, D, 1, 1), "down": (D, 4, 1, 1)})

@@ -229,6 +229,6 @@ def test_the_match_holds_what_a_rewrite_needs():
 
 
 def test_a_product_that_ends_no_region_is_left_alone():
-    report = attnc.explain(Body(lambda p, x: F.linear(F.linear(x, p.up), p.down), {"up": UP, "down": DOWN}, {}),
+    report = attnc.explain(Body(lambda p, x: F.linear(F.linear(x, p.up), p.down), {"up": UP, "down": DOWN}),
                            torch.randn(B, L, D))
     assert not ffn(report) and not report.unmatched
