@@ -60,7 +60,7 @@ def _passes_all(node: fx.Node) -> bool:
         return not is_dropping(node)
     value, source = tensor_of(node), tensor_of(node.args[0])
     return (name in VIEWS or name in CASTS) and value is not None and source is not None and (
-        _count(node) == _count(node.args[0])  # type: ignore[arg-type]
+        _count(node) == _count(node.args[0])
     )
 
 

@@ -123,9 +123,10 @@ class Flows:
         found = weighted(node, self)
         if found is not None:
             self.products[node] = found
-            below = self.of[found.data]  # of a product of products, as in a low-rank update, the first one's input
-            chained = below.kind == "hidden" and not below.bent
-            return Flow("hidden", frozenset((node,)), below.origin if chained else self.origin(found.data))
+            origin = self.origin(found.data)
+            if origin in self.products:  # of a product of products, as in a low-rank update, the first one's input
+                origin = self.of[origin].origin
+            return Flow("hidden", frozenset((node,)), origin)
         inputs = {x: self.of[x] for x in node.all_input_nodes}
         if all(flow.kind == "fixed" for flow in inputs.values()):
             return FIXED if node.meta.get("val") is not None else OTHER

@@ -305,9 +305,9 @@ class Reader:
                 continue
             first, second, passed = pair
             shape = shape_of(node)
-            if shape != shape_of(main) or shape != shape_of(second.node):  # type: ignore[arg-type]
+            if shape != shape_of(main) or shape != shape_of(second.node):
                 return None
-            at = self.read(main, index)  # type: ignore[arg-type]
+            at = self.read(main, index)
             position = self._operand_at.get(at)
             if position is None:
                 return None
@@ -331,10 +331,8 @@ class Reader:
         second = self.flows.products.get(node)
         if second is None:
             return None
-        below = self.flows.of[second.data]
-        if below.kind != "hidden" or below.bent or len(below.sources) != 1:
-            return None
-        return self.flows.products[next(iter(below.sources))], second, passed
+        first = self.flows.products.get(self.flows.origin(second.data))
+        return None if first is None else (first, second, passed)
 
     def _with_bias(self, node: fx.Node, args: tuple[Any, ...]) -> int | None:
         """A parameter that is added to a projection is the projection's bias."""

@@ -55,8 +55,7 @@ def spelling(*inputs, training=False, regions=1, weights=None, also=None, **fact
         shapes = weights or {"up": UP, "down": DOWN}
         known = {**TOKENS, "activation": "relu", "gated": False, "role": "block", **facts}
         each = (known,) * regions if also is None else (known, {**known, **also})
-        SPELLINGS.append(Spelling(fn.__name__, lambda: Body(fn, shapes), each, inputs or ((B, L, D),),
-                                  training))
+        SPELLINGS.append(Spelling(fn.__name__, lambda: Body(fn, shapes), each, inputs or ((B, L, D),), training))
         return fn
 
     return enter
@@ -274,9 +273,10 @@ def low_rank_updates(p, x):
     return F.linear(h, p.down) + F.linear(F.linear(h, p.c), p.d)
 
 
-@spelling(weights={"up": BOTH, "a": (4, D), "b": (2 * FF, 4), "down": DOWN}, rank=4, gated=True, activation="silu",
-          layout="halves")
+@spelling(weights={"up": BOTH, "a": (4, D), "b": (2 * FF, 4), "down": DOWN, "w": (D, D)}, rank=4, gated=True,
+          activation="silu", layout="halves")
 def low_rank_update_of_both_halves(p, x):
+    x = F.layer_norm(F.linear(x, p.w), (D,))
     gate, value = (F.linear(x, p.up) + F.linear(F.linear(x, p.a), p.b)).chunk(2, -1)
     return F.linear(F.silu(gate) * value, p.down)
 
