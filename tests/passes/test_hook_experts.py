@@ -151,4 +151,4 @@ def test_rows_of_experts_name_functions_of_the_installed_release():
             found = sys.modules[hook.home]
             for part in hook.name.split("."):
                 found = getattr(found, part)
-            assert hook_of(found) is hook
+            assert hook_of(found) == hook
