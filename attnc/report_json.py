@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from typing import Any
 
 from attnc.region import KINDS, Choice, Region
 from attnc.rule_attention import AttentionRule
@@ -30,7 +31,8 @@ def region_of(content: Mapping[str, object]) -> Region:
     given: dict = dict(content)
     choice, facts = given["choice"], given["facts"]
     rule, shape, region = KINDS[given["kind"]]
-    own = [f.name for f in fields(region) if f.name not in {base.name for base in fields(Region)}]
+    names = {f.name for f in fields(region)} - {f.name for f in fields(Region)}
+    own: dict[str, Any] = {n: tuple(facts[n]) if isinstance(facts[n], list) else facts[n] for n in names}
     parsed = rule.parse(given["rule"])
     if isinstance(parsed, AttentionRule):  # spelled only beside a mask
         parsed = replace(parsed, empty=facts["empty"])
@@ -40,7 +42,7 @@ def region_of(content: Mapping[str, object]) -> Region:
         shape=shape(**given["shape"]),
         training=given["training"],
         choice=choice and Choice(**{f.name: choice[f.name] for f in fields(Choice)}),
-        **{name: tuple(facts[name]) if isinstance(facts[name], list) else facts[name] for name in own},
+        **own,
     )
 
 

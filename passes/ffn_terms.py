@@ -132,7 +132,7 @@ class Reader:
             self.ranges.declare(f"c{k}", product.extent(label))
         while True:
             if op_name(node) in CASTS or (dropped and op_name(node) in DROPOUTS):
-                node = node.args[0]  # type: ignore[assignment]
+                node = node.args[0]
                 continue
             view = through(node, at, self.ranges)
             if view is None:

@@ -40,10 +40,10 @@ def _summed(node: fx.Node) -> Product | None:
     """`(a[..., :, None, :] * b[..., None, :, :]).sum(-1)`: the axes that only one factor has are row and column."""
     if op_name(node) != "sum" or len(node.args) < 2 or op_name(node.args[0]) != "mul":
         return None
-    pair = node.args[0].args  # type: ignore[union-attr]
+    pair = node.args[0].args
     shapes = [shape_of(x) if tensor_of(x) is not None else () for x in pair]
     whole, dims = shape_of(node.args[0]), node.args[1]
-    dims = [dims] if isinstance(dims, int) else list(dims)  # type: ignore[call-overload]
+    dims = [dims] if isinstance(dims, int) else list(dims)
     if len(dims) != 1 or len(shapes) != 2 or any(len(s) != len(whole) for s in shapes) or _keeps(node):
         return None
     inner = dims[0] % len(whole)
@@ -56,7 +56,7 @@ def _summed(node: fx.Node) -> Product | None:
     names = {inner: "in", rows[0]: "row", cols[0]: "col"}
     labels = tuple(names.get(d, f"n{d}") for d in range(len(whole)))
     out = tuple(x for x in labels if x != "in")
-    return Product(node, pair[0], pair[1], out, labels, labels, "in", "row", "col")  # type: ignore[arg-type]
+    return Product(node, pair[0], pair[1], out, labels, labels, "in", "row", "col")
 
 
 def _keeps(node: fx.Node) -> bool:

@@ -149,15 +149,15 @@ def _of_loop(loop: Loop, step: Step, rule: RecurrenceRule) -> tuple[RecurrenceRu
 def _sizes(step: Step, length: int) -> tuple[RecurrenceShape, str]:
     """Sizes of the state, and the decay in the rule's words; a state of fewer axes has one value or one key a head."""
     decay = DECAYS[step.decay]
-    if len(step.shape) >= 4:
-        *batch, heads, K, V = step.shape
-        return RecurrenceShape(_count(batch), heads, length, K, V, heads), decay
-    if len(step.shape) == 3:
-        batch, heads, K = step.shape
+    *outer, last = step.shape
+    if len(outer) >= 3:
+        heads, K = outer[-2:]
+        return RecurrenceShape(_count(outer[:-2]), heads, length, K, last, heads), decay
+    batch, heads = outer[0], outer[-1]
+    if len(outer) == 2:
         by_axis = {"key": "token", "head": "token", "value": "channel"}
-        return RecurrenceShape(batch, heads, length, K, 1, heads), by_axis.get(step.decay, decay)
-    batch, heads = step.shape
-    return RecurrenceShape(batch, heads, length, 1, 1), "token" if decay in ("channel", "state") else decay
+        return RecurrenceShape(batch, heads, length, last, 1, heads), by_axis.get(step.decay, decay)
+    return RecurrenceShape(batch, last, length, 1, 1), "token" if decay in ("channel", "state") else decay
 
 
 def _count(sizes: Sequence[int]) -> int:

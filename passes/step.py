@@ -53,17 +53,17 @@ def step_facts(loop: Loop, place: int) -> Step | NoMatch:
     if not is_read(loop, place):
         return NoMatch("what is carried is summed up and read only after the loop", node)
     try:
-        steps = [_linear(_Probe(loop, k, place)) for k in (-2, -1)]
+        last, step = (_linear(_Probe(loop, k, place)) for k in (-2, -1))
     except (RuntimeError, IndexError, ValueError) as exc:
         return NoMatch(f"the step does not run by itself: {str(exc).partition(chr(10))[0]}", node)
-    if steps[0] is None or steps[1] is None:
+    if last is None or step is None:
         return NoMatch("the step is not affine in what it carries, as a linear recurrence is", node)
-    if not any(bool(step.base.abs().max() > 0) for step in steps):
+    if not any(bool(at.base.abs().max() > 0) for at in (last, step)):
         return NoMatch("nothing is added to what the step carries", node)
-    decay = _decay(*steps)
+    decay = _decay(last, step)
     delta = decay is None
     if decay is None:
-        decay = _decay_under_delta(steps[1])
+        decay = _decay_under_delta(step)
     if decay is None:
         return NoMatch("the step mixes its state in another way than a decay and a delta rule do", node)
     return Step(place, decay, delta, tuple(map(hint, value.shape)), _chunk(loop, node, value))
@@ -104,7 +104,7 @@ class _Probe:
         with torch.no_grad():
             for node in self.block:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = node.target(*args, **kwargs)
         return values[self.block[self.place]].to(torch.float64)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
