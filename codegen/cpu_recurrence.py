@@ -1,9 +1,8 @@
 """Linear recurrences in plain torch: chunks of matrix products where the decay allows it, blocks of a scan elsewhere.
 
 In a chunk, row i of the output is (q_i D_{0..i}) S + sum_{j<=i} (q_i D_{j+1..i} k_j) v_j, and the state moves on by one
-product per chunk. Sums of logarithms are taken over the tokens between j and i themselves, not as differences of sums
-from the start, so that they stay exact where decays differ by orders of magnitude. Under the delta rule the values of a
-chunk come from one unit triangular system.
+product per chunk. Sums of logarithms are taken in float64, so that they stay exact where decays differ by orders of
+magnitude. Under the delta rule the values of a chunk come from one unit triangular system.
 
 Source: Yang et al. 2024, arXiv:2412.06464, section 3.3 (gated delta rule in chunks); Dao and Gu 2024, arXiv:2405.21060,
 section 6 (block decomposition); Beck et al. 2024, arXiv:2405.04517, appendix (running maximum).
@@ -23,6 +22,7 @@ from attnc.rule_recurrence import RecurrenceRule
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 CHUNK = 64  # where it is written token by token
 CHUNK_BY_CHANNEL = 16  # a decay by channel costs C * K, not C, per pair of a token and a key
+LEAST = -1e4  # a logarithm whose exponential is 0
 SEGMENT = 256  # tokens whose states a scan holds at once
 
 
@@ -144,13 +144,15 @@ def _cut(x: Tensor, chunk: int) -> Tensor:
 
 
 def _decays(g: Tensor) -> tuple[Tensor, Tensor]:
-    """For logarithms (..., C) or, by channel, (..., C, K) with `dim` C: decay of a pair (i, j), 0 above the diagonal,
-    and of the state at entry up to each token."""
+    """For logarithms (..., C): decay of a pair (i, j), 0 above the diagonal, and of the state at entry, to each token.
+
+    Sums from the start are taken in float64, where their differences are exact enough; LEAST stands for minus infinity.
+    """
     C = g.shape[-1]
-    lower = torch.ones(C, C, dtype=torch.bool, device=g.device).tril(-1)
-    steps = g[..., None].expand(*g.shape, C).masked_fill(~lower, 0.0)
-    sums = steps.cumsum(-2).masked_fill(~(lower | torch.eye(C, dtype=torch.bool, device=g.device)), -math.inf)
-    return sums.exp(), g.cumsum(-1).exp()
+    sums = g.clamp(min=LEAST).double().cumsum(-1)
+    above = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
+    pair = (sums[..., :, None] - sums[..., None, :]).to(g.dtype).masked_fill(above, -math.inf)
+    return pair.exp(), sums.to(g.dtype).exp()
 
 
 def _read_before(pair: Tensor, enter: Tensor) -> tuple[Tensor, Tensor]:
