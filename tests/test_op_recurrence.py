@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from attnc.errors import UsageError
 from attnc.op_recurrence import RECURRENCE
@@ -86,7 +87,7 @@ def test_one_node_forward_and_one_backward(case: Case) -> None:
         graphs.append([str(n.target) for n in gm.graph.nodes if "attnc" in str(n.target)])
         return gm.forward
 
-    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     inputs = case.inputs(33, torch.float32)
     learnable(inputs)
     mixer = torch.compile(lambda *x: RECURRENCE(*x, case.rule.spell()), backend=backend)
