@@ -20,10 +20,11 @@ from torch._inductor.compile_fx import compile_fx
 
 from attnc.errors import AttncError, LoweringError, UsageError
 from attnc.options import Options, configure_logging
-from attnc.passes import hooks, shield
+from attnc.passes import shield
 from attnc.passes.apply import apply_choices
 from attnc.passes.capture import ambient_autocast_off, device_of
 from attnc.passes.choose import checked_forms
+from attnc.passes.hooks import table as hooks
 from attnc.passes.pipeline import Analysis, analyse
 from attnc.region import AS_WRITTEN
 from attnc.report import Report

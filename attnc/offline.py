@@ -26,7 +26,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from attnc.errors import CaptureError, UsageError, did_you_mean
 from attnc.options import Options
-from attnc.passes import hooks
+from attnc.passes.hooks import table as hooks
 from attnc.passes.pipeline import analyse
 from attnc.report import Report
 

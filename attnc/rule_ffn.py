@@ -29,7 +29,7 @@ ROLES = ("block", "bottleneck", "head", "gate", "constant")
 class FFNRule(Rule):
     """What a feed-forward computes of its input and weights.
 
-    activation: its name, see `passes.ffn_activations`, or "custom" (then `function` says what it is).
+    activation: its name, see `passes.ffn.activations`, or "custom" (then `function` says what it is).
     gated:      whether the hidden unit is a product of two projections of the input.
     layout:     where value and gate are: "one" product alone, two "separate" products, or one product whose outputs
                 are "halves", "interleaved" (even and odd) or "blocked" (halves within blocks).

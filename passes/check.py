@@ -20,10 +20,10 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from attnc.passes.extent import inside, leaves_of
-from attnc.passes.factors import settle
+from attnc.passes.attention.extent import inside, leaves_of
+from attnc.passes.attention.factors import settle
+from attnc.passes.attention.lift import Match, anchors, lift
 from attnc.passes.graph import GraphFacts, NoMatch, hint, tensor_of
-from attnc.passes.lift_attention import Match, anchors, lift
 from attnc.passes.rewrite import rewrite
 
 log = logging.getLogger("attnc.passes.check")

@@ -13,23 +13,23 @@ from torch import fx
 
 from attnc.errors import CaptureError
 from attnc.options import Options
-from attnc.passes import hooks
+from attnc.passes.attention.extent import cut_gradient, inside, leaves_of
+from attnc.passes.attention.factors import settle
+from attnc.passes.attention.flex import flex_regions
+from attnc.passes.attention.lift import Match, anchors, lift, unused
+from attnc.passes.attention.repeats import Repeats
+from attnc.passes.attention.rules import label
 from attnc.passes.capture import capture
 from attnc.passes.choose import choose
-from attnc.passes.extent import cut_gradient, inside, leaves_of
-from attnc.passes.factors import settle
+from attnc.passes.ffn.lift import ffns
 from attnc.passes.found import Found, missed
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
-from attnc.passes.lift_attention import Match, anchors, lift, unused
-from attnc.passes.lift_ffn import ffns
-from attnc.passes.lift_flex import flex_regions
-from attnc.passes.lift_loops import rolled
-from attnc.passes.lift_moe import moes
-from attnc.passes.lift_recurrence import recurrences
+from attnc.passes.hooks import table as hooks
+from attnc.passes.moe.lift import moes
 from attnc.passes.normalize import normalize
-from attnc.passes.repeats import Repeats
+from attnc.passes.recurrence.lift import recurrences
+from attnc.passes.recurrence.written import rolled
 from attnc.passes.rewrite import rule_of, shape_of_match, size_nodes
-from attnc.passes.rules import label
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region, Unmatched
 
 # The lifts of what is not attention, in this order: what one takes, those after it do not see.

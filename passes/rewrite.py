@@ -9,8 +9,8 @@ from torch import fx
 
 from attnc.expr import TRUE, Expr, size
 from attnc.ops import spell_attention
+from attnc.passes.attention.lift import Match, sizes_of
 from attnc.passes.graph import GraphFacts, hint, tensor_of
-from attnc.passes.lift_attention import Match, sizes_of
 from attnc.predicate import rebuild
 from attnc.rule_attention import AttentionRule, AttentionShape
 

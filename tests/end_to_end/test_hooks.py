@@ -19,8 +19,8 @@ import attnc
 from attnc.backend import attnc_backend
 from attnc.offline import _Reader
 from attnc.options import Options
-from attnc.passes import hooks
-from attnc.passes.hook import Hook
+from attnc.passes.hooks import table as hooks
+from attnc.passes.hooks.hook import Hook
 from tests.tolerance import assert_close
 
 COUNT = itertools.count()
@@ -132,8 +132,8 @@ exec(sys.argv[1], library.__dict__)
 torch.manual_seed(0)
 model, x = library.Block(), torch.ones(2, 4)
 if len(sys.argv) > 2:
-    from attnc.passes import hooks
-    from attnc.passes.hook import Hook
+    from attnc.passes.hooks import table as hooks
+    from attnc.passes.hooks.hook import Hook
     hooks.HOOKS = (Hook("looplib", "slow", lambda x, steps=5: x * 1.5**steps, lambda given, g: {"x": torch.ones(3)}),)
     lengths = torch.compile(model, backend="attnc", options={"inner": "eager"})(x)
     assert hooks._VERDICTS == dict.fromkeys(hooks._VERDICTS, "") and hooks._VERDICTS

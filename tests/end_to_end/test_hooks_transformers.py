@@ -13,8 +13,8 @@ from torch import Tensor
 
 import attnc
 from attnc.backend import attnc_backend
-from attnc.passes import hooks
-from attnc.passes.hook import Hook
+from attnc.passes.hooks import table as hooks
+from attnc.passes.hooks.hook import Hook
 from tests.tolerance import assert_close
 
 transformers = pytest.importorskip("transformers")

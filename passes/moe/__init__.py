@@ -1,0 +1,1 @@
+"""Mixtures of experts in a graph: router, dispatch, experts and combination."""

@@ -1,0 +1,1 @@
+"""Linear recurrences in a graph: operators, loops, chunked products, short convolutions."""
