@@ -16,11 +16,12 @@ from attnc.options import Options
 from attnc.passes.attention.extent import cut_gradient, inside, leaves_of
 from attnc.passes.attention.factors import settle
 from attnc.passes.attention.flex import flex_regions
-from attnc.passes.attention.lift import Match, anchors, lift, unused
+from attnc.passes.attention.lift import Match, anchors, lift
 from attnc.passes.attention.repeats import Repeats
 from attnc.passes.attention.rules import label
 from attnc.passes.capture import capture
 from attnc.passes.choose import choose
+from attnc.passes.dead import dead_ends
 from attnc.passes.ffn.lift import ffns
 from attnc.passes.found import Found, missed
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
@@ -72,6 +73,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
     """
     hooked = hooks.trace_of_compile()
     analysis = Analysis(None, unmatched=[*hooked.named], problems=[*hooked.problems], notes=hooks.notes())
+    analysis.unmatched += dead_ends(gm.graph)
     try:
         with analysis.timed("capture"):
             analysis.gm = gm if captured else capture(gm, example_inputs)
@@ -95,8 +97,6 @@ def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> None:
-    for anchor in unused(gm.graph):
-        analysis.unmatched.append(missed(anchor, NoMatch("nothing uses its result, so it is not computed", anchor)))
     with analysis.timed("normalize"):
         normalize(gm)
         facts = GraphFacts(gm.graph)

@@ -55,15 +55,6 @@ def anchors(graph: fx.Graph) -> list[fx.Node]:
     return [node for node in graph.nodes if op_name(node) in ANCHORS]
 
 
-def unused(graph: fx.Graph) -> list[fx.Node]:
-    """Anchors whose results reach no output and no write: dead code, which goes before anything is lifted."""
-    live: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node.is_impure() or node.users.keys() & live:
-            live.add(node)
-    return [node for node in anchors(graph) if node not in live]
-
-
 def lift(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
     """The attention around `anchor`, or the reason and node for which there is none."""
     try:
