@@ -23,6 +23,7 @@ def record(model: str = "bert", found: dict[str, int] | None = None, **given: An
     own = {"attn": "eager", "mask": "none", "mode": "eval", "category": "encoder", "status": "ok"}
     own |= {"truth": {**NONE, "attention": 2, "ffn": 2, **given.pop("truth", {})}}
     result = {"attnc": {**ours, **given.pop("ours", {})}, "control": {**control, **given.pop("control", {})}}
+    result |= {"inner_alone": given.pop("inner_alone")} if "inner_alone" in given else {}
     return {"model": model, "key": f"{model}|eager-none-eval", "result": result, **own, **given}
 
 
@@ -64,6 +65,8 @@ def test_heads_may_be_counted_as_feed_forward() -> None:
         ({"ours": {"errors": None, "failed": "RuntimeError: no"}}, "failed"),
         ({"ours": {"errors": OFF}, "control": {"errors": OFF}}, "open"),
         ({"ours": {"errors": OFF}, "control": {"eager": {"first": 0.1}}}, "open"),
+        ({"ours": {"errors": OFF}, "inner_alone": {"errors": OFF}}, "open"),
+        ({"ours": {"errors": OFF}, "inner_alone": {"errors": EXACT}}, "wrong"),
         ({"ours": {"failed": "x", "errors": None}, "control": {"failed": "x", "errors": None}}, "open"),
         ({"status": "error", "result": None}, "failed"),
         ({"status": "crash", "result": None}, "late"),
@@ -79,6 +82,8 @@ def test_more_graphs_or_breaks_than_dynamo_alone_are_told() -> None:
     assert table.more_breaks(record(ours={"graphs": 2}))
     assert table.more_breaks(record(ours={"breaks": {"data dependent": 1}}))
     assert not table.more_breaks(record(control={"graphs": 2, "breaks": {"data dependent": 1}}))
+    many = {"graphs": 6, "breaks": {}}
+    assert table.more_breaks(record(ours=many)) and not table.more_breaks(record(ours=many, inner_alone=many))
 
 
 def test_refusals_are_those_of_models_with_a_miss() -> None:
