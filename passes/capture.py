@@ -37,6 +37,8 @@ log = logging.getLogger("attnc.passes.capture")
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
+# Dynamo's brackets around x.requires_grad_(): a permission that only torch.func's own levels ask for.
+_ALLOW_REQUIRES_GRAD = torch._C._functorch.set_inplace_requires_grad_allowed
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -59,7 +61,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
 
 
 def _transforms(node: fx.Node) -> bool:
-    return "functorch" in str(getattr(node.target, "__module__", ""))
+    return "functorch" in str(getattr(node.target, "__module__", "")) and node.target is not _ALLOW_REQUIRES_GRAD
 
 
 def _trace(gm: fx.GraphModule, fakes: Sequence[Any], fake_mode: FakeTensorMode) -> fx.GraphModule:
@@ -203,6 +205,8 @@ class _Retracer(fx.Interpreter):
             return setting
         if target is _EXIT:
             self.autocast.remove(args[0])
+            return None
+        if target is _ALLOW_REQUIRES_GRAD:
             return None
         if isinstance(target, HigherOrderOperator):
             return self._keep(target, args, kwargs)

@@ -204,6 +204,23 @@ def test_gradient_taken_inside_the_compiled_function():
         assert error(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tensor_marked_for_gradients_inside_does_not_stop_the_capture(kept, grad):
+    model, x = Net(), tokens()
+
+    def marked(x):
+        start = torch.zeros_like(x).requires_grad_()
+        out = model(x + start)
+        return (out, start + 1) if kept else (out,)
+
+    fast = compiled(marked)
+    with torch.set_grad_enabled(grad):
+        for got, want in zip(fast(x), marked(x), strict=True):
+            assert_close(got, want)
+    assert rewritten(fast) == 2
+
+
 def test_double_backward_is_refused_with_a_sentence():
     model, x = Net(), tokens().requires_grad_()
     out = compiled(model)(x)
