@@ -110,7 +110,7 @@ class Perceiver(nn.Module):
 class ConformerBlock(nn.Module):
     """Gulati et al. 2020: half steps of feed-forward around attention with relative positions and a convolution.
 
-    The convolution's module is no feed-forward: it reads 7 tokens, and a norm over the batch stands between its products.
+    The module of the convolution is no feed-forward: it reads 7 tokens, and a norm over the batch stands in between.
     """
 
     def __init__(self) -> None:
@@ -173,11 +173,12 @@ class Seq2Seq(nn.Module):
 
 @dataclass(frozen=True)
 class Whole:
-    """A block, inputs for it, and how many regions of each kind it holds."""
+    """A block, inputs for it, how many regions of each kind it holds, and reasons for which parts are none."""
 
     make: Callable[[], nn.Module]
     inputs: Callable[[], tuple[Tensor, ...]]
     holds: dict[str, int]
+    refused: tuple[str, ...] = ()
 
 
 def images(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
@@ -189,7 +190,10 @@ WHOLES = {
     "swin": Whole(SwinBlock, images(8, 8, D), {"attention": 1, "ffn": 1}),
     "perceiver": Whole(Perceiver, images(70, 2 * D), {"attention": 2, "ffn": 2}),
     "conformer": Whole(
-        ConformerBlock, lambda: (torch.randn(2, 33, D), torch.randn(1, 33, D)), {"attention": 1, "ffn": 2}
+        ConformerBlock,
+        lambda: (torch.randn(2, 33, D), torch.randn(1, 33, D)),
+        {"attention": 1, "ffn": 2},
+        ("a convolution over the tokens stands between two activations",),
     ),
     "unet_packed": Whole(lambda: UNetAttention(packed=True), images(D, 6, 5), {"attention": 1}),
     "unet": Whole(lambda: UNetAttention(packed=False), images(D, 6, 5), {"attention": 1}),
