@@ -21,8 +21,10 @@ from attnc.expr_text import parse, spell
 from attnc.rule import Rule, Shape
 
 # What a row that keeps no key gives: proven not to occur, 0 (SDPA), NaN (-inf by hand), the mean of all values
-# (finfo.min), or something that no form reproduces.
-EMPTY_ROWS = ("never", "zero", "nan", "mean", "unknown")
+# (finfo.min chosen), the same with gradients of the scores (finfo.min added), or something that no form reproduces.
+EMPTY_ROWS = ("never", "zero", "nan", "mean", "mean_added", "unknown")
+# Adding this to a score leaves nothing of the score in float32: a row with it at every key is uniform.
+SWALLOWS = -1e30
 
 
 @dataclass(frozen=True)

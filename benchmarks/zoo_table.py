@@ -58,8 +58,9 @@ def within(errors: Mapping[str, float | None] | None, tolerance: float) -> bool:
 def verdict(record: Record) -> str:
     """One of VERDICTS.
 
-    wrong, failed: the controls are equal, attnc is not or raised. open: a control is no better. late: out of time or
-    memory, or the process died. left out: the library has no such model.
+    wrong, failed: the controls are equal, attnc is not or raised. open: a control is no better (Dynamo alone, the inner
+    compiler alone, eager with its weights moved by one unit in the last place). late: out of time or memory, or the
+    process died. left out: the library has no such model.
     """
     if (record.get("result") or {}).get("skipped"):
         return "left out"
@@ -71,6 +72,7 @@ def verdict(record: Record) -> str:
         return "failed" if record["status"] == "error" else "late"
     held = [control.get("errors"), control.get("eager")]
     held += [part(record, "inner_alone").get("errors")] if part(record, "inner_alone") else []
+    held += [part(record, "nudged")] if part(record, "nudged") else []
     if not all(within(errors, tolerance) for errors in held):
         return "open"
     return "failed" if "failed" in ours else "wrong"
@@ -236,8 +238,8 @@ def page(records: Sequence[Record]) -> str:
         "Written by `python benchmarks/zoo.py table` from the records in `benchmarks/results/cpu/zoo/`, which "
         "`python benchmarks/zoo.py run` makes. Each record is one model of `shared/zoo/public.json`, compiled with "
         '`backend="attnc"` and compared with eager (1e-4 of each output\'s largest value in float32, gradients in '
-        "training), and with Dynamo alone as control; where that differs, with the inner compiler alone too. A setting "
-        "is attention-mask-mode.",
+        "training), and with Dynamo alone as control; where that differs, with the inner compiler alone and "
+        "with eager whose weights are moved by one unit in the last place too. A setting is attention-mask-mode.",
         f"## What was run\n\n{origin(records)}",
         "`found/truth` counts regions that ran in one call; a record's found is at most its truth. Goals: "
         f"{goals}. wrong, failed: where the control is equal. late: out of time, or the process died. open: the "

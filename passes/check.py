@@ -50,6 +50,8 @@ def check(match: Match, spelling: str, training: bool) -> Verdict:
     if isinstance(smaller, str):
         return Verdict(False, 0.0, smaller)
     written, inputs = _instance(match, leaves, smaller)
+    for node, data in zip(written.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.meta["requires_grad"] = training and data.is_floating_point()
     facts = GraphFacts(written.graph)
     found = [lift(facts, anchor) for anchor in anchors(written.graph)]
     again = [m for m in found if isinstance(m, Match)]

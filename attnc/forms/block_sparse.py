@@ -30,7 +30,7 @@ from attnc.errors import LoweringError
 from attnc.expr import TRUE
 from attnc.expr_text import spell
 from attnc.forms.base import Form, knob
-from attnc.forms.masked import axes_of, settle_empty
+from attnc.forms.masked import SETTLED, axes_of, settle_empty
 from attnc.predicate import distances
 from attnc.reading import read
 from attnc.region import ITEM_BYTES, AttentionRegion
@@ -195,20 +195,20 @@ class BlockSparse(Form):
         sizes: Sequence,
         rule: AttentionRule,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        given = (query, key, value, captured, sizes, rule)
         if self.provider == "band":
-            given = (query, key, value, captured, sizes, rule)
             least, most = _band_of(rule, query.shape[2])
             out, lse = band(*given, least=least, most=most, block_m=self.block_m)
         else:
             run = flex if self.provider == "flex" else blocked
-            out, lse = run(query, key, value, captured, sizes, rule, block_m=self.block_m, block_n=self.block_n)
-        if rule.sink is None and rule.empty in ("nan", "mean"):
+            out, lse = run(*given, block_m=self.block_m, block_n=self.block_n)
+        if rule.sink is None and rule.empty in SETTLED:
             if self.provider == "flex":  # no lse to tell by; the reduction is fused and stores no mask
                 kept = read(rule.keep, axes_of(query, key), captured, sizes)
                 alive = kept.any(-1) if isinstance(kept, torch.Tensor) else torch.full((1, 1, 1), bool(kept))
             else:
                 alive = lse > -torch.inf
-            out = settle_empty(out, alive, value, rule)
+            out = settle_empty(out, alive, *given)
         return out, lse
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:

@@ -26,7 +26,7 @@ from attnc.cost_models.device import Device
 from attnc.cost_models.roofline import attention_cost
 from attnc.expr import TRUE, Expr, I, J, sub, terms_of
 from attnc.forms.base import Form
-from attnc.forms.masked import axes_of, settle_empty, sink_of
+from attnc.forms.masked import SETTLED, axes_of, settle_empty, sink_of
 from attnc.predicate import conjunction
 from attnc.reading import read
 from attnc.region import AttentionRegion
@@ -77,6 +77,7 @@ class Dense(Form):
         sizes: Sequence,
         rule: AttentionRule,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        given = (query, key, value, captured, sizes, rule)
         sink = sink_of(query, key, captured, sizes, rule)
         bias = constant_bias(rule, captured)
         if bias is None:
@@ -89,11 +90,11 @@ class Dense(Form):
                 _mask(query, key, captured, sizes, rule.keep),
                 sink=sink,
             )
-            return (out if alive is None else settle_empty(out, alive, value, rule)), lse
+            return (out if alive is None else settle_empty(out, alive, *given)), lse
         parts = _parts(query, key, value, captured, sizes, rule, bias)
         out, lse = flash(query, parts, factor_of(rule), sink=sink, never_empty=rule.empty == "never")
-        if rule.empty in ("nan", "mean"):
-            out = settle_empty(out, lse > -torch.inf, value, rule)
+        if rule.empty in SETTLED:
+            out = settle_empty(out, lse > -torch.inf, *given)
         return out, lse
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:

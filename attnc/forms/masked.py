@@ -3,8 +3,9 @@
     o_i = sum_{j kept} exp(score_ij - lse_i) v_j,   lse_i = log(exp(sink_i) + sum_{j kept} exp(score_ij))
 
 A row that keeps no key gives what `rule.empty` says: 0 (also under a sink, which then holds all weight), NaN, or the
-mean of the values of all S keys. lse is natural, holds the sink, is -inf for such a row without a sink, and is not
-differentiable. Query head h reads key head h // (Hq / H).
+mean of the values of all S keys. Where its mask was added to the scores, they still have the gradient of a softmax
+there: d score_ij = (do_i . (v_j - mean v)) / S. lse is natural, holds the sink, is -inf for such a row without a sink,
+and is not differentiable. Query head h reads key head h // (Hq / H).
 
 Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; sinks: Xiao et al. 2023, arXiv:2309.17453, and gpt-oss.
 """
@@ -17,8 +18,12 @@ from dataclasses import replace
 import torch
 
 from attnc.codegen.cpu_scores import as_tensor
+from attnc.expr import BOOL, FLOAT, J, load
+from attnc.predicate import conjunction, logical_not
 from attnc.reading import Axis, read, span
-from attnc.rule_attention import AttentionRule
+from attnc.rule_attention import SWALLOWS, AttentionRule, linear_score
+
+SETTLED = ("nan", "mean", "mean_added")  # where a row without keys is not what the kernels give it, 0
 
 
 def axes_of(query: torch.Tensor, key: torch.Tensor) -> dict[str, Axis]:
@@ -53,6 +58,31 @@ def scaled_rows(
     return (query * factor).to(query.dtype), replace(rule, row=None)
 
 
+def without_lost_rows(
+    key: torch.Tensor, captured: Sequence[torch.Tensor], rule: AttentionRule
+) -> tuple[Sequence[torch.Tensor], AttentionRule]:
+    """Under autograd: rows whose added mask, a tensor of the run, is finfo.min at every key become rows without keys.
+
+    Their softmax is uniform. Kernels that rebuild the weights in the backward as exp(score - lse) find 1 there and not
+    1/S, because lse = finfo.min + log S is finfo.min again; torch's CPU kernel is one.
+    """
+    parts = linear_score(rule.score)
+    if not torch.is_grad_enabled() or parts is None or rule.sink is not None or rule.empty in ("zero", "nan"):
+        return captured, rule
+    captured = list(captured)
+    for atom in {x for x in parts[1].walk() if x.op == "load" and x.kind == FLOAT and x.args[-1] == J}:
+        slot, *index = atom.args
+        mask = captured[slot]
+        if mask.requires_grad:  # a bias, which does not come near
+            continue
+        lost = mask[..., : key.shape[2]].amax(-1) <= SWALLOWS
+        captured[slot] = mask.masked_fill(lost.unsqueeze(-1), 0.0)
+        keep = conjunction(rule.keep, logical_not(load(len(captured), tuple(index[:-1]), BOOL)))
+        captured.append(lost)
+        rule = replace(rule, keep=keep, empty="mean_added")
+    return captured, rule
+
+
 def reference(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -72,17 +102,32 @@ def reference(
     raw = query @ key.mT
     score = read(rule.score, axes, captured, sizes, score=raw)
     keep = torch.as_tensor(read(rule.keep, axes, captured, sizes)).expand(raw.shape)
-    score = as_tensor(score, raw).expand(raw.shape).masked_fill(~keep, -torch.inf)
+    written = as_tensor(score, raw).expand(raw.shape)
+    score = written.masked_fill(~keep, -torch.inf)
     sink = sink_of(query, key, captured, sizes, rule)
     if sink is not None:
         score = torch.cat([score, sink.expand(raw.shape[:-1]).unsqueeze(-1).to(score.dtype)], -1)
     alive = (score > -torch.inf).any(-1, keepdim=True)
     weights = torch.where(alive, score, 0.0).softmax(-1)[..., : keep.shape[-1]] * keep
     lse = score.logsumexp(-1).detach()
-    return settle_empty(weights @ value, keep.any(-1), value, rule), lse
+    out = weights @ value
+    if sink is None and rule.empty in SETTLED:
+        level = (written - written.detach() if rule.empty == "mean_added" else torch.zeros_like(raw)).softmax(-1)
+        empty = out.new_tensor(torch.nan) if rule.empty == "nan" else level @ value
+        out = torch.where(keep.any(-1, keepdim=True), out, empty)
+    return out, lse
 
 
-def settle_empty(out: torch.Tensor, alive: torch.Tensor, value: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
+def settle_empty(
+    out: torch.Tensor,
+    alive: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence,
+    rule: AttentionRule,
+) -> torch.Tensor:
     """Give rows that keep no key what the rule says; `out` holds 0 there. alive broadcasts to (B, Hq, L)."""
     if rule.sink is not None or rule.empty in ("never", "zero"):
         return out
@@ -90,4 +135,30 @@ def settle_empty(out: torch.Tensor, alive: torch.Tensor, value: torch.Tensor, ru
     if rule.empty == "nan":
         return torch.where(alive, out, torch.nan)
     mean = value.mean(2, keepdim=True)
-    return torch.where(alive, out, mean.repeat_interleave(out.shape[1] // value.shape[1], 1))
+    group = out.shape[1] // value.shape[1]
+    given = mean.repeat_interleave(group, 1)
+    if rule.empty == "mean_added" and torch.is_grad_enabled():
+        spread = (value.detach() - mean.detach()) / value.shape[2]
+        slope = _scores_times(spread, query, key, captured, sizes, rule)
+        given = given + (slope - slope.detach()).to(given.dtype)
+    return torch.where(alive, out, given)
+
+
+def _scores_times(
+    spread: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    captured: Sequence[torch.Tensor],
+    sizes: Sequence,
+    rule: AttentionRule,
+) -> torch.Tensor:
+    """The scores without mask, times `spread` (B, H, S, Ev): without the scores where only query and key learn."""
+    B, Hq, L, E = query.shape
+    H = key.shape[1]
+    rows = query.reshape(B, H, Hq // H * L, E)
+    parts = linear_score(rule.score)
+    if parts is not None and not any(t.requires_grad for t in captured):
+        return (rows @ (key.mT @ spread)).view(B, Hq, L, -1) * parts[0]
+    raw = (rows @ key.mT).view(B, Hq, L, -1)
+    score = as_tensor(read(rule.score, axes_of(query, key), captured, sizes, score=raw), raw).expand(raw.shape)
+    return (score.to(spread.dtype).reshape(B, H, Hq // H * L, -1) @ spread).view(B, Hq, L, -1)

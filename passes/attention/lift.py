@@ -16,7 +16,7 @@ from torch import fx
 
 from attnc.expr import FLOAT, ONE, SCORE, TRUE, ZERO, B, Expr, H, I, J, add, const, mul, scale, sub, var
 from attnc.passes.attention.operands import Operand, Roles, batch_roles, trace_operand
-from attnc.passes.attention.rules import MaskedScore, split_mask, zero_after
+from attnc.passes.attention.rules import MaskedScore, split_mask, with_gradients, zero_after
 from attnc.passes.attention.weights import Weights, Zeroing, follow, pull
 from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, op_name, shape_of
 from attnc.passes.masks import Lift
@@ -193,11 +193,12 @@ def _assemble(facts, anchor, weights, pulling, value, sink, kept, found, row, co
         return operands
     query, key, value_operand = operands
     score = _scaled(rename(value), query.factor * key.factor)
-    masked = split_mask(score, names, lengths, written="composed")
+    masked, trains = split_mask(score, names, lengths, written="composed"), facts.needs_grad(anchor)
     if not isinstance(masked, str) and kept:
-        masked = zero_after(masked, conjunction(*map(rename, kept)), names, trains=facts.needs_grad(anchor))
+        masked = zero_after(masked, conjunction(*map(rename, kept)), names, trains=trains)
     if isinstance(masked, str):
         return NoMatch(masked, anchor)
+    masked = with_gradients(masked) if trains else masked
     layout = tuple("e" if label == final.col else "i" if label == row_label else label for label in final.out_labels)
     return Match(
         anchor, final.node, query, key, value_operand, masked, pulling.captured, batch_size, q_heads,
@@ -298,6 +299,7 @@ def _lift_sdpa(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
     masked = split_mask(score, ranges, lengths, written="sdpa")
     if isinstance(masked, str):
         return NoMatch(masked, anchor)
+    masked = with_gradients(masked) if facts.needs_grad(anchor) else masked
     q_operand, k_operand, v_operand = operands
     return Match(
         anchor, anchor, q_operand, k_operand, v_operand, masked, pulling.captured, batch, q_heads, lengths,

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from attnc import predicate
 from attnc.expr import FALSE, FLOAT, TRUE, ZERO, Expr, I, J, add, const, scale, sub, terms_of
 from attnc.passes.views import Ranges
+from attnc.rule_attention import SWALLOWS
 
 # A score this low has weight exp(score - max) = 0 beside any key that is kept, unless all kept scores of the row lie
 # below -9900 themselves: GPT-2's and BERT's -1e4, finfo(float16).min and below.
 LOWEST = -1e4
-# Adding this to a score leaves nothing of the score in float32: a row without keys is then uniform.
-SWALLOWS = -1e30
+# Gradients of a masked pair end where the mask was chosen (where, masked_fill), and reach the score where it was added;
+# of parts of the score, or of a clamp at a tie: "partly".
+REACHES = ("chosen", "added", "partly")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class MaskedScore:
     """Score and mask of an attention.
 
     fill is "none", "-inf" or "finite", empty one of region.EMPTY_ROWS; shift was taken off the scores of each row, and
-    goes off a sink.
+    goes off a sink. reach: how far gradients of masked pairs come, one of REACHES.
     """
 
     score: Expr
@@ -32,6 +34,7 @@ class MaskedScore:
     fill: str
     empty: str
     shift: Expr = ZERO
+    reach: str = "chosen"
 
     @staticmethod
     def join(score: Expr, keep: Expr) -> Expr:
@@ -45,6 +48,7 @@ class _Stripped:
     keep: Expr
     fills: tuple[float, ...]
     uniform: bool = True  # whether all masked scores of a row are equal
+    reach: str = "chosen"
 
 
 def split_mask(score: Expr, ranges: Ranges, lengths: tuple[Expr, Expr], *, written: str) -> MaskedScore | str:
@@ -60,7 +64,15 @@ def split_mask(score: Expr, ranges: Ranges, lengths: tuple[Expr, Expr], *, writt
     if keep == FALSE:
         return "the mask keeps no pair"
     fill = "none" if keep == TRUE else "-inf" if float("-inf") in stripped.fills else "finite"
-    return MaskedScore(sub(stripped.score, shift), keep, fill, _empty(keep, stripped, ranges, lengths, written), shift)
+    empty = _empty(keep, stripped, ranges, lengths, written)
+    return MaskedScore(sub(stripped.score, shift), keep, fill, empty, shift, stripped.reach)
+
+
+def with_gradients(masked: MaskedScore) -> MaskedScore:
+    """`masked` where it is trained: rows without keys whose gradients differ from their values' are told apart."""
+    if masked.empty != "mean" or masked.reach == "chosen":
+        return masked
+    return replace(masked, empty="mean_added" if masked.reach == "added" else "unknown")
 
 
 def zero_after(masked: MaskedScore, kept: Expr, ranges: Ranges, *, trains: bool) -> MaskedScore | str:
@@ -69,13 +81,13 @@ def zero_after(masked: MaskedScore, kept: Expr, ranges: Ranges, *, trains: bool)
     Where a row keeps a key the softmax gives zero outside of `keep` already; a row without keys becomes zero.
     """
     kept = decide(kept, ranges)
-    if predicate.conjunction(masked.keep, predicate.logical_not(kept)) != FALSE:
+    if kept != masked.keep and predicate.conjunction(masked.keep, predicate.logical_not(kept)) != FALSE:
         return "weights that the scores' mask keeps are set to zero behind the softmax"
     if masked.empty == "never":
         return masked
     if kept != masked.keep:
         return "the masks before and behind the softmax differ, and a row may lose all its keys"
-    if trains and masked.empty == "nan":
+    if trains and masked.empty == "nan" and masked.reach != "chosen":
         return "a row may lose all its keys, whose weights are zero but whose gradient is NaN"
     return replace(masked, empty="zero")
 
@@ -120,11 +132,14 @@ def _strip(e: Expr) -> _Stripped:
             if _is_low(low):
                 inner = _strip(kept)
                 fills = (low.value, *inner.fills)
-                return _Stripped(inner.score, predicate.conjunction(wanted, inner.keep), fills, not inner.fills)
+                keep = predicate.conjunction(wanted, inner.keep)
+                reach = inner.reach if inner.fills else "chosen"
+                return _Stripped(inner.score, keep, fills, not inner.fills, reach)
     if e.op == "lin" and e.kind == FLOAT:
         return _strip_sum(e)
     if e.op == "max" and any(_is_low(a) for a in e.args):
-        return _strip(e.args[1] if _is_low(e.args[0]) else e.args[0])
+        inner = _strip(e.args[1] if _is_low(e.args[0]) else e.args[0])
+        return replace(inner, reach="partly") if inner.reach == "added" else inner
     return _Stripped(e, TRUE, ())
 
 
@@ -132,16 +147,28 @@ def _strip_sum(e: Expr) -> _Stripped:
     constant, terms = e.args
     parts, keep = [const(float(constant))], TRUE
     fills: tuple[float, ...] = ()
+    masks: list[_Stripped] = []
+    others = False  # whether something without a mask is added
     for atom, coef in terms:
         inner = _strip(atom) if coef > 0 else _Stripped(atom, TRUE, ())
         scaled = tuple(fill * coef for fill in inner.fills)
         if any(fill > LOWEST for fill in scaled):
             inner, scaled = _Stripped(atom, TRUE, ()), ()
+        masks += [inner] if scaled else []
+        others = others or not scaled
         parts.append(scale(inner.score, coef))
         keep = predicate.conjunction(keep, inner.keep)
         fills += scaled
     alone = len(terms) == 1 and constant == 0
-    return _Stripped(add(*parts), keep, fills, alone or all(fill <= SWALLOWS for fill in fills))
+    return _Stripped(add(*parts), keep, fills, alone or all(fill <= SWALLOWS for fill in fills), _reach(masks, others))
+
+
+def _reach(masks: list[_Stripped], others: bool) -> str:
+    """How far gradients of masked pairs come in a sum of `masks` and, if so, of `others`."""
+    pure = all(mask.score.is_const for mask in masks)  # nothing but the mask: where(keep, 0, low)
+    if pure and others:
+        return "added"
+    return masks[0].reach if len(masks) == 1 and not others else "partly" if masks else "chosen"
 
 
 def decide(p: Expr, ranges: Ranges) -> Expr:
