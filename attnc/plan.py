@@ -24,7 +24,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` reads it back."""
-        choices = {path: {**asdict(choice), "refused": dict(choice.refused)} for path, choice in self.choices.items()}
+        choices = {path: asdict(choice) for path, choice in self.choices.items()}
         return json.dumps({"attnc_plan": VERSION, "device": self.device, "choices": choices}, indent=2)
 
     @classmethod

@@ -22,6 +22,7 @@ class Choice:
 
     form: a spelling; "as written" where nothing replaces the region.
     reason: one sentence. refused: form name -> sentence.
+    offers: spelling of each form that applies, with its best knobs -> predicted seconds, fastest first.
     """
 
     form: str
@@ -29,6 +30,7 @@ class Choice:
     predicted_s: float | None = None
     written_s: float | None = None
     refused: Mapping[str, str] = field(default_factory=dict, hash=False)
+    offers: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:

@@ -79,6 +79,7 @@ _CHOICE = _object(
     **dict.fromkeys(("predicted_s", "written_s", "speedup"), _NUMBER),
     rewrites=_FLAG,
     refused=_TEXTS_BY_NAME,
+    offers={"type": "object", "additionalProperties": {"type": "number"}},
 )
 _REGION = _object(
     **dict.fromkeys((*_TEXTS, "rule"), _TEXT) | {"kind": {"enum": list(KINDS)}},

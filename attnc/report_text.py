@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnc.folding import fold_paths
-from attnc.region import AttentionRegion, Region, Unmatched
+from attnc.region import AS_WRITTEN, AttentionRegion, Region, Unmatched
 from attnc.report_json import speedup
 
 # From this width on the reasons stand in a column of the table, below it in lines under the table.
@@ -148,11 +148,10 @@ def _totals(report: ReportText) -> Iterator[str]:
     yield (
         f"total: {_plural(len(regions), 'region')}, {rewritten} rewritten, {_amount(flops)}FLOP, {_amount(moved, 'B')}"
     )
-    kinds = Counter(r.kind for r in regions)
-    for kind, count in kinds.items() if len(kinds) > 1 else ():
+    for kind, count in Counter(r.kind for r in regions).items():
         part = [r for r in regions if r.kind == kind]
         shares = (_share(sum(getattr(r, name) for r in part), of) for name, of in (("flops", flops), ("bytes", moved)))
-        yield "  {} x{}: {} of the FLOP, {} of the bytes".format(kind, count, *shares)
+        yield "  {} x{}: {} of the FLOP, {} of the bytes; {}".format(kind, count, *shares, _could_be(part))
     masks = Counter(r.mask for r in regions if isinstance(r, AttentionRegion))
     forms = Counter(r.choice.form if r.choice else NOT_CHOSEN for r in regions)
     for title, named in (("forms", forms), ("masks", masks)):
@@ -165,6 +164,15 @@ def _totals(report: ReportText) -> Iterator[str]:
         yield f"predicted for {known}: {written * 1e3:.3g} ms as written, {chosen * 1e3:.3g} ms as chosen"
     passes = ", ".join(f"{name} {seconds:.3f}" for name, seconds in report.timings.items())
     yield f"attnc's own time: {sum(report.timings.values()):.3f} s" + (f" ({passes})" if passes else "")
+
+
+def _could_be(regions: Iterable[Region]) -> str:
+    """The forms that apply to some of `regions`, by name, with the number of regions each one applies to."""
+    known = [r.choice for r in regions if r.choice is not None]
+    applies = Counter(name for c in known for name in {form.split("{", 1)[0] for form in (c.form, *c.offers)})
+    del applies[AS_WRITTEN]
+    named = ", ".join(f"{name} x{count}" for name, count in applies.most_common())
+    return f"could be {named}" if named else "no form replaces it here"
 
 
 def _share(part: float, whole: float) -> str:

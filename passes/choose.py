@@ -46,15 +46,17 @@ def _choose(region: AttentionRegion, allowed: tuple[str, ...] | None, force: str
     written = seconds(written_cost(region, device), device, region.dtype)
     if not offers:
         return Choice(AS_WRITTEN, "every form refuses", written_s=written, refused=refused)
-    time, best = min(offers, key=lambda offer: offer[0])
+    offers.sort(key=lambda offer: offer[0])
+    time, best = offers[0]
+    offered = {form.spell(): taken for taken, form in offers}
     if time > GAIN * written:
         at = crossover(region, allowed)
         when = f"; from length {at} on it would" if at is not None else ""
         figures = f"{time * 1e3:.2f} ms against {written * 1e3:.2f} ms as written"
         reason = f"{best.spell()} is not predicted to pay ({figures}){when}"
-        return Choice(AS_WRITTEN, reason, written, written, refused)
+        return Choice(AS_WRITTEN, reason, written, written, refused, offered)
     reason = f"predicted {written / time:.1f}x faster than as written on {device.name}"
-    return Choice(best.spell(), reason, time, written, refused)
+    return Choice(best.spell(), reason, time, written, refused, offered)
 
 
 def _forced(region: AttentionRegion, form: Form) -> Choice:
