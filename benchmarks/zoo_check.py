@@ -15,11 +15,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
 import torch
+import zoo_judges as judges
 import zoo_table as table
 from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.utils import counters
@@ -202,18 +203,10 @@ def check(job: Mapping[str, Any], save: Callable[[dict], None]) -> dict[str, Any
     if table.verdict({**job, "status": "ok", "result": out}) != "equal" or table.more_breaks({"result": out}):
         save(out)  # is it attnc, or the compiler that attnc hands the graph to?
         out["inner_alone"] = attempt(program, want, compare, job["inner"], None)
-        out["nudged"] = nudged(program, want, compare)
+        run = lambda model: replace(program, model=model).run(model)  # noqa: E731
+        out["float64"] = compare.errors(want, judges.in_float64(program.model, run), None)
+        out["nudged"] = compare.errors(want, judges.nudged(program.model, run), None)
     return out
-
-
-def nudged(program: Program, want: tuple[list, list], compare: _Compare) -> dict[str, float | None]:
-    """Eager's own errors once each weight is moved by about one unit in its last place: what float32 can say at all."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in program.model.parameters():
-            if p.is_floating_point():
-                p.mul_(1 + torch.randn(p.shape, generator=generator).to(p.dtype) * torch.finfo(p.dtype).eps)
-    return compare.errors(want, program.run(program.model), None)
 
 
 def _not_offered(job: Mapping[str, Any], exc: Exception) -> str | None:

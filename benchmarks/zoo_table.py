@@ -59,8 +59,8 @@ def verdict(record: Record) -> str:
     """One of VERDICTS.
 
     wrong, failed: the controls are equal, attnc is not or raised. open: a control is no better (Dynamo alone, the inner
-    compiler alone, eager with its weights moved by one unit in the last place). late: out of time or memory, or the
-    process died. left out: the library has no such model.
+    compiler alone, eager with its weights moved by one unit in the last place, eager in float64). late: out of time or
+    memory, or the process died. left out: the library has no such model.
     """
     if (record.get("result") or {}).get("skipped"):
         return "left out"
@@ -71,11 +71,15 @@ def verdict(record: Record) -> str:
     if not ours or (not control and record["status"] != "ok"):
         return "failed" if record["status"] == "error" else "late"
     held = [control.get("errors"), control.get("eager")]
-    held += [part(record, "inner_alone").get("errors")] if part(record, "inner_alone") else []
-    held += [part(record, "nudged")] if part(record, "nudged") else []
+    held += [errors] if (errors := part(record, "inner_alone").get("errors")) else []
+    held += [part(record, name) for name in ("nudged", "float64") if _measured(part(record, name))]
     if not all(within(errors, tolerance) for errors in held):
         return "open"
     return "failed" if "failed" in ours else "wrong"
+
+
+def _measured(errors: Mapping[str, float | None]) -> bool:
+    return bool(errors) and None not in errors.values()
 
 
 def counted(records: Iterable[Record]) -> list[Record]:
@@ -239,7 +243,8 @@ def page(records: Sequence[Record]) -> str:
         "`python benchmarks/zoo.py run` makes. Each record is one model of `shared/zoo/public.json`, compiled with "
         '`backend="attnc"` and compared with eager (1e-4 of each output\'s largest value in float32, gradients in '
         "training), and with Dynamo alone as control; where that differs, with the inner compiler alone and "
-        "with eager whose weights are moved by one unit in the last place too. A setting is attention-mask-mode.",
+        "with eager in float64 and with its weights moved by one unit in the last place too. A setting is "
+        "attention-mask-mode.",
         f"## What was run\n\n{origin(records)}",
         "`found/truth` counts regions that ran in one call; a record's found is at most its truth. Goals: "
         f"{goals}. wrong, failed: where the control is equal. late: out of time, or the process died. open: the "
