@@ -128,7 +128,9 @@ class Program:
         got = self.outputs(fn(**self.inputs))
         after()
         sum(t.float().square().mean() for t in got if t.requires_grad).backward()  # type: ignore[union-attr]
-        gradients = [p.grad.detach().clone() for p in self.model.parameters() if p.grad is not None]
+        # A loop over experts that meets no token leaves no gradient; one product for all experts leaves zeros.
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in learned]
         return [t.detach().clone() for t in got], gradients
 
     def _calls(self, fn: Callable[..., Any], after: Callable[[], None]) -> list[torch.Tensor]:
