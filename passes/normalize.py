@@ -6,6 +6,7 @@
     (exp(x) @ v) / sum(exp(x))             -> softmax(x) @ v
     exp(x - logaddexp(logsumexp(x), t)), softmax(x) @ v * sigmoid(logsumexp(x) - t)
                                            -> softmax([x, t]) without its last column: t is a sink
+    masked_fill(x, ids >= n, 0), clamp(ids, max=n - 1) with ids below n -> x, ids
 
 Both keep the graph's meaning by themselves; recognition then has fewer spellings to know.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from attnc.passes.bounds import without_effect
 from attnc.passes.graph import GraphFacts, op_name, tensor_of
 
 aten = torch.ops.aten
@@ -30,10 +32,12 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
         softmax = _hand_written(node)
         if softmax is not None:
             node.replace_all_uses_with(_softmax(gm.graph, node, node, *softmax))
-        for rule in (_divided_late, _sink_in_norm, _sink_in_gate):
+        for rule in (_divided_late, _sink_in_norm, _sink_in_gate, without_effect):
             result = rule(gm.graph, node)
             if result is not None:
                 node.replace_all_uses_with(result)
+                if op_name(node).endswith("_"):  # a write, which nothing would take for dead
+                    gm.graph.erase_node(node)
                 break
     gm.graph.eliminate_dead_code()
     return gm

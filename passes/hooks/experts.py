@@ -22,6 +22,7 @@ from attnc.passes.hooks.hook import Arguments, Hook
 
 INTERFACE = "transformers.integrations.moe"
 TOKENS, SLOTS, WIDTH, INNER = 5, 2, 16, 8
+BACKWARD = "_grouped_mm_fallback_backward_fake"  # of the interface: shapes of the grouped product's backward
 ALIGNED = 16
 
 
@@ -160,6 +161,8 @@ def unfit(arguments: Arguments) -> str | None:
         odd = [s for s in weight.shape[-2:] if s * weight.element_size() % ALIGNED]
         if weight.dim() > 1 and weight.dtype != torch.float32 and odd:
             return f"{name} has a side of {odd[0]} numbers, grouped products take multiples of {ALIGNED} bytes"
+    if torch.is_grad_enabled() and not hasattr(sys.modules.get(INTERFACE), BACKWARD):
+        return "this transformers' grouped product has a backward that cannot be traced; newer ones train in one graph"
     return drops(arguments)
 
 

@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 MIXERS = [
     hook
     for hook in hooks.HOOKS
-    if hook.substitute.__module__.rpartition(".")[2] in ("hook_recurrence", "hook_state_space")
+    if hook.substitute.__module__.rpartition(".")[2] in ("recurrence", "state_space")
 ]
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
