@@ -23,9 +23,6 @@ from attnc.rule import Rule, Shape
 # What a row that keeps no key gives: proven not to occur, 0 (SDPA), NaN (-inf by hand), the mean of all values
 # (finfo.min chosen), the same with gradients of the scores (finfo.min added), or something that no form reproduces.
 EMPTY_ROWS = ("never", "zero", "nan", "mean", "mean_added", "unknown")
-# Adding this to a score leaves nothing of the score in float32: a row with it at every key is uniform.
-SWALLOWS = -1e30
-
 
 @dataclass(frozen=True)
 class AttentionRule(Rule):
@@ -77,7 +74,9 @@ class AttentionRule(Rule):
         """One line; `AttentionRule.parse` reads it back."""
         parts = [f"score={spell(self.score)}"]
         if self.keep != TRUE:
-            parts += [f"keep={spell(self.keep)}", f"empty={self.empty}"]
+            parts.append(f"keep={spell(self.keep)}")
+        if self.keep != TRUE or self.empty != "never":
+            parts.append(f"empty={self.empty}")
         if self.sink is not None:
             parts.append(f"sink={spell(self.sink)}")
         if self.dropout:

@@ -32,7 +32,8 @@ def choose(region: AttentionRegion, options: Options) -> AttentionRegion:
 @lru_cache(maxsize=4096)
 def _choose(region: AttentionRegion, allowed: tuple[str, ...] | None, force: str | None) -> Choice:
     if region.rule.empty == "unknown":
-        return Choice(AS_WRITTEN, "a row may lose all its keys as no form reproduces it (several masks, a clamp)")
+        why = "a row may lose all its keys as no form reproduces it (several masks, a clamp, a mask of run-time data)"
+        return Choice(AS_WRITTEN, why)
     if region.rule.dropout:
         return Choice(AS_WRITTEN, f"dropout {region.rule.dropout:g} is active, and its random stream must be kept")
     if region.written == "flex_attention":

@@ -13,11 +13,17 @@ from attnc.region import Unmatched
 
 PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d"}
 SOFTMAXES = {"softmax", "_softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
-WRITES = {operator.setitem, operator.delitem}
+# What changes more than its result: items, x += y, running statistics, hooks.
+WRITES = {operator.setitem, operator.delitem} | {
+    function for name, function in vars(operator).items() if name.startswith("i") and f"__{name}__" in vars(operator)
+}
+WRITES_BY_NAME = {"batch_norm", "instance_norm", "register_hook"}
 
 
 def dead_ends(graph: fx.Graph) -> Iterator[Unmatched]:
-    """An entry for each result with no use behind which stands a product or a softmax that serves nothing else.
+    """An entry for each result with no use behind which stand two products or a softmax that serve nothing else.
+
+    A region has as many; one product may be the last update of a state, which every chunked recurrence drops.
 
     graph: Dynamo's, before tracing it again drops what is dead, or a captured one.
     """
@@ -27,7 +33,7 @@ def dead_ends(graph: fx.Graph) -> Iterator[Unmatched]:
             continue
         served = [_name(node) for node in _behind(end, dead)]
         products, softmaxes = (sum(name in known for name in served) for known in (PRODUCTS, SOFTMAXES))
-        if products or softmaxes:
+        if products > 1 or softmaxes:
             only = f"{products} products and {softmaxes} softmaxes"
             yield missed(end, NoMatch(f"nothing uses its result, so it and {only} behind it are not computed", end))
 
@@ -57,5 +63,5 @@ def _name(node: fx.Node) -> str:
 def _writes(node: fx.Node) -> bool:
     """Whether it changes something that outlives it; names decide where there is no schema."""
     name = _name(node)
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = name.startswith("__i") if name.endswith("__") else name.endswith("_") or name in WRITES_BY_NAME
     return node.is_impure() or node.target in WRITES or in_place or "out" in node.kwargs

@@ -7,7 +7,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from attnc.expr import TRUE, Expr, size
+from attnc.expr import Expr, size
 from attnc.ops import spell_attention
 from attnc.passes.attention.lift import Match, sizes_of
 from attnc.passes.graph import GraphFacts, hint, tensor_of
@@ -26,7 +26,7 @@ def rule_of(match: Match) -> AttentionRule:
 
     masked = match.masked
     return AttentionRule(
-        rename(masked.score), rename(masked.keep), masked.empty if masked.keep != TRUE else "never",
+        rename(masked.score), rename(masked.keep), masked.empty,
         None if match.sink is None else rename(match.sink), match.dropout,
         None if match.row_factor is None else rename(match.row_factor),
     )

@@ -18,10 +18,8 @@ from dataclasses import replace
 import torch
 
 from attnc.codegen.cpu_scores import as_tensor
-from attnc.expr import BOOL, FLOAT, J, load
-from attnc.predicate import conjunction, logical_not
 from attnc.reading import Axis, read, span
-from attnc.rule_attention import SWALLOWS, AttentionRule, linear_score
+from attnc.rule_attention import AttentionRule, linear_score
 
 SETTLED = ("nan", "mean", "mean_added")  # where a row without keys is not what the kernels give it, 0
 
@@ -56,31 +54,6 @@ def scaled_rows(
         return query, rule
     factor = as_tensor(read(rule.row, axes_of(query, key), captured, sizes), query)
     return (query * factor).to(query.dtype), replace(rule, row=None)
-
-
-def without_lost_rows(
-    key: torch.Tensor, captured: Sequence[torch.Tensor], rule: AttentionRule
-) -> tuple[Sequence[torch.Tensor], AttentionRule]:
-    """Under autograd: rows whose added mask, a tensor of the run, is finfo.min at every key become rows without keys.
-
-    Their softmax is uniform. Kernels that rebuild the weights in the backward as exp(score - lse) find 1 there and not
-    1/S, because lse = finfo.min + log S is finfo.min again; torch's CPU kernel is one.
-    """
-    parts = linear_score(rule.score)
-    if not torch.is_grad_enabled() or parts is None or rule.sink is not None or rule.empty in ("zero", "nan"):
-        return captured, rule
-    captured = list(captured)
-    for atom in {x for x in parts[1].walk() if x.op == "load" and x.kind == FLOAT and x.args[-1] == J}:
-        slot, *index = atom.args
-        mask = captured[slot]
-        if mask.requires_grad:  # a bias, which does not come near
-            continue
-        lost = mask[..., : key.shape[2]].amax(-1) <= SWALLOWS
-        captured[slot] = mask.masked_fill(lost.unsqueeze(-1), 0.0)
-        keep = conjunction(rule.keep, logical_not(load(len(captured), tuple(index[:-1]), BOOL)))
-        captured.append(lost)
-        rule = replace(rule, keep=keep, empty="mean_added")
-    return captured, rule
 
 
 def reference(

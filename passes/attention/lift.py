@@ -9,6 +9,7 @@ Source: Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, sect
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import fx
 
 from attnc.expr import FLOAT, ONE, SCORE, TRUE, ZERO, B, Expr, H, I, J, add, const, mul, scale, sub, var
 from attnc.passes.attention.operands import Operand, Roles, batch_roles, trace_operand
-from attnc.passes.attention.rules import MaskedScore, split_mask, with_gradients, zero_after
+from attnc.passes.attention.rules import MaskedScore, settled, split_mask, zero_after
 from attnc.passes.attention.weights import Weights, Zeroing, follow, pull
 from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, op_name, shape_of
 from attnc.passes.masks import Lift
@@ -198,7 +199,7 @@ def _assemble(facts, anchor, weights, pulling, value, sink, kept, found, row, co
         masked = zero_after(masked, conjunction(*map(rename, kept)), names, trains=trains)
     if isinstance(masked, str):
         return NoMatch(masked, anchor)
-    masked = with_gradients(masked) if trains else masked
+    masked = settled(masked, trains=trains, written="composed", learned=_learned(facts, pulling))
     layout = tuple("e" if label == final.col else "i" if label == row_label else label for label in final.out_labels)
     return Match(
         anchor, final.node, query, key, value_operand, masked, pulling.captured, batch_size, q_heads,
@@ -206,6 +207,10 @@ def _assemble(facts, anchor, weights, pulling, value, sink, kept, found, row, co
         sink=None if sink is None else sub(rename(sink), masked.shift), dropout=weights.dropout,
         repeats_heads=_heads_of(score_product.right) > key.heads(q_heads), readers=weights.readers,
     )
+
+
+def _learned(facts: GraphFacts, pulling: Lift) -> Callable[[int], bool]:
+    return lambda slot: facts.needs_grad(pulling.captured[slot])
 
 
 def _named(batch: Expr, heads: Expr, length_q: Expr, length_k: Expr, width: Expr) -> Ranges:
@@ -299,7 +304,7 @@ def _lift_sdpa(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
     masked = split_mask(score, ranges, lengths, written="sdpa")
     if isinstance(masked, str):
         return NoMatch(masked, anchor)
-    masked = with_gradients(masked) if facts.needs_grad(anchor) else masked
+    masked = settled(masked, trains=facts.needs_grad(anchor), written="sdpa", learned=_learned(facts, pulling))
     q_operand, k_operand, v_operand = operands
     return Match(
         anchor, anchor, q_operand, k_operand, v_operand, masked, pulling.captured, batch, q_heads, lengths,

@@ -6,16 +6,18 @@ A mask is a choice whose losing side is so low that its weight is 0 (-inf, finfo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from attnc import predicate
 from attnc.expr import FALSE, FLOAT, TRUE, ZERO, Expr, I, J, add, const, scale, sub, terms_of
 from attnc.passes.views import Ranges
-from attnc.rule_attention import SWALLOWS
 
 # A score this low has weight exp(score - max) = 0 beside any key that is kept, unless all kept scores of the row lie
 # below -9900 themselves: GPT-2's and BERT's -1e4, finfo(float16).min and below.
 LOWEST = -1e4
+# Adding this to a score leaves nothing of the score in float32: a row without keys is then uniform.
+SWALLOWS = -1e30
 # Gradients of a masked pair end where the mask was chosen (where, masked_fill), and reach the score where it was added;
 # of parts of the score, or of a clamp at a tie: "partly".
 REACHES = ("chosen", "added", "partly")
@@ -68,11 +70,28 @@ def split_mask(score: Expr, ranges: Ranges, lengths: tuple[Expr, Expr], *, writt
     return MaskedScore(sub(stripped.score, shift), keep, fill, empty, shift, stripped.reach)
 
 
-def with_gradients(masked: MaskedScore) -> MaskedScore:
-    """`masked` where it is trained: rows without keys whose gradients differ from their values' are told apart."""
-    if masked.empty != "mean" or masked.reach == "chosen":
+def settled(masked: MaskedScore, *, trains: bool, written: str, learned: Callable[[int], bool]) -> MaskedScore:
+    """`masked` with what a row without keys gives once numbers of the run and gradients are looked at.
+
+    A number that a run gives each key may be a mask too: beside a finite mask it decides over which keys a lost row is
+    uniform. In training torch's CPU kernel rebuilds the weights as exp(score - lse), which is 1 and not 1/S where the
+    score swallowed log S (`benchmarks/sdpa_fault.py`): what was composed stays composed, SDPA stays as it is.
+
+    learned: whether a captured tensor, by its slot, has a gradient; such a bias does not come near a mask.
+    """
+    numbers = any(_may_mask(x, learned) for x in masked.score.walk())
+    if numbers and (masked.fill == "finite" or (trains and written == "composed")):
+        return replace(masked, empty="unknown")
+    if not trains or masked.empty != "mean" or masked.reach == "chosen":
         return masked
-    return replace(masked, empty="mean_added" if masked.reach == "added" else "unknown")
+    return replace(masked, empty="mean_added" if (masked.reach, written) == ("added", "composed") else "unknown")
+
+
+def _may_mask(e: Expr, learned: Callable[[int], bool]) -> bool:
+    """Whether `e` is a number that a run gives each key or row, or a lookup times what only a mask is multiplied by."""
+    if e.op == "load" and e.kind == FLOAT:
+        return bool({I, J} & set(e.args[1:])) and not learned(e.args[0])
+    return e.op == "lin" and any(abs(coef) >= -LOWEST and atom.has("load") for atom, coef in e.args[1])
 
 
 def zero_after(masked: MaskedScore, kept: Expr, ranges: Ranges, *, trains: bool) -> MaskedScore | str:
@@ -113,8 +132,18 @@ def row_shift(score: Expr) -> Expr:
     if score.op != "lin":
         return const(0.0)
     constant, terms = score.args
-    rows = [scale(atom, coef) for atom, coef in terms if not atom.names() & {"s", "j"} and not _is_large(atom, coef)]
+    rows = [
+        scale(atom, coef)
+        for atom, coef in terms
+        if not atom.names() & {"s", "j"}
+        and not _is_large(atom, coef)
+        and not (coef > 0 and any(_may_mask(x, _none) for x in atom.walk()))
+    ]
     return add(const(float(constant) if abs(constant) < -LOWEST else 0.0), *rows)
+
+
+def _none(slot: int) -> bool:
+    return False
 
 
 def _is_large(atom: Expr, coef: float) -> bool:

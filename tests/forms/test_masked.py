@@ -8,7 +8,6 @@ import torch
 from attnc import ops
 from attnc.forms.masked import reference
 from attnc.predicate import distances
-from attnc.rule_attention import AttentionRule
 from tests.forms.rules import ALWAYS_KEEPING, DIMS, RULES, Dims, inputs, rule_of
 from tests.tolerance import error
 
@@ -56,23 +55,6 @@ def test_a_form_is_the_reference(name: str, dims: Dims) -> None:
         with torch.no_grad():
             got, lse = run(FLEX, qkv, captured, rule)
         assert error(got, want) < CLOSE and error(lse, want_lse) < CLOSE, (FLEX, empty)
-
-
-@pytest.mark.parametrize("form", TRAINS)
-def test_rows_that_a_tensor_masks_whole_have_the_gradients_of_a_level_softmax(form: str) -> None:
-    dims = Dims(33, 70, 4, 2)
-    qkv, _ = inputs(dims, torch.float32)
-    low = torch.finfo(torch.float32).min
-    mask = torch.where(torch.rand(dims.B, 1, dims.L, dims.S) < 0.7, 0.0, low)
-    mask[1, :, 5:9] = low
-    rule = AttentionRule.parse("score=0.25 * s + f0[b, 0, i, j]")
-    key, value = (x.repeat_interleave(2, 1) for x in qkv[1:])
-    want = ((qkv[0] @ key.mT * 0.25 + mask).softmax(-1)) @ value
-    cotangent = torch.randn_like(want)
-    got, _ = run(form, qkv, [mask], rule)
-    assert error(got, want) < 2e-6
-    for one, two in zip(*(torch.autograd.grad(out, qkv, cotangent) for out in (got, want)), strict=True):
-        assert error(one, two) < 1e-5
 
 
 @pytest.mark.parametrize("form", [*TRAINS, FLEX])

@@ -71,3 +71,48 @@ def test_an_in_place_clamp_above_all_values_is_no_write() -> None:
 
     assert not left(clamped) & {"clamp", "clamp_"}
     assert left(cut) & {"clamp", "clamp_"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ids: ids.view(-1).add_(4),
+        lambda ids: ids[0].fill_(99),
+        lambda ids: ids.add_(6),
+        lambda ids: ids.clamp_(min=7),
+    ],
+)
+def test_written_ids_keep_the_mask(change) -> None:
+    def f(x: Tensor) -> Tensor:
+        ids = x.topk(2).indices
+        change(ids)
+        return masked(x, ids, EXPERTS)
+
+    assert "masked_fill" in left(f)
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda x: (x.topk(2).indices - 5).clamp(max=5).to(torch.uint8),
+        lambda x: x.topk(2).indices.clamp(min=10),
+        lambda x: x.topk(2).indices.clamp(9, 20),
+    ],
+)
+def test_bounds_are_read_through_no_narrow_cast_and_a_least_value_counts(pick) -> None:
+    assert "masked_fill" in left(lambda x: masked(x, pick(x), EXPERTS))
+
+
+def test_what_stands_for_a_fill_is_a_tensor_of_its_own() -> None:
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 2
+        z = masked(y, x.topk(2).indices, EXPERTS)
+        z[0] = 5.0
+        return y * 1, z
+
+    gm = make_fx(f, pre_dispatch=True, tracing_mode="fake")(X)
+    normalize(gm)
+    gm.recompile()
+    assert "masked_fill" not in {op_name(node) for node in gm.graph.nodes}
+    for got, want in zip(gm(X), f(X), strict=True):
+        torch.testing.assert_close(got, want)

@@ -34,11 +34,26 @@ def test_a_result_that_nothing_uses_is_named_with_what_stands_behind_it() -> Non
     assert not unmatched(Streams(used=True))
 
 
+def test_running_statistics_are_a_use() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.norm = nn.Linear(16, 16), nn.BatchNorm1d(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.norm(self.inner(self.inner(x[0])))
+            return x + 1
+
+    assert not list(attnc.explain(Normed().train(), torch.randn(2, 4, 16)).unmatched)
+
+
 def test_a_write_is_a_use() -> None:
     class Writes(Streams):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             y.copy_(self.up(x) @ self.up(x).mT @ y)
             x[0] = (x @ x.mT)[0] @ x[0]
+            z = y.view(-1)
+            z += self.down(self.up(x)).sum()
             return x
 
     assert not unmatched(Writes(used=False))

@@ -27,7 +27,7 @@ def filled(s: Tensor, keep: Tensor) -> Tensor:
 
 
 def filled_then_biased(s: Tensor, keep: Tensor) -> Tensor:
-    return (s.masked_fill(~keep, LOW) + torch.arange(LENGTH).sin()).softmax(-1)
+    return (s.masked_fill(~keep, LOW) + torch.arange(LENGTH) * 0.1).softmax(-1)
 
 
 def added_then_clamped(s: Tensor, keep: Tensor) -> Tensor:
@@ -65,6 +65,46 @@ def test_rows_without_keys_and_their_gradients(weights, training: bool) -> None:
     (region,) = attnc.last_report(fast).regions
     empty = EMPTY[weights] if training or EMPTY[weights] == "zero" else "mean"
     assert region.rule.empty == empty and region.choice.rewrites == (empty != "unknown")
+    if training:
+        cotangent = torch.randn_like(want)
+        for one, two in zip(*(torch.autograd.grad(out, qkv, cotangent) for out in (got, want)), strict=True):
+            assert error(one, two) < 1e-5
+
+
+def run_mask(shape: tuple[int, ...]) -> Tensor:
+    """Zeros, with the second batch masked whole where the shape has batches, else the first five rows."""
+    mask = torch.zeros(shape)
+    mask[slice(5) if len(shape) == 2 else -1] = LOW
+    return mask
+
+
+SHAPES = [(2, 1, LENGTH, LENGTH), (2, 1, 1, LENGTH), (2, 1, LENGTH, 1), (LENGTH, LENGTH)]
+CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+SUMS = {
+    "alone": lambda s, m: s + m,
+    "beside_a_chosen_mask": lambda s, m: s.masked_fill(~CAUSAL, LOW) + m,
+    "beside_an_infinite_mask": lambda s, m: s.masked_fill(~CAUSAL, -torch.inf) + m,
+    "beside_an_added_mask": lambda s, m: s + torch.where(CAUSAL, 0.0, LOW) + m,
+    "within_a_function": lambda s, m: s + m.clamp(min=-10.0),
+    "under_a_clamp": lambda s, m: torch.max(s + m, torch.tensor(LOW)),
+    "under_a_chosen_mask": lambda s, m: (s + m).masked_fill(~CAUSAL, LOW),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", SUMS)
+def test_a_float_mask_of_the_run_may_lose_rows(name: str, shape: tuple[int, ...], training: bool) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return SUMS[name](q @ k.mT * 0.3, m).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    qkv = [torch.randn(2, 2, LENGTH, 8, requires_grad=training) for _ in range(3)]
+    mask = run_mask(shape)
+    fast = compiled(attend)
+    with torch.set_grad_enabled(training):
+        got, want = fast(*qkv, mask), attend(*qkv, mask)
+    assert_close(got, want)
     if training:
         cotangent = torch.randn_like(want)
         for one, two in zip(*(torch.autograd.grad(out, qkv, cotangent) for out in (got, want)), strict=True):
