@@ -36,7 +36,7 @@ def without_effect(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     kept: Any = None
     if name in ("clamp", "clamp_") and len(args) == 3 and args[1] is None and isinstance(args[2], int):
         most = upper(args[0])
-        numbers, kept = (args[0] if most is not None and most <= args[2] else None), args[0]  # type: ignore[assignment]
+        numbers, kept = (args[0] if most is not None and most <= args[2] else None), args[0]
     elif name == "masked_fill":
         numbers, kept = _never(args[1]), args[0]
     elif name == "where" and len(args) == 3:
@@ -91,7 +91,7 @@ def _never(mask: Any) -> fx.Node | None:
     most = upper(numbers)
     if most is None or isinstance(limit, bool) or not isinstance(limit, int):
         return None
-    return numbers if (most < limit if op_name(mask) == "ge" else most <= limit) else None  # type: ignore[return-value]
+    return numbers if (most < limit if op_name(mask) == "ge" else most <= limit) else None
 
 
 def upper(node: Any) -> int | None:
