@@ -19,7 +19,7 @@ import torch
 
 from attnc.errors import UsageError
 from attnc.forms import Form, parse_form
-from attnc.forms.masked import scaled_rows
+from attnc.forms.masked import scaled_rows, without_lost_rows
 from attnc.rule_attention import AttentionRule
 
 SCHEMA = (
@@ -64,6 +64,7 @@ def attention(
     # Types are facts of the region already: an autocast around the call must not cast inside it.
     with torch.amp.autocast(query.device.type, enabled=False):
         query, rule = scaled_rows(query, key, captured, sizes, rule)
+        captured, rule = without_lost_rows(key, captured, rule)
         return form.cpu(query, key, value, captured, sizes, rule)
 
 

@@ -12,17 +12,40 @@ Source: Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, sect
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 from attnc.errors import UsageError
-from attnc.expr import FLOAT, SCORE, TRUE, Expr
+from attnc.expr import FLOAT, SCORE, TRUE, Expr, I, J
 from attnc.expr_text import parse, spell
 from attnc.rule import Rule, Shape
 
 # What a row that keeps no key gives: proven not to occur, 0 (SDPA), NaN (-inf by hand), the mean of all values
 # (finfo.min chosen), the same with gradients of the scores (finfo.min added), or something that no form reproduces.
 EMPTY_ROWS = ("never", "zero", "nan", "mean", "mean_added", "unknown")
+# What a mask adds to a score, or multiplies by, is at least this large (GPT-2's and BERT's 1e4).
+MASKING = 1e4
+
+
+def run_masks(score: Expr, learned: Callable[[int], bool]) -> tuple[list[Expr], bool]:
+    """Parts of `score` that may be masks of the run: loads that are added as they are, and whether there are more.
+
+    Such a part is a float of each key or row, or a lookup times what only a mask is multiplied by. learned: whether a
+    captured tensor, by its slot, has a gradient; a bias that learns does not come near a mask.
+    """
+    found = [x for x in score.walk() if _may_mask(x, learned)]
+    parts = linear_score(score)
+    terms = () if parts is None else parts[1].args[1] if parts[1].op == "lin" else ((parts[1], 1),)
+    added = [atom for atom, coef in terms if coef == 1 and atom.op == "load" and atom in found]
+    return added, len(found) > len(added)
+
+
+def _may_mask(e: Expr, learned: Callable[[int], bool]) -> bool:
+    if e.op == "load" and e.kind == FLOAT:
+        return bool({I, J} & set(e.args[1:])) and not learned(e.args[0])
+    return e.op == "lin" and any(abs(coef) >= MASKING and atom.has("load") for atom, coef in e.args[1])
+
 
 @dataclass(frozen=True)
 class AttentionRule(Rule):

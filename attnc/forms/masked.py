@@ -18,9 +18,13 @@ from dataclasses import replace
 import torch
 
 from attnc.codegen.cpu_scores import as_tensor
+from attnc.expr import BOOL, TRUE, J, load, scale
+from attnc.predicate import logical_not
 from attnc.reading import Axis, read, span
-from attnc.rule_attention import AttentionRule, linear_score
+from attnc.rule_attention import AttentionRule, linear_score, run_masks
 
+# A row with this, or less, added to all of its scores is uniform: float32 keeps nothing of a score below 32 beside it.
+LOST = -1e9
 SETTLED = ("nan", "mean", "mean_added")  # where a row without keys is not what the kernels give it, 0
 
 
@@ -54,6 +58,29 @@ def scaled_rows(
         return query, rule
     factor = as_tensor(read(rule.row, axes_of(query, key), captured, sizes), query)
     return (query * factor).to(query.dtype), replace(rule, row=None)
+
+
+def without_lost_rows(
+    key: torch.Tensor, captured: Sequence[torch.Tensor], rule: AttentionRule
+) -> tuple[Sequence[torch.Tensor], AttentionRule]:
+    """Under autograd: rows to which a mask of the run adds the same low number at every key are rows without keys.
+
+    Their softmax is uniform. Kernels that rebuild the weights in the backward as exp(score - lse) find 1 there and not
+    1/S, because lse = low + log S is low again; torch's CPU kernel is one.
+    """
+    if not torch.is_grad_enabled() or rule.keep != TRUE or rule.sink is not None:
+        return captured, rule
+    added, more = run_masks(rule.score, lambda slot: captured[slot].requires_grad)
+    if len(added) != 1 or more or added[0].args[-1] != J:
+        return captured, rule
+    slot, *index = added[0].args
+    mask = captured[slot][..., : key.shape[2]]
+    least, most = mask.aminmax(dim=-1)
+    lost = (least == most) & (most <= LOST) & (most > -torch.inf)
+    keep = logical_not(load(len(captured), tuple(index[:-1]), BOOL))
+    changed = [*captured, lost]
+    changed[slot] = mask.masked_fill(lost.unsqueeze(-1), 0.0)
+    return changed, replace(rule, keep=keep, empty="mean_added")
 
 
 def reference(
@@ -129,9 +156,16 @@ def _scores_times(
     B, Hq, L, E = query.shape
     H = key.shape[1]
     rows = query.reshape(B, H, Hq // H * L, E)
+    shape, axes = (B, Hq, L, key.shape[2]), axes_of(query, key)
     parts = linear_score(rule.score)
-    if parts is not None and not any(t.requires_grad for t in captured):
-        return (rows @ (key.mT @ spread)).view(B, Hq, L, -1) * parts[0]
-    raw = (rows @ key.mT).view(B, Hq, L, -1)
-    score = as_tensor(read(rule.score, axes_of(query, key), captured, sizes, score=raw), raw).expand(raw.shape)
-    return (score.to(spread.dtype).reshape(B, H, Hq // H * L, -1) @ spread).view(B, Hq, L, -1)
+    if parts is None:
+        raw = (rows @ key.mT).view(shape)
+        score = as_tensor(read(rule.score, axes, captured, sizes, score=raw), raw).expand(shape)
+        return (score.to(spread.dtype).reshape(B, H, Hq // H * L, -1) @ spread).view(B, Hq, L, -1)
+    found = (rows @ (key.mT @ spread)).view(B, Hq, L, -1) * parts[0]
+    terms = parts[1].args[1] if parts[1].op == "lin" else ((parts[1], 1),)
+    for atom, coef in terms:  # what does not learn may be a mask, whose products would not be finite
+        if any(x.op == "load" and captured[x.args[0]].requires_grad for x in atom.walk()):
+            bias = as_tensor(read(scale(atom, coef), axes, captured, sizes), query).expand(shape)
+            found = found + (bias.to(spread.dtype).reshape(B, H, Hq // H * L, -1) @ spread).view(B, Hq, L, -1)
+    return found

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from attnc import predicate
 from attnc.expr import FALSE, FLOAT, TRUE, ZERO, Expr, I, J, add, const, scale, sub, terms_of
 from attnc.passes.views import Ranges
+from attnc.rule_attention import MASKING, run_masks
 
 # A score this low has weight exp(score - max) = 0 beside any key that is kept, unless all kept scores of the row lie
 # below -9900 themselves: GPT-2's and BERT's -1e4, finfo(float16).min and below.
-LOWEST = -1e4
+LOWEST = -MASKING
 # Adding this to a score leaves nothing of the score in float32: a row without keys is then uniform.
 SWALLOWS = -1e30
 # Gradients of a masked pair end where the mask was chosen (where, masked_fill), and reach the score where it was added;
@@ -79,19 +80,14 @@ def settled(masked: MaskedScore, *, trains: bool, written: str, learned: Callabl
 
     learned: whether a captured tensor, by its slot, has a gradient; such a bias does not come near a mask.
     """
-    numbers = any(_may_mask(x, learned) for x in masked.score.walk())
-    if numbers and (masked.fill == "finite" or (trains and written == "composed")):
+    added, more = run_masks(masked.score, learned)
+    alone = masked.keep == TRUE and len(added) == 1 and not more and masked.reach != "partly"
+    alone = alone and added[0].args[-1] == J  # `without_lost_rows` looks for lost rows then
+    if (added or more) and (masked.fill == "finite" or (trains and written == "composed" and not alone)):
         return replace(masked, empty="unknown")
     if not trains or masked.empty != "mean" or masked.reach == "chosen":
         return masked
     return replace(masked, empty="mean_added" if (masked.reach, written) == ("added", "composed") else "unknown")
-
-
-def _may_mask(e: Expr, learned: Callable[[int], bool]) -> bool:
-    """Whether `e` is a number that a run gives each key or row, or a lookup times what only a mask is multiplied by."""
-    if e.op == "load" and e.kind == FLOAT:
-        return bool({I, J} & set(e.args[1:])) and not learned(e.args[0])
-    return e.op == "lin" and any(abs(coef) >= -LOWEST and atom.has("load") for atom, coef in e.args[1])
 
 
 def zero_after(masked: MaskedScore, kept: Expr, ranges: Ranges, *, trains: bool) -> MaskedScore | str:
@@ -137,7 +133,7 @@ def row_shift(score: Expr) -> Expr:
         for atom, coef in terms
         if not atom.names() & {"s", "j"}
         and not _is_large(atom, coef)
-        and not (coef > 0 and any(_may_mask(x, _none) for x in atom.walk()))
+        and not (coef > 0 and any(run_masks(atom, _none)))
     ]
     return add(const(float(constant) if abs(constant) < -LOWEST else 0.0), *rows)
 
@@ -168,7 +164,7 @@ def _strip(e: Expr) -> _Stripped:
         return _strip_sum(e)
     if e.op == "max" and any(_is_low(a) for a in e.args):
         inner = _strip(e.args[1] if _is_low(e.args[0]) else e.args[0])
-        return replace(inner, reach="partly") if inner.reach == "added" else inner
+        return replace(inner, reach="partly") if inner.reach == "added" or not inner.fills else inner
     return _Stripped(e, TRUE, ())
 
 
