@@ -16,6 +16,11 @@ AS_WRITTEN = "as written"
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
+def form_name(spelling: str) -> str:
+    """The form of a spelling, without its knobs."""
+    return spelling.split("{", 1)[0]
+
+
 @dataclass(frozen=True)
 class Choice:
     """The form picked for a region, its predicted time, and why.
@@ -34,7 +39,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        return self.form.split("{", 1)[0]
+        return form_name(self.form)
 
     @property
     def rewrites(self) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from typing import Any
 
 from attnc.region import KINDS, Choice, Region
-from attnc.rule_attention import AttentionRule
 
 SCHEMA_ID = "attnc.report/2"
 _TEXTS = ("kind", "path", "node", "dtype", "device", "written")
@@ -34,8 +33,6 @@ def region_of(content: Mapping[str, object]) -> Region:
     names = {f.name for f in fields(region)} - {f.name for f in fields(Region)}
     own: dict[str, Any] = {n: tuple(facts[n]) if isinstance(facts[n], list) else facts[n] for n in names}
     parsed = rule.parse(given["rule"])
-    if isinstance(parsed, AttentionRule):  # spelled only beside a mask
-        parsed = replace(parsed, empty=facts["empty"])
     return region(
         **{name: given[name] for name in _TEXTS if name != "kind"},
         rule=parsed,

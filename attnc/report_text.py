@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnc.folding import fold_paths
-from attnc.region import AS_WRITTEN, AttentionRegion, Region, Unmatched
+from attnc.region import AS_WRITTEN, AttentionRegion, Region, Unmatched, form_name
 from attnc.report_json import speedup
 
 # From this width on the reasons stand in a column of the table, below it in lines under the table.
@@ -169,7 +169,7 @@ def _totals(report: ReportText) -> Iterator[str]:
 def _could_be(regions: Iterable[Region]) -> str:
     """The forms that apply to some of `regions`, by name, with the number of regions each one applies to."""
     known = [r.choice for r in regions if r.choice is not None]
-    applies = Counter(name for c in known for name in {form.split("{", 1)[0] for form in (c.form, *c.offers)})
+    applies = Counter(name for c in known for name in set(map(form_name, (c.form, *c.offers))))
     del applies[AS_WRITTEN]
     named = ", ".join(f"{name} x{count}" for name, count in applies.most_common())
     return f"could be {named}" if named else "no form replaces it here"

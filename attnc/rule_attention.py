@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from attnc.errors import UsageError
-from attnc.expr import FLOAT, SCORE, TRUE, Expr, I, J
+from attnc.expr import FLOAT, SCORE, TRUE, Expr, I, J, terms_of
 from attnc.expr_text import parse, spell
 from attnc.rule import Rule, Shape
 
@@ -28,17 +28,21 @@ EMPTY_ROWS = ("never", "zero", "nan", "mean", "mean_added", "unknown")
 MASKING = 1e4
 
 
-def run_masks(score: Expr, learned: Callable[[int], bool]) -> tuple[list[Expr], bool]:
-    """Parts of `score` that may be masks of the run: loads that are added as they are, and whether there are more.
+def run_masks(score: Expr, learned: Callable[[int], bool] = lambda slot: False) -> list[Expr]:
+    """Parts of `score` that may be masks of the run.
 
     Such a part is a float of each key or row, or a lookup times what only a mask is multiplied by. learned: whether a
     captured tensor, by its slot, has a gradient; a bias that learns does not come near a mask.
     """
-    found = [x for x in score.walk() if _may_mask(x, learned)]
-    parts = linear_score(score)
-    terms = () if parts is None else parts[1].args[1] if parts[1].op == "lin" else ((parts[1], 1),)
-    added = [atom for atom, coef in terms if coef == 1 and atom.op == "load" and atom in found]
-    return added, len(found) > len(added)
+    return [x for x in score.walk() if _may_mask(x, learned)]
+
+
+def lone_run_mask(score: Expr, learned: Callable[[int], bool]) -> Expr | None:
+    """The load that may mask keys, if it is added as it is and nothing else in `score` may be a mask."""
+    masks, parts = run_masks(score, learned), linear_score(score)
+    if len(masks) != 1 or parts is None or masks[0].op != "load" or masks[0].args[-1] != J:
+        return None
+    return masks[0] if dict(terms_of(parts[1])[1]).get(masks[0]) == 1 else None
 
 
 def _may_mask(e: Expr, learned: Callable[[int], bool]) -> bool:
@@ -182,8 +186,7 @@ class AttentionShape(Shape):
 
 def linear_score(score: Expr) -> tuple[float, Expr] | None:
     """Split `factor * s + rest`; None where `s` appears in any other way."""
-    from_terms = score.args if score.op == "lin" else (0, ((score, 1),))
-    constant, terms = from_terms
+    constant, terms = terms_of(score)
     factor, rest = 0.0, []
     for atom, coef in terms:
         if atom == SCORE:

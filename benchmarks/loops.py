@@ -2,7 +2,7 @@
 
 Tiny models of two to four layers and 48 tokens from the model zoo's configurations, forward, each in a process of its
 own on empty caches. Nodes: of Dynamo's graphs, placeholders left out. The attention model held against a hybrid has as
-many layers, and feed-forwards of the same kind (llama; qwen3_moe where there are experts). Writes results/cpu/loops.json.
+many layers, and feed-forwards of the same kind (llama; qwen3_moe with experts). Writes results/cpu/loops.json.
 
     python benchmarks/loops.py [--only mamba,rwkv] [--limit 240]
 """

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from attnc.passes.graph import GraphFacts, op_name, tensor_of
 
@@ -25,58 +24,51 @@ _CASTS = {"to", "_to_copy"}
 _WHOLE = (torch.int32, torch.int64)
 
 
-def without_effect(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    """What stands for a masked_fill or where whose mask is false everywhere, or for a clamp above all values.
+def drop_without_effect(graph: fx.Graph) -> None:
+    """Take out each masked_fill and where whose mask is false everywhere, and each clamp above all values.
 
-    A new tensor stays a new one (a copy, which compilers drop); only an in-place clamp gives its own operand.
-    None: unproven, or something else writes to the numbers.
+    A new tensor stays a new one (a copy, which compilers drop); only an in-place clamp gives its own operand. What is
+    read off numbers that something else writes to stays.
     """
+    found = [(node, numbers) for node in graph.nodes if (numbers := _idle(node)) is not None]
+    facts = GraphFacts(graph) if found else None
+    for node in [node for node, numbers in found if facts is not None and not _written(facts, numbers)]:
+        kept = node.args[2 if op_name(node) == "where" else 0]
+        if op_name(node) != "clamp_":
+            with graph.inserting_before(node):
+                copied = graph.call_function(torch.ops.aten.clone.default, (kept,))
+            copied.meta = dict(node.meta)
+            kept = copied
+        node.replace_all_uses_with(kept)
+        graph.erase_node(node)
+
+
+def _idle(node: fx.Node) -> fx.Node | None:
+    """The numbers whose bound shows that `node` gives one of its operands as it is; None where that is not proven."""
     name, args = op_name(node), node.args
-    numbers: fx.Node | None = None
-    kept: Any = None
     if name in ("clamp", "clamp_") and len(args) == 3 and args[1] is None and isinstance(args[2], int):
         most = upper(args[0])
-        numbers, kept = (args[0] if most is not None and most <= args[2] else None), args[0]
-    elif name == "masked_fill":
-        numbers, kept = _never(args[1]), args[0]
-    elif name == "where" and len(args) == 3:
-        numbers, kept = _never(args[0]), args[2]
-    if numbers is None or not isinstance(kept, fx.Node) or not _same(node, kept) or _written(graph, numbers):
-        return None
-    if name == "clamp_":
-        return kept
-    with graph.inserting_before(node):
-        copied = graph.call_function(torch.ops.aten.clone.default, (kept,))
-    copied.meta = dict(node.meta)
-    return copied
+        return args[0] if most is not None and most <= args[2] and _same(node, args[0]) else None
+    if name == "masked_fill":
+        return _never(args[1]) if _same(node, args[0]) else None
+    if name == "where" and len(args) == 3:
+        return _never(args[0]) if _same(node, args[2]) else None
+    return None
 
 
-def _same(node: fx.Node, kept: fx.Node) -> bool:
-    """Whether `kept` is neither cast nor broadcast in `node`."""
+def _same(node: fx.Node, kept: Any) -> bool:
+    """Whether `kept` is a tensor that is neither cast nor broadcast in `node`."""
     out, value = tensor_of(node), tensor_of(kept)
     return out is not None and value is not None and (out.shape, out.dtype) == (value.shape, value.dtype)
 
 
-def _written(graph: fx.Graph, numbers: fx.Node) -> bool:
-    """Whether anything writes to the memory that a bound was read off, other than to lower what it holds."""
-    facts, chain = GraphFacts(graph), [numbers]
+def _written(facts: GraphFacts, numbers: fx.Node) -> bool:
+    """Whether anything writes to the memory that a bound was read off, other than a clamp from above."""
+    chain = [numbers]
     while op_name(chain[-1]) in _PASS | _CASTS | set(_UPPER) and isinstance(chain[-1].args[0], fx.Node):
         chain.append(chain[-1].args[0])
-    held = {facts.root(node) for node in chain}
-    return any(facts.root(place) in held for node in graph.nodes for place in _places(node))
-
-
-def _places(node: fx.Node) -> list[fx.Node]:
-    """What `node` writes to; an in-place clamp from above is no write."""
-    if not isinstance(node.target, OpOverload) or (op_name(node) == "clamp_" and node.args[1:2] == (None,)):
-        return []
-    known = node.target._schema.arguments
-    given = {a.name: node.args[at] if at < len(node.args) else node.kwargs.get(a.name) for at, a in enumerate(known)}
-    return [
-        place
-        for a in known
-        if a.alias_info is not None and a.alias_info.is_write and isinstance(place := given[a.name], fx.Node)
-    ]
+    writers = [writer for node in chain for writer in facts.writers(node)]
+    return not all(op_name(writer) == "clamp_" and writer.args[1:2] == (None,) for writer in writers)
 
 
 def _never(mask: Any) -> fx.Node | None:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from attnc.passes.attention.lift import ANCHORS
 from attnc.passes.found import missed
 from attnc.passes.graph import NoMatch, op_name
 from attnc.region import Unmatched
 
 PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d"}
-SOFTMAXES = {"softmax", "_softmax", "scaled_dot_product_attention", "multi_head_attention_forward"}
+SOFTMAXES = {*ANCHORS, "multi_head_attention_forward"}
 # What changes more than its result: items, x += y, running statistics, hooks.
 WRITES = {operator.setitem, operator.delitem} | {
     function for name, function in vars(operator).items() if name.startswith("i") and f"__{name}__" in vars(operator)

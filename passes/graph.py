@@ -189,7 +189,11 @@ class GraphFacts:
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
         """What the value of `node` is made of: its inputs, and what is written into its memory."""
-        return [*node.all_input_nodes, *(self._nodes[at] for at in self.writes.get(self.root(node), ()))]
+        return [*node.all_input_nodes, *self.writers(node)]
+
+    def writers(self, node: fx.Node) -> list[fx.Node]:
+        """What writes into the memory of `node`, at any time."""
+        return [self._nodes[at] for at in self.writes.get(self.root(node), ())]
 
     @cached_property
     def _nodes(self) -> list[fx.Node]:

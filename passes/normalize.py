@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from attnc.passes.bounds import without_effect
+from attnc.passes.bounds import drop_without_effect
 from attnc.passes.graph import GraphFacts, op_name, tensor_of
 
 aten = torch.ops.aten
@@ -32,13 +32,12 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
         softmax = _hand_written(node)
         if softmax is not None:
             node.replace_all_uses_with(_softmax(gm.graph, node, node, *softmax))
-        for rule in (_divided_late, _sink_in_norm, _sink_in_gate, without_effect):
+        for rule in (_divided_late, _sink_in_norm, _sink_in_gate):
             result = rule(gm.graph, node)
             if result is not None:
                 node.replace_all_uses_with(result)
-                if op_name(node).endswith("_"):  # a write, which nothing would take for dead
-                    gm.graph.erase_node(node)
                 break
+    drop_without_effect(gm.graph)
     gm.graph.eliminate_dead_code()
     return gm
 

@@ -18,10 +18,10 @@ from dataclasses import replace
 import torch
 
 from attnc.codegen.cpu_scores import as_tensor
-from attnc.expr import BOOL, TRUE, J, load, scale
+from attnc.expr import BOOL, TRUE, load, scale, terms_of
 from attnc.predicate import logical_not
 from attnc.reading import Axis, read, span
-from attnc.rule_attention import AttentionRule, linear_score, run_masks
+from attnc.rule_attention import AttentionRule, linear_score, lone_run_mask
 
 # A row with this, or less, added to all of its scores is uniform: float32 keeps nothing of a score below 32 beside it.
 LOST = -1e9
@@ -70,10 +70,10 @@ def without_lost_rows(
     """
     if not torch.is_grad_enabled() or rule.keep != TRUE or rule.sink is not None:
         return captured, rule
-    added, more = run_masks(rule.score, lambda slot: captured[slot].requires_grad)
-    if len(added) != 1 or more or added[0].args[-1] != J:
+    added = lone_run_mask(rule.score, lambda slot: captured[slot].requires_grad)
+    if added is None:
         return captured, rule
-    slot, *index = added[0].args
+    slot, *index = added.args
     mask = captured[slot][..., : key.shape[2]]
     least, most = mask.aminmax(dim=-1)
     lost = (least == most) & (most <= LOST) & (most > -torch.inf)
@@ -129,7 +129,7 @@ def settle_empty(
     rule: AttentionRule,
 ) -> torch.Tensor:
     """Give rows that keep no key what the rule says; `out` holds 0 there. alive broadcasts to (B, Hq, L)."""
-    if rule.sink is not None or rule.empty in ("never", "zero"):
+    if rule.sink is not None or rule.empty not in SETTLED:
         return out
     alive = alive.unsqueeze(-1)
     if rule.empty == "nan":
@@ -163,8 +163,7 @@ def _scores_times(
         score = as_tensor(read(rule.score, axes, captured, sizes, score=raw), raw).expand(shape)
         return (score.to(spread.dtype).reshape(B, H, Hq // H * L, -1) @ spread).view(B, Hq, L, -1)
     found = (rows @ (key.mT @ spread)).view(B, Hq, L, -1) * parts[0]
-    terms = parts[1].args[1] if parts[1].op == "lin" else ((parts[1], 1),)
-    for atom, coef in terms:  # what does not learn may be a mask, whose products would not be finite
+    for atom, coef in terms_of(parts[1])[1]:  # what does not learn may be a mask, whose products would not be finite
         if any(x.op == "load" and captured[x.args[0]].requires_grad for x in atom.walk()):
             bias = as_tensor(read(scale(atom, coef), axes, captured, sizes), query).expand(shape)
             found = found + (bias.to(spread.dtype).reshape(B, H, Hq // H * L, -1) @ spread).view(B, Hq, L, -1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from attnc import predicate
 from attnc.expr import FALSE, FLOAT, TRUE, ZERO, Expr, I, J, add, const, scale, sub, terms_of
 from attnc.passes.views import Ranges
-from attnc.rule_attention import MASKING, run_masks
+from attnc.rule_attention import MASKING, lone_run_mask, run_masks
 
 # A score this low has weight exp(score - max) = 0 beside any key that is kept, unless all kept scores of the row lie
 # below -9900 themselves: GPT-2's and BERT's -1e4, finfo(float16).min and below.
@@ -80,11 +80,11 @@ def settled(masked: MaskedScore, *, trains: bool, written: str, learned: Callabl
 
     learned: whether a captured tensor, by its slot, has a gradient; such a bias does not come near a mask.
     """
-    added, more = run_masks(masked.score, learned)
-    alone = masked.keep == TRUE and len(added) == 1 and not more and masked.reach != "partly"
-    alone = alone and added[0].args[-1] == J  # `without_lost_rows` looks for lost rows then
-    if (added or more) and (masked.fill == "finite" or (trains and written == "composed" and not alone)):
-        return replace(masked, empty="unknown")
+    if run_masks(masked.score, learned):
+        alone = masked.keep == TRUE and masked.reach != "partly" and lone_run_mask(masked.score, learned) is not None
+        # Where it is alone, `without_lost_rows` finds the lost rows when they are there.
+        if masked.fill == "finite" or (trains and written == "composed" and not alone):
+            return replace(masked, empty="unknown")
     if not trains or masked.empty != "mean" or masked.reach == "chosen":
         return masked
     return replace(masked, empty="mean_added" if (masked.reach, written) == ("added", "composed") else "unknown")
@@ -133,13 +133,9 @@ def row_shift(score: Expr) -> Expr:
         for atom, coef in terms
         if not atom.names() & {"s", "j"}
         and not _is_large(atom, coef)
-        and not (coef > 0 and any(run_masks(atom, _none)))
+        and not (coef > 0 and run_masks(atom))
     ]
     return add(const(float(constant) if abs(constant) < -LOWEST else 0.0), *rows)
-
-
-def _none(slot: int) -> bool:
-    return False
 
 
 def _is_large(atom: Expr, coef: float) -> bool:
