@@ -23,6 +23,7 @@ LAYERS = {
     "attnc.ops": 5,
     "attnc.op_recurrence": 5,
     "attnc.store": 5,
+    "attnc.records": 5,
     "attnc.folding": 5,
     "attnc.report": 5,
     "attnc.report_json": 5,
@@ -34,6 +35,7 @@ LAYERS = {
     "attnc.backend": 7,
     "attnc.offline": 7,
     "attnc.artifact": 7,
+    "attnc.commands": 8,
     "attnc.cli": 8,
     "attnc.__main__": 8,
     "attnc": 8,  # the face alone, not what it holds

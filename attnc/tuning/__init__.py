@@ -1,0 +1,1 @@
+"""Search over the knobs of forms: problems, trials, records, measurement."""

@@ -1,0 +1,1 @@
+"""Runnable Triton files; `attnc.codegen.render` fills their holes."""
