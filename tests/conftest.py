@@ -16,6 +16,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Kernels run under Triton's interpreter; real compilations run in worker processes without this.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch

@@ -12,7 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 import attnc
-from attnc.cli import IDS_BELOW, _input_spec, app
+from attnc.cli import app
+from attnc.commands.target import IDS_BELOW, _input_spec
 from attnc.errors import UsageError
 from attnc.report_json import SCHEMA_ID
 

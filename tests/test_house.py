@@ -31,7 +31,7 @@ PACKAGES = {
 SIZED = ("tests", "benchmarks", "examples")  # held to the size and name rules only
 OPTIONAL = {"triton", "onnx", "onnxruntime", "onnxscript", "plotly", "transformers"}
 FACE = "attnc"
-LOADS_BY_NAME = {FACE, "attnc.cli"}  # may import a name that is only known when it runs
+LOADS_BY_NAME = {FACE, "attnc.commands.target"}  # may import a name that is only known when it runs
 PRINTS = {"attnc.cli", "attnc.__main__"}
 ENVIRONMENT = {"attnc.options"}
 BANNED = {"util", "utils", "helper", "helpers", "common", "misc"}
@@ -313,14 +313,17 @@ def planted(root: Path, files: dict[str, str]) -> House:
         "attnc/errors.py": "",
         "attnc/store.py": "from attnc import __version__\nif TYPE_CHECKING:\n    from attnc.region import R",
         "attnc/options.py": "import os\nSTORE = os.environ.get('ATTNC_STORE')",
-        "attnc/cli.py": "import attnc\nprint(1)\ndef load(name): return importlib.import_module(name)",
+        "attnc/cli.py": "import attnc\nprint(1)",
+        "attnc/commands/__init__.py": "",
+        "attnc/commands/target.py": "def load(name): return importlib.import_module(name)",
         "codegen/load.py": "def load():\n    import triton\n    return triton",
     }
     for path, text in (lawful | files).items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         documented = text if text.startswith(('"""', "#")) else f'"""What it is."""\n{text}'
         (root / path).write_text(documented, encoding="utf-8")
-    listed = "".join(f'"{p}",\n' for p in (*PACKAGES.values(), "attnc.forms", "attnc.codegen.skeletons"))
+    rooms = (*PACKAGES.values(), "attnc.commands", "attnc.forms", "attnc.codegen.skeletons")
+    listed = "".join(f'"{room}",\n' for room in rooms)
     (root / "pyproject.toml").write_text(listed, encoding="utf-8")
     return parse(root)
 
