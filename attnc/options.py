@@ -2,7 +2,7 @@
 
 `torch.compile(model, backend="attnc", options={...})` hands its `options` and `mode` to the backend, which
 builds an `Options` from them at once. This is also the only file that reads the environment: `ATTNC_STORE`
-(where verdicts are kept) and `ATTNC_LOG` (how much is logged to stderr).
+(where verdicts, records and kernels are kept) and `ATTNC_LOG` (how much is logged to stderr).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Options:
     check:    validate each rewrite numerically against the subgraph it replaces.
     forms:    the only forms considered for rewriting; None means all of them.
     force:    a form's spelling, used wherever it applies whatever the cost rule says.
-    store:    directory of stored verdicts; ATTNC_STORE, else a per-user cache directory, when left out.
+    device:   the GPU that choices are made for, as "h100" (`attnc devices` lists them); None: the one the model is on.
+    store:    directory of verdicts, records and kernels; ATTNC_STORE, else a per-user cache directory, when left out.
 
     Raises: UsageError for a value of the wrong type or range.
     """
@@ -49,6 +50,7 @@ class Options:
     check: bool = True
     forms: tuple[str, ...] | None = None
     force: str | None = None
+    device: str | None = None
     store: str = field(default_factory=lambda: _directory(None))
 
     def __post_init__(self) -> None:
@@ -56,6 +58,7 @@ class Options:
         _check_flag("strict", self.strict)
         _check_flag("check", self.check)
         _check_force(self.force)
+        _check_device(self.device)
         checked = {
             "inductor": _inductor_settings(self.inductor),
             "mode": _mode(self.mode),
@@ -156,6 +159,17 @@ def _check_force(value: object) -> None:
         raise _wrong_type("option force", value, "a form's spelling or None", advice)
     if value is not None and not value.strip():
         raise UsageError(f"option force={value!r}: found an empty text, allowed is a spelling. {advice}.")
+
+
+def _check_device(value: object) -> None:
+    if value is not None and (not isinstance(value, str) or not value.strip()):
+        advice = "Use device='h100', or leave device out for the one the model is on"
+        raise _wrong_type("option device", value, "the name of a device or None", advice)
+
+
+def default_store() -> str:
+    """The store's directory where no option names one."""
+    return _directory(None)
 
 
 def _mode(value: object) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 from attnc.rule import Rule, Shape
@@ -88,6 +89,19 @@ class Region:
         return self.kind
 
     @property
+    def key(self) -> str:
+        """What tuning results are kept under: equal for regions that compute the same at the same sizes and types."""
+        sizes = " ".join(f"{name}={value}" for name, value in self.shape.sizes().items())
+        mode = "training" if self.training else "inference"
+        text = " | ".join([self.rule.spell(), sizes, self.dtype, mode, *self.data])
+        return f"{self.kind}-{sha256(text.encode()).hexdigest()[:16]}"
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """What the rule reads at run time, as text: types and shapes of tensors, and sizes."""
+        return ()
+
+    @property
     def flops(self) -> int:
         return self.rule.flops(self.shape)
 
@@ -125,6 +139,10 @@ class AttentionRegion(Region):
     def facts(self) -> dict[str, Any]:
         own = {"group": self.shape.group, "mask": self.mask, "fill": self.fill, "captured": list(self.captured)}
         return {**super().facts, **own, "sizes": list(self.sizes), "repeats_heads": self.repeats_heads}
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        return (*self.captured, *map(str, self.sizes))
 
     @property
     def title(self) -> str:

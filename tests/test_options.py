@@ -48,6 +48,7 @@ def test_every_field_can_be_set_by_torch_compile(tmp_path):
         "check": False,
         "forms": ["dense", "block_sparse"],
         "force": "block_sparse{provider=sdpa}",
+        "device": "h100",
         "store": str(tmp_path),
     }
     built = Options.from_torch(asked)
@@ -128,6 +129,7 @@ def test_options_must_be_a_dict(options):
         ("forms", ("",), "found ''"),
         ("force", 3, "found int, allowed is a form's spelling or None"),
         ("force", "  ", "found an empty text"),
+        ("device", 90, "found int, allowed is the name of a device"),
         ("store", 3, "found int, allowed is the path of a directory"),
         ("store", __file__, "found a file, allowed is a directory"),
         ("inductor", ["max_autotune"], "found list, allowed is a dict"),
