@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """Work done by one engine: a kernel family with an efficiency of its own, see `devices.toml`.
+    """Work done by one engine: a kernel family with an efficiency of its own, see `cpu.toml`.
 
     flops: of matrix products. exps: exponentials and other element work on scores, in elements.
     bytes: moved from and to memory. launches: calls.
