@@ -1,0 +1,395 @@
+"""Softmax attention in tiles: out and log-sum-exp, and its gradients in two kernels. Unfilled it is dense attention.
+
+    o_i = sum_j p_ij v_j,   p_ij = exp(score_ij - lse_i),   lse_i = log(exp(sink_i) + sum_{j kept} exp(score_ij))
+    dv_j = sum_i p_ij do_i,   d score_ij = p_ij (do_i . v_j - delta_i),   delta_i = do_i . o_i
+
+Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, EV), out as query with EV columns, each with any strides;
+lse and delta (B, Hq, L) contiguous float32. Query head h reads key head h // GROUP; dk and dv are summed over the group
+by one program, without atomics. A row without keys gives out 0, lse -inf and no gradient.
+
+Tiles: a program visits tiles that are masked, then tiles kept whole, which take no mask. Which ones, the holes `visit`
+and `visit_rows` say as ranges, or (TABLE) lists per block: masked ones first, whole ones behind. Rows and columns
+beyond L and S lie in masked tiles only. A width is a power of two plus a tail that is one: 192 = 128 + 64.
+
+Holes: functions of scalars b, h (int64), a column of rows i and a row of columns j; in `flash_dkv` i is a row and j a
+column, so their bodies only broadcast. m_ok holds where a pair exists. SCALE: the score is SCALE * s, or 0: `score`
+says. Scores are natural logits; the kernels count in powers of two.
+
+Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3; Milakov and Gimelshein 2018, arXiv:1805.02867.
+"""
+
+import triton
+import triton.language as tl
+
+HOLES = ("keep", "score", "score_slope", "add_grads", "sink", "visit", "visit_rows")
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def keep(b, h, i, j, m_ok, captured):
+    """Whether pairs are kept, bool."""
+    return m_ok
+
+
+@triton.jit
+def score(s, b, h, i, j, m_ok, captured):
+    """Natural logits of the products s, float32."""
+    return s
+
+
+@triton.jit
+def score_slope(s, b, h, i, j, m_ok, captured):
+    """d score / d s."""
+    return 1.0
+
+
+@triton.jit
+def add_grads(d_score, s, b, h, i, j, m_ok, captured, captured_grads):
+    """Add d loss / d captured tensors of a tile (i a column) into their buffers, d_score being d loss / d score."""
+    return
+
+
+@triton.jit
+def sink(b, h, captured):
+    """The logit without a value, float32; -inf: none."""
+    return float("-inf")
+
+
+@triton.jit
+def visit(i_low, i_high, S, b, h_low, h_high, captured):
+    """Keys that some row of i_low .. i_high (included) may keep, first and end; those that every one of them keeps."""
+    return 0, S, 0, S
+
+
+@triton.jit
+def visit_rows(j_low, j_high, L, b, h_low, h_high, captured):
+    """Rows that may keep some key of j_low .. j_high (included), first and end; those that keep every one of them."""
+    return 0, L, 0, L
+
+
+@triton.jit
+def place(count, SECTION: tl.constexpr, XCDS: tl.constexpr):
+    """Block and (batch, head) of this program: heads in sections of SECTION, whose data share the cache; all first
+    blocks of a section, then all second ones. XCDS: dies with a cache each, which take programs in turn."""
+    programs = tl.num_programs(0)
+    at = tl.program_id(0)
+    if XCDS > 1:
+        each = tl.cdiv(programs, XCDS)
+        die = at % XCDS
+        at = die * each + at // XCDS - tl.maximum(die - (programs - (each - 1) * XCDS), 0)
+    heads = programs // count
+    section = at // (count * SECTION)
+    rest = at - section * count * SECTION
+    width = tl.minimum(SECTION, heads - section * SECTION)
+    return rest // width, section * SECTION + rest % width
+
+
+@triton.jit
+def split(low, high, full_low, full_high, length, inside, BLOCK: tl.constexpr):
+    """A range in blocks: its first position, masked blocks before the full ones, full ones, masked ones in all."""
+    low = tl.maximum(low, 0) // BLOCK * BLOCK
+    high = tl.minimum(tl.maximum(high, low), length)
+    blocks = tl.cdiv(tl.maximum(high - low, 0), BLOCK)
+    before = tl.cdiv(tl.maximum(full_low - low, 0), BLOCK)
+    full = tl.maximum(tl.minimum(full_high, high) - low, 0) // BLOCK - before
+    full = tl.where(inside, tl.maximum(full, 0), 0)
+    return low, before, full, blocks - full
+
+
+@triton.jit
+def listed(p_counts, b, h, n, count, rows_b, rows_h, width):
+    """A block's list in a table: offset of its first entry, entries that are full, entries that are masked."""
+    row = b * rows_b + h * rows_h + n
+    return row * width, tl.load(p_counts + row * 2 + 1), tl.load(p_counts + row * 2)
+
+
+@triton.jit
+def tile(p, row, stride, column_stride, m_row, FIRST: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+         MASKED: tl.constexpr):  # fmt: skip
+    """Columns FIRST .. FIRST + BLOCK of rows; 0 beyond WIDTH and, if MASKED, where m_row fails."""
+    column = FIRST + tl.arange(0, BLOCK)
+    at = p + row[:, None] * stride + column[None, :] * column_stride
+    m = (column < WIDTH)[None, :] if FIRST + BLOCK > WIDTH else tl.full([1, 1], 1, tl.int1)
+    return tl.load(at, mask=m & m_row[:, None] if MASKED else m, other=0.0)
+
+
+@triton.jit
+def put(p, x, row, stride, column_stride, m_row, FIRST: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """Write columns FIRST .. FIRST + BLOCK of rows."""
+    column = FIRST + tl.arange(0, BLOCK)
+    at = p + row[:, None] * stride + column[None, :] * column_stride
+    tl.store(at, x.to(p.dtype.element_ty), mask=m_row[:, None] & (column < WIDTH)[None, :])
+
+
+@triton.jit
+def logits(s, b, h, i, j, m_ok, captured, SCALE: tl.constexpr, MASKED: tl.constexpr):
+    """Scores in units of s if SCALE, else natural; -inf where a pair is not kept."""
+    if SCALE == 0.0:
+        x = score(s, b, h, i, j, m_ok, captured)
+    else:
+        x = s
+    if MASKED:
+        x = tl.where(m_ok & keep(b, h, i, j, m_ok, captured), x, -INF)
+    return x
+
+
+@triton.jit
+def slopes(d_score, s, b, h, i, j, m_ok, captured, SCALE: tl.constexpr, MASKED: tl.constexpr):
+    """d loss / d s but for the factor SCALE, which is left to the end."""
+    if SCALE == 0.0:
+        d_score = d_score * score_slope(s, b, h, i, j, m_ok, captured)
+        if MASKED:  # a slope may be anything where the pair does not exist
+            d_score = tl.where(m_ok & keep(b, h, i, j, m_ok, captured), d_score, 0.0)
+    return d_score
+
+
+@triton.jit
+def flash_forward(
+    p_q, p_k, p_v, p_out, p_lse, captured, p_list, p_counts,
+    q_b, q_h, q_l, q_e, k_b, k_h, k_l, k_e, v_b, v_h, v_l, v_e, o_b, o_h, o_l, o_e, rows_b, rows_h, Hq, L, S,
+    GROUP: tl.constexpr, E: tl.constexpr, E_MAIN: tl.constexpr, E_TAIL: tl.constexpr,
+    EV: tl.constexpr, EV_MAIN: tl.constexpr, EV_TAIL: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, TABLE: tl.constexpr, SECTION: tl.constexpr, XCDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out and lse of one block of rows; later blocks, which see more keys in causal masks, start first."""
+    FACTOR: tl.constexpr = LOG2E if SCALE == 0.0 else SCALE * LOG2E
+    count = tl.cdiv(L, BLOCK_M)
+    n, head = place(count, SECTION, XCDS)
+    n = count - 1 - n
+    b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
+    i_low = n * BLOCK_M
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    i = (i_low + row)[:, None]
+    m_row = i_low + row < L
+    p_q += b * q_b + h * q_h + i_low.to(tl.int64) * q_l
+    p_k += b * k_b + h // GROUP * k_h
+    p_v += b * v_b + h // GROUP * v_h
+    q = tile(p_q, row, q_l, q_e, m_row, 0, E_MAIN, E, True)
+    if E_TAIL > 0:
+        q_tail = tile(p_q, row, q_l, q_e, m_row, E_MAIN, E_TAIL, E, True)
+    if TABLE:
+        first, full, masked = listed(p_counts, b, h, n, count, rows_b, rows_h, tl.cdiv(S, BLOCK_N))
+        before = masked
+    else:
+        low, high, full_low, full_high = visit(i_low, tl.minimum(i_low + BLOCK_M, L) - 1, S, b, h, h, captured)
+        first, before, full, masked = split(low, high, full_low, full_high, S, i_low + BLOCK_M <= L, BLOCK_N)
+
+    # A sink is a key of its own: weight 1 at its own logit, no value.
+    m = tl.max(sink(b, h, captured) * LOG2E + tl.zeros([BLOCK_M, 1], tl.float32), 1)
+    total = tl.where(m > -INF, 1.0, 0.0)
+    acc = tl.zeros([BLOCK_M, EV_MAIN], tl.float32)
+    if EV_TAIL > 0:
+        acc_tail = tl.zeros([BLOCK_M, EV_TAIL], tl.float32)
+    for whole in tl.static_range(2):
+        for t in tl.range(0, full if whole else masked):
+            if TABLE:
+                j_low = tl.load(p_list + first + (masked if whole else 0) + t) * BLOCK_N
+            elif whole:
+                j_low = first + (before + t) * BLOCK_N
+            else:
+                j_low = first + (t + tl.where(t < before, 0, full)) * BLOCK_N
+            j = (j_low + column)[None, :]
+            m_column = j_low + column < S
+            m_ok = tl.full([1, 1], 1, tl.int1) if whole else (i < L) & (j < S)
+            p_kj, p_vj = p_k + j_low.to(tl.int64) * k_l, p_v + j_low.to(tl.int64) * v_l
+            k = tile(p_kj, column, k_l, k_e, m_column, 0, E_MAIN, E, whole == 0)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if E_TAIL > 0:
+                k_tail = tile(p_kj, column, k_l, k_e, m_column, E_MAIN, E_TAIL, E, whole == 0)
+                s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
+            x = logits(s, b, h, i, j, m_ok, captured, SCALE, whole == 0)
+            m_new = tl.maximum(m, tl.max(x, 1) * FACTOR)
+            if whole and SCALE != 0.0:
+                shift = m_new
+            else:  # no key so far: -inf - -inf is no weight
+                shift = tl.where(m_new == -INF, 0.0, m_new)
+            p = tl.exp2(x * FACTOR - shift[:, None])
+            alpha = tl.exp2(m - shift)
+            total = total * alpha + tl.sum(p, 1)
+            m = m_new
+            p = p.to(p_out.dtype.element_ty)  # weights and values of 8 bits meet in the precision of out
+            v = tile(p_vj, column, v_l, v_e, m_column, 0, EV_MAIN, EV, whole == 0).to(p.dtype)
+            acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
+            if EV_TAIL > 0:
+                v_tail = tile(p_vj, column, v_l, v_e, m_column, EV_MAIN, EV_TAIL, EV, whole == 0).to(p.dtype)
+                acc_tail = tl.dot(p, v_tail, acc_tail * alpha[:, None], input_precision=PRECISION)
+
+    some = total > 0.0
+    tl.store(p_lse + (b * Hq + h) * L + i_low + row, tl.where(some, (m + tl.log2(total)) * LN2, -INF), mask=m_row)
+    share = tl.where(some, 1.0 / total, 0.0)[:, None]
+    p_out += b * o_b + h * o_h + i_low.to(tl.int64) * o_l
+    put(p_out, acc * share, row, o_l, o_e, m_row, 0, EV_MAIN, EV)
+    if EV_TAIL > 0:
+        put(p_out, acc_tail * share, row, o_l, o_e, m_row, EV_MAIN, EV_TAIL, EV)
+
+
+@triton.jit
+def flash_dq(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq, captured, captured_grads, p_list, p_counts,
+    q_b, q_h, q_l, q_e, k_b, k_h, k_l, k_e, v_b, v_h, v_l, v_e, o_b, o_h, o_l, o_e, d_b, d_h, d_l, d_e,
+    rows_b, rows_h, Hq, L, S,
+    GROUP: tl.constexpr, E: tl.constexpr, E_MAIN: tl.constexpr, E_TAIL: tl.constexpr,
+    EV: tl.constexpr, EV_MAIN: tl.constexpr, EV_TAIL: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, TABLE: tl.constexpr, SECTION: tl.constexpr, XCDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq of one block of rows, and what its tiles add to the gradients of captured tensors.
+
+    p_lse: lse in powers of two, +inf for rows without keys; o_: strides of d out, d_: of dq.
+    """
+    FACTOR: tl.constexpr = LOG2E if SCALE == 0.0 else SCALE * LOG2E
+    count = tl.cdiv(L, BLOCK_M)
+    n, head = place(count, SECTION, XCDS)
+    n = count - 1 - n
+    b, h = (head // Hq).to(tl.int64), (head % Hq).to(tl.int64)
+    i_low = n * BLOCK_M
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    i = (i_low + row)[:, None]
+    m_row = i_low + row < L
+    p_q += b * q_b + h * q_h + i_low.to(tl.int64) * q_l
+    p_do += b * o_b + h * o_h + i_low.to(tl.int64) * o_l
+    p_k += b * k_b + h // GROUP * k_h
+    p_v += b * v_b + h // GROUP * v_h
+    q = tile(p_q, row, q_l, q_e, m_row, 0, E_MAIN, E, True).to(p_do.dtype.element_ty)
+    do = tile(p_do, row, o_l, o_e, m_row, 0, EV_MAIN, EV, True)
+    dq = tl.zeros([BLOCK_M, E_MAIN], tl.float32)
+    if E_TAIL > 0:
+        q_tail = tile(p_q, row, q_l, q_e, m_row, E_MAIN, E_TAIL, E, True).to(do.dtype)
+        dq_tail = tl.zeros([BLOCK_M, E_TAIL], tl.float32)
+    if EV_TAIL > 0:
+        do_tail = tile(p_do, row, o_l, o_e, m_row, EV_MAIN, EV_TAIL, EV, True)
+    at = (b * Hq + h) * L + i_low + row
+    lse = tl.load(p_lse + at, mask=m_row, other=INF)[:, None]
+    delta = tl.load(p_delta + at, mask=m_row, other=0.0)[:, None]
+    if TABLE:
+        first, full, masked = listed(p_counts, b, h, n, count, rows_b, rows_h, tl.cdiv(S, BLOCK_N))
+        before = masked
+    else:
+        low, high, full_low, full_high = visit(i_low, tl.minimum(i_low + BLOCK_M, L) - 1, S, b, h, h, captured)
+        first, before, full, masked = split(low, high, full_low, full_high, S, i_low + BLOCK_M <= L, BLOCK_N)
+    for whole in tl.static_range(2):
+        for t in tl.range(0, full if whole else masked):
+            if TABLE:
+                j_low = tl.load(p_list + first + (masked if whole else 0) + t) * BLOCK_N
+            elif whole:
+                j_low = first + (before + t) * BLOCK_N
+            else:
+                j_low = first + (t + tl.where(t < before, 0, full)) * BLOCK_N
+            j = (j_low + column)[None, :]
+            m_column = j_low + column < S
+            m_ok = tl.full([1, 1], 1, tl.int1) if whole else (i < L) & (j < S)
+            p_kj, p_vj = p_k + j_low.to(tl.int64) * k_l, p_v + j_low.to(tl.int64) * v_l
+            k = tile(p_kj, column, k_l, k_e, m_column, 0, E_MAIN, E, whole == 0).to(do.dtype)
+            v = tile(p_vj, column, v_l, v_e, m_column, 0, EV_MAIN, EV, whole == 0).to(do.dtype)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            if E_TAIL > 0:
+                k_tail = tile(p_kj, column, k_l, k_e, m_column, E_MAIN, E_TAIL, E, whole == 0).to(do.dtype)
+                s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
+            if EV_TAIL > 0:
+                v_tail = tile(p_vj, column, v_l, v_e, m_column, EV_MAIN, EV_TAIL, EV, whole == 0).to(do.dtype)
+                dp = tl.dot(do_tail, tl.trans(v_tail), dp, input_precision=PRECISION)
+            x = logits(s, b, h, i, j, m_ok, captured, SCALE, whole == 0)
+            d_score = tl.exp2(x * FACTOR - lse) * (dp - delta)
+            add_grads(d_score, s, b, h, i, j, m_ok, captured, captured_grads)
+            ds = slopes(d_score, s, b, h, i, j, m_ok, captured, SCALE, whole == 0).to(do.dtype)
+            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+            if E_TAIL > 0:
+                dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
+
+    left: tl.constexpr = 1.0 if SCALE == 0.0 else SCALE
+    p_dq += b * d_b + h * d_h + i_low.to(tl.int64) * d_l
+    put(p_dq, dq * left, row, d_l, d_e, m_row, 0, E_MAIN, E)
+    if E_TAIL > 0:
+        put(p_dq, dq_tail * left, row, d_l, d_e, m_row, E_MAIN, E_TAIL, E)
+
+
+@triton.jit
+def flash_dkv(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, captured, p_list, p_counts,
+    q_b, q_h, q_l, q_e, k_b, k_h, k_l, k_e, v_b, v_h, v_l, v_e, o_b, o_h, o_l, o_e,
+    dk_b, dk_h, dk_l, dk_e, dv_b, dv_h, dv_l, dv_e, rows_b, rows_h, Hq, L, S,
+    GROUP: tl.constexpr, E: tl.constexpr, E_MAIN: tl.constexpr, E_TAIL: tl.constexpr,
+    EV: tl.constexpr, EV_MAIN: tl.constexpr, EV_TAIL: tl.constexpr,
+    SCALE: tl.constexpr, PRECISION: tl.constexpr, TABLE: tl.constexpr, SECTION: tl.constexpr, XCDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one block of keys, over the rows of all query heads that read them. Tiles lie keys by rows, so that
+    weights enter the second product from the registers that the first left them in."""
+    FACTOR: tl.constexpr = LOG2E if SCALE == 0.0 else SCALE * LOG2E
+    count = tl.cdiv(S, BLOCK_N)
+    n, head = place(count, SECTION, XCDS)
+    H = Hq // GROUP
+    b, h_k = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    j_low = n * BLOCK_N
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    j = (j_low + column)[:, None]
+    m_column = j_low + column < S
+    p_k += b * k_b + h_k * k_h + j_low.to(tl.int64) * k_l
+    p_v += b * v_b + h_k * v_h + j_low.to(tl.int64) * v_l
+    k = tile(p_k, column, k_l, k_e, m_column, 0, E_MAIN, E, True).to(p_do.dtype.element_ty)
+    v = tile(p_v, column, v_l, v_e, m_column, 0, EV_MAIN, EV, True).to(k.dtype)
+    dk = tl.zeros([BLOCK_N, E_MAIN], tl.float32)
+    dv = tl.zeros([BLOCK_N, EV_MAIN], tl.float32)
+    if E_TAIL > 0:
+        k_tail = tile(p_k, column, k_l, k_e, m_column, E_MAIN, E_TAIL, E, True).to(k.dtype)
+        dk_tail = tl.zeros([BLOCK_N, E_TAIL], tl.float32)
+    if EV_TAIL > 0:
+        v_tail = tile(p_v, column, v_l, v_e, m_column, EV_MAIN, EV_TAIL, EV, True).to(k.dtype)
+        dv_tail = tl.zeros([BLOCK_N, EV_TAIL], tl.float32)
+    for member in tl.range(0, GROUP):
+        h = h_k * GROUP + member
+        if TABLE:
+            first, full, masked = listed(p_counts, b, h, n, count, rows_b, rows_h, tl.cdiv(L, BLOCK_M))
+            before = masked
+        else:
+            low, high, full_low, full_high = visit_rows(j_low, tl.minimum(j_low + BLOCK_N, S) - 1, L, b, h, h, captured)
+            first, before, full, masked = split(low, high, full_low, full_high, L, j_low + BLOCK_N <= S, BLOCK_M)
+        for whole in tl.static_range(2):
+            for t in tl.range(0, full if whole else masked):
+                if TABLE:
+                    i_low = tl.load(p_list + first + (masked if whole else 0) + t) * BLOCK_M
+                elif whole:
+                    i_low = first + (before + t) * BLOCK_M
+                else:
+                    i_low = first + (t + tl.where(t < before, 0, full)) * BLOCK_M
+                i = (i_low + row)[None, :]
+                m_row = i_low + row < L
+                m_ok = tl.full([1, 1], 1, tl.int1) if whole else (i < L) & (j < S)
+                p_qi = p_q + b * q_b + h * q_h + i_low.to(tl.int64) * q_l
+                p_doi = p_do + b * o_b + h * o_h + i_low.to(tl.int64) * o_l
+                at = (b * Hq + h) * L + i_low + row
+                q = tile(p_qi, row, q_l, q_e, m_row, 0, E_MAIN, E, whole == 0).to(k.dtype)
+                do = tile(p_doi, row, o_l, o_e, m_row, 0, EV_MAIN, EV, whole == 0)
+                lse = tl.load(p_lse + at, mask=m_row | (whole == 1), other=INF)
+                delta = tl.load(p_delta + at, mask=m_row | (whole == 1), other=0.0)
+                s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                if E_TAIL > 0:
+                    q_tail = tile(p_qi, row, q_l, q_e, m_row, E_MAIN, E_TAIL, E, whole == 0).to(k.dtype)
+                    s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
+                if EV_TAIL > 0:
+                    do_tail = tile(p_doi, row, o_l, o_e, m_row, EV_MAIN, EV_TAIL, EV, whole == 0)
+                    dp = tl.dot(v_tail, tl.trans(do_tail), dp, input_precision=PRECISION)
+                x = logits(s, b, h, i, j, m_ok, captured, SCALE, whole == 0)
+                p = tl.exp2(x * FACTOR - lse[None, :])
+                dv = tl.dot(p.to(k.dtype), do, dv, input_precision=PRECISION)
+                ds = slopes(p * (dp - delta[None, :]), s, b, h, i, j, m_ok, captured, SCALE, whole == 0).to(k.dtype)
+                dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+                if E_TAIL > 0:
+                    dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)
+                if EV_TAIL > 0:
+                    dv_tail = tl.dot(p.to(k.dtype), do_tail, dv_tail, input_precision=PRECISION)
+
+    left: tl.constexpr = 1.0 if SCALE == 0.0 else SCALE
+    p_dk += b * dk_b + h_k * dk_h + j_low.to(tl.int64) * dk_l
+    p_dv += b * dv_b + h_k * dv_h + j_low.to(tl.int64) * dv_l
+    put(p_dk, dk * left, column, dk_l, dk_e, m_column, 0, E_MAIN, E)
+    put(p_dv, dv, column, dv_l, dv_e, m_column, 0, EV_MAIN, EV)
+    if E_TAIL > 0:
+        put(p_dk, dk_tail * left, column, dk_l, dk_e, m_column, E_MAIN, E_TAIL, E)
+    if EV_TAIL > 0:
+        put(p_dv, dv_tail, column, dv_l, dv_e, m_column, EV_MAIN, EV_TAIL, EV)
