@@ -103,6 +103,11 @@ class Options:
         return cls(**asked)  # type: ignore[arg-type]  # __post_init__ checks each type
 
 
+def environment_without(*names: str) -> dict[str, str]:
+    """The environment for a child process: this one's, but for `names`."""
+    return {name: value for name, value in os.environ.items() if name not in names}
+
+
 def configure_logging() -> None:
     """Log to stderr at the level that ATTNC_LOG names; without ATTNC_LOG leave logging as it is.
 
