@@ -52,20 +52,20 @@ def add_grads(d_score, s, b, h, i, j, m_ok, captured, captured_grads):
 
 
 @triton.jit
-def sink(b, h, captured):
-    """The logit without a value, float32; -inf: none."""
+def sink(b, h, i, captured):
+    """The logit of a row's sink, float32; -inf: none."""
     return float("-inf")
 
 
 @triton.jit
-def visit(i_low, i_high, S, b, h_low, h_high, captured):
-    """Keys that some row of i_low .. i_high (included) may keep, first and end; those that every one of them keeps."""
+def visit(b, h, i_low, i_high, L, S, captured):
+    """Keys that some row of i_low .. i_high - 1 may keep, first and end; those that every one of these rows keeps."""
     return 0, S, 0, S
 
 
 @triton.jit
-def visit_rows(j_low, j_high, L, b, h_low, h_high, captured):
-    """Rows that may keep some key of j_low .. j_high (included), first and end; those that keep every one of them."""
+def visit_rows(b, h, j_low, j_high, L, S, captured):
+    """Rows that may keep some key of j_low .. j_high - 1, first and end; those that keep every one of these keys."""
     return 0, L, 0, L
 
 
@@ -174,11 +174,11 @@ def flash_forward(
         first, full, masked = listed(p_counts, b, h, n, count, rows_b, rows_h, tl.cdiv(S, BLOCK_N))
         before = masked
     else:
-        low, high, full_low, full_high = visit(i_low, tl.minimum(i_low + BLOCK_M, L) - 1, S, b, h, h, captured)
+        low, high, full_low, full_high = visit(b, h, i_low, tl.minimum(i_low + BLOCK_M, L), L, S, captured)
         first, before, full, masked = split(low, high, full_low, full_high, S, i_low + BLOCK_M <= L, BLOCK_N)
 
     # A sink is a key of its own: weight 1 at its own logit, no value.
-    m = tl.max(sink(b, h, captured) * LOG2E + tl.zeros([BLOCK_M, 1], tl.float32), 1)
+    m = tl.max(tl.zeros([BLOCK_M, 1], tl.float32) + sink(b, h, i, captured), 1) * LOG2E
     total = tl.where(m > -INF, 1.0, 0.0)
     acc = tl.zeros([BLOCK_M, EV_MAIN], tl.float32)
     if EV_TAIL > 0:
@@ -268,7 +268,7 @@ def flash_dq(
         first, full, masked = listed(p_counts, b, h, n, count, rows_b, rows_h, tl.cdiv(S, BLOCK_N))
         before = masked
     else:
-        low, high, full_low, full_high = visit(i_low, tl.minimum(i_low + BLOCK_M, L) - 1, S, b, h, h, captured)
+        low, high, full_low, full_high = visit(b, h, i_low, tl.minimum(i_low + BLOCK_M, L), L, S, captured)
         first, before, full, masked = split(low, high, full_low, full_high, S, i_low + BLOCK_M <= L, BLOCK_N)
     for whole in tl.static_range(2):
         for t in tl.range(0, full if whole else masked):
@@ -346,7 +346,7 @@ def flash_dkv(
             first, full, masked = listed(p_counts, b, h, n, count, rows_b, rows_h, tl.cdiv(L, BLOCK_M))
             before = masked
         else:
-            low, high, full_low, full_high = visit_rows(j_low, tl.minimum(j_low + BLOCK_N, S) - 1, L, b, h, h, captured)
+            low, high, full_low, full_high = visit_rows(b, h, j_low, tl.minimum(j_low + BLOCK_N, S), L, S, captured)
             first, before, full, masked = split(low, high, full_low, full_high, L, j_low + BLOCK_N <= S, BLOCK_M)
         for whole in tl.static_range(2):
             for t in tl.range(0, full if whole else masked):
