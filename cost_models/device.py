@@ -62,7 +62,7 @@ def read_devices(path: Path, known: Table = EMPTY) -> Table:
     top = read_toml(path)
     limits = dict(known.limits)
     for name, table in as_table(top.pop("arch", {}), f"{path}: arch").items():
-        limits[_named(name, f"{path}: arch")] = read_table(Limits, table, f"{path}: arch {name}")
+        limits[_named(name, f"{path}: arch")] = _limits(table, f"{path}: arch {name}")
     devices: dict[str, Device] = {}
     raw = dict(known.raw)
     for name, value in top.items():
@@ -96,7 +96,28 @@ def _like(table: dict[str, object], known: Mapping[str, Mapping[str, object]], w
     return {**{key: value for key, value in known[other].items() if key not in OWN}, **table}
 
 
-def _gpu(name: str, table: dict[str, object], limits: Mapping[str, Limits], where: str) -> Gpu:
+def _limits(table: object, where: str) -> Limits:
+    limits = read_table(Limits, table, where)
+    if (limits.target is None) != bool(limits.no_target):
+        found = "neither" if limits.target is None else "both"
+        raise UsageError(f"{where}: found {found} of target and no_target, needed is one of them. Correct it.")
+    if limits.shared_per_block > limits.shared_per_sm:
+        raise UsageError(
+            f"{where}: shared_per_block: found {limits.shared_per_block} bytes, allowed is at most shared_per_sm, "
+            f"{limits.shared_per_sm} bytes. Correct one of them."
+        )
+    _check_unsure(limits.limits_unsure, figure_fields(Limits), f"{where}: limits_unsure")
+    return limits
+
+
+def _check_unsure(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    for name in names:
+        if name not in known:
+            near = did_you_mean(name, known) or " Leave it out."
+            raise UsageError(f"{where}: found {name[:60]!r}, allowed are names of fields, as {', '.join(known)}.{near}")
+
+
+def _gpu(name: str, table: Mapping[str, object], limits: Mapping[str, Limits], where: str) -> Gpu:
     arch = table.get("arch")
     if not isinstance(arch, str) or arch not in limits:
         near = did_you_mean(arch, limits) if isinstance(arch, str) else ""
@@ -121,23 +142,19 @@ def _gpu(name: str, table: dict[str, object], limits: Mapping[str, Limits], wher
                 f"{where}: matmul_seen.{key}: found {seen:g} FLOP/s, allowed is at most tensor.{key}, "
                 f"{gpu.tensor.get(key, 0.0):g} FLOP/s. Correct one of them."
             )
-    fields_of = {*figure_fields(Gpu), *(f"tensor.{key}" for key in gpu.tensor)}
-    for key in gpu.unsure:
-        if key not in fields_of:
-            raise UsageError(
-                f"{where}: unsure: found {key[:60]!r}, allowed are names of fields, as sms or tensor.bf16."
-            )
+    _check_unsure(gpu.unsure, [*figure_fields(Gpu), *(f"tensor.{key}" for key in gpu.tensor)], f"{where}: unsure")
     return gpu
 
 
-def _cpu(name: str, table: dict[str, object], where: str) -> Cpu:
-    rows = as_table(table.pop("engines", {}), f"{where}: engines")
+def _cpu(name: str, table: Mapping[str, object], where: str) -> Cpu:
+    rows = as_table(table.get("engines", {}), f"{where}: engines")
     if set(rows) != set(ENGINES):
         raise UsageError(
             f"{where}: engines: found {', '.join(rows)[:200] or 'none'}; needed are {', '.join(ENGINES)}, and no other."
         )
     engines = tuple((key, read_table(Engine, rows[key], f"{where}: engines.{key}")) for key in ENGINES)
-    return read_table(Cpu, table, where, name=name, engines=engines)
+    rest = {key: value for key, value in table.items() if key != "engines"}
+    return read_table(Cpu, rest, where, name=name, engines=engines)
 
 
 @lru_cache(maxsize=1)
@@ -193,13 +210,9 @@ def device_from_torch_name(name: str, capability: tuple[int, int] | None = None)
     found = _spellings(devices.values()).get(_plain(name))
     asked = "" if capability is None else f"{capability[0]}.{capability[1]}"
     if found is None:
-        kin = [d.name for d in devices.values() if isinstance(d, Gpu) and d.capability == asked]
-        hint = (
-            f" Those of its capability {asked} are {', '.join(kin)}: describe it in a device file like one."
-            if kin
-            else ""
-        )
-        raise UsageError(f"device {name!r}: no such GPU in the table." + (hint or " Describe it in a device file."))
+        kin = [d.name for d in devices.values() if isinstance(d, Gpu) and asked and d.capability == asked]
+        near = f" Those of its capability {asked} are {', '.join(kin)}." if kin else ""
+        raise UsageError(f"device {name!r}: no such GPU in the table.{near} Describe it in a device file.")
     gpu = devices[found]
     assert isinstance(gpu, Gpu)
     if asked and asked != gpu.capability:

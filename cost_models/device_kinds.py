@@ -176,9 +176,14 @@ class Gpu(Limits, Device):
                 return self.matmul_seen[name] / self.tensor[name]
         return next((share for start, share in MATMUL_SHARE.items() if self.arch.startswith(start)), DEFAULT_SHARE)
 
-    def ridge(self, dtype: str = "bf16") -> float:
-        """FLOP per byte of DRAM at which the tensor roof of `dtype` meets the memory's."""
-        return self.tensor[dtype] / self.bandwidth
+    @property
+    def half(self) -> str:
+        """The 16-bit type of its tensor rate: bf16, or fp16 before Ampere."""
+        return "bf16" if "bf16" in self.tensor else "fp16"
+
+    def ridge(self, dtype: str = "") -> float:
+        """FLOP per byte of DRAM at which the tensor roof of `dtype`, by default `half`, meets the memory's."""
+        return self.tensor[dtype or self.half] / self.bandwidth
 
     def engine(self, name: str) -> Engine:
         """Of a kernel family that nobody measured here: float32 products outside tensor cores, one exponential a score.
