@@ -18,6 +18,7 @@ from torch._dynamo.exc import RestartAnalysis
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
+from attnc.cost_models.device import Gpu, device_named
 from attnc.errors import AttncError, LoweringError, UsageError
 from attnc.options import Options, configure_logging
 from attnc.passes import shield
@@ -50,6 +51,7 @@ def attnc_backend(
     configure_logging()
     chosen = Options.from_torch(options, mode)
     checked_forms(chosen)
+    _check_place(chosen, device_of(example_inputs))
     place = place_of(example_inputs)
     analysis, rewritten = _rewritten(gm, example_inputs, chosen)
     _tell(analysis, place, chosen)
@@ -68,6 +70,15 @@ def attnc_backend(
     compiled = inner_compile(gm, example_inputs, chosen)
     _tell(analysis, place, chosen)
     return compiled
+
+
+def _check_place(options: Options, kind: str) -> None:
+    """Raises: UsageError where the options name a GPU and the model runs elsewhere."""
+    if options.device is not None and isinstance(device_named(options.device), Gpu) and kind != "cuda":
+        raise UsageError(
+            f"option device={options.device!r}: found a model on {kind}, allowed is one on a GPU. Move the model "
+            f"there, or use attnc.explain or attnc.autotune with device={options.device!r} for a GPU that is not here."
+        )
 
 
 def _rewritten(

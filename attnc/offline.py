@@ -24,13 +24,12 @@ from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
 from torch._dynamo.pgo import get_code_state
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
-from attnc.errors import CaptureError, UsageError, did_you_mean
+from attnc.errors import CaptureError, UsageError
 from attnc.options import Options
+from attnc.passes.choose import checked_forms
 from attnc.passes.hooks import table as hooks
 from attnc.passes.pipeline import analyse
 from attnc.report import Report
-
-DEVICES = ("cpu",)
 
 # Further than any run goes: a limit would make Dynamo run later frames without showing them.
 MAX_GRAPHS = 1 << 20
@@ -50,13 +49,16 @@ def explain(
 
     model:   an nn.Module or a function, compiled or not, run once on `args` and `kwargs` under the caller's grad mode,
              or a torch.export.ExportedProgram, read as it was exported (`args` and `kwargs` are not needed).
-    device:  the device that choices are made for; None is the CPU.
+    device:  the device that choices are made for, as "h100"; it need not be present. None: the one the model is on.
     options: as for torch.compile(backend="attnc").
 
     Lengths are those of the inputs; a dimension marked with torch._dynamo.mark_dynamic stays symbolic.
     Raises: UsageError if the model cannot be called like this or an option or device does not exist.
     """
-    chosen, target = _options(options), _device(device)
+    chosen = _options(options)
+    if device is not None:
+        chosen = replace(chosen, device=str(device))
+    checked_forms(chosen)
     if isinstance(model, torch.export.ExportedProgram):
         graphs = [_read(model.graph_module, _exported_inputs(model), chosen)]
         name = type(model).__name__
@@ -64,7 +66,7 @@ def explain(
         model = _as_written(model)
         name = getattr(model, "__qualname__", type(model).__name__)
         graphs = _graphs_of_run(model, name, chosen, args, kwargs)
-    report = replace(Report.merge(graphs), model=name, device=target)
+    report = replace(Report.merge(graphs), model=name, device=chosen.device or "cpu")
     if graphs:
         return report
     nothing = (
@@ -77,16 +79,6 @@ def explain(
 
 def _options(options: Options | Mapping[str, object] | None) -> Options:
     return options if isinstance(options, Options) else Options.from_torch(options)
-
-
-def _device(device: object) -> str:
-    name = "cpu" if device is None else str(device)
-    if name not in DEVICES:
-        raise UsageError(
-            f"explain for device={device!r}: no such device; known are {', '.join(DEVICES)}."
-            + (did_you_mean(name, DEVICES) or " Leave device out for the CPU.")
-        )
-    return name
 
 
 def _as_written(model: Any) -> Callable[..., Any]:

@@ -65,7 +65,8 @@ def attention(
     with torch.amp.autocast(query.device.type, enabled=False):
         query, rule = scaled_rows(query, key, captured, sizes, rule)
         captured, rule = without_lost_rows(key, captured, rule)
-        return form.cpu(query, key, value, captured, sizes, rule)
+        run = form.cpu if query.device.type == "cpu" else form.gpu
+        return run(query, key, value, captured, sizes, rule)
 
 
 library.impl("attention", attention, "CompositeImplicitAutograd")

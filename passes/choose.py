@@ -11,26 +11,37 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
-from attnc.cost_models.device import device_named
-from attnc.cost_models.roofline import seconds, written_cost
+import torch
+
+from attnc.cost_models.attention import written_seconds
+from attnc.cost_models.device import Device, Gpu, device_from_torch_name, device_named
+from attnc.errors import UsageError
 from attnc.forms import FORMS, Form, form_named, parse_form
 from attnc.options import Options
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice
 
 # A rewrite must be predicted this much faster: below it the prediction itself is not sure.
 GAIN = 0.95
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")  # types of devices, as torch names them, that forms are lowered for
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 def choose(region: AttentionRegion, options: Options) -> AttentionRegion:
-    """`region` with its choice made. Regions that differ only in place share one decision."""
-    bare = replace(region, path="", node="")
-    return replace(region, choice=_choose(bare, options.forms, options.force))
+    """`region` with its choice made, for the device that the options name or its tensors are on.
+
+    Regions that differ only in place share one decision. For a named GPU a region on the CPU counts as lying there.
+    """
+    try:
+        device = target_device(options.device, region.device)
+    except UsageError as exc:  # a GPU that is present and not in the table: nothing can be predicted for it
+        return replace(region, choice=Choice(AS_WRITTEN, str(exc).rstrip(".")))
+    there = replace(region, device="cuda") if isinstance(device, Gpu) else region
+    bare = replace(there, path="", node="")
+    return replace(there, choice=_choose(bare, options.forms, options.force, device))
 
 
 @lru_cache(maxsize=4096)
-def _choose(region: AttentionRegion, allowed: tuple[str, ...] | None, force: str | None) -> Choice:
+def _choose(region: AttentionRegion, allowed: tuple[str, ...] | None, force: str | None, device: Device) -> Choice:
     if region.rule.empty == "unknown":
         why = "a row may lose all its keys as no form reproduces it (several masks, a clamp, a mask of run-time data)"
         return Choice(AS_WRITTEN, why)
@@ -42,22 +53,25 @@ def _choose(region: AttentionRegion, allowed: tuple[str, ...] | None, force: str
         return Choice(AS_WRITTEN, f"no form is lowered for {region.device} yet, only for {', '.join(DEVICES)}")
     if force is not None:
         return _forced(region, parse_form(force))
-    offers, refused = _offers(region, allowed)
-    device = device_named(region.device)
-    written = seconds(written_cost(region, device), device, region.dtype)
+    offers, refused = _offers(region, allowed, device)
+    written = written_seconds(region, device)
     if not offers:
         return Choice(AS_WRITTEN, "every form refuses", written_s=written, refused=refused)
     offers.sort(key=lambda offer: offer[0])
     time, best = offers[0]
     offered = {form.spell(): taken for taken, form in offers}
     if time > GAIN * written:
-        at = crossover(region, allowed)
+        at = crossover(region, allowed, device)
         when = f"; from length {at} on it would" if at is not None else ""
-        figures = f"{time * 1e3:.2f} ms against {written * 1e3:.2f} ms as written"
+        figures = f"{_milliseconds(time)} against {_milliseconds(written)} as written"
         reason = f"{best.spell()} is not predicted to pay ({figures}){when}"
         return Choice(AS_WRITTEN, reason, written, written, refused, offered)
     reason = f"predicted {written / time:.1f}x faster than as written on {device.name}"
     return Choice(best.spell(), reason, time, written, refused, offered)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.{2 if seconds > 1e-4 else 3}f} ms"
 
 
 def _forced(region: AttentionRegion, form: Form) -> Choice:
@@ -68,13 +82,12 @@ def _forced(region: AttentionRegion, form: Form) -> Choice:
 
 
 def _offers(
-    region: AttentionRegion, allowed: tuple[str, ...] | None, *, search: bool = True
+    region: AttentionRegion, allowed: tuple[str, ...] | None, device: Device, *, search: bool = True
 ) -> tuple[list[tuple[float, Form]], dict[str, str]]:
     """(predicted seconds, form) of each form that applies, and the sentences of those that refuse.
 
     search: whether each form offers its best knobs, or only its default ones.
     """
-    device = device_named(region.device)
     chosen = FORMS if allowed is None else tuple(form_named(name) for name in allowed)
     offers, refused = [], {}
     for form in chosen:
@@ -84,7 +97,7 @@ def _offers(
                 refused[start.spell()] = why
                 continue
             best = start.space(region, device)[:1] if search else (start,)
-            offers += [(seconds(form.cost(region, device), device, region.dtype), form) for form in best]
+            offers += [(form.seconds(region, device), form) for form in best]
     return offers, refused
 
 
@@ -104,19 +117,19 @@ def _starts(form: type[Form]) -> list[Form]:
     return [form(**dict(zip(named, values, strict=True))) for values in product(*named.values())]
 
 
-def crossover(region: AttentionRegion, allowed: tuple[str, ...] | None = None) -> int | None:
+def crossover(region: AttentionRegion, allowed: tuple[str, ...] | None, device: Device) -> int | None:
     """The shortest of LENGTHS beyond the region's own at which some form would pay with its default knobs.
 
     A form that pays at one length pays at all longer ones: what does not pay at the longest is asked once only.
     """
-    device, shape = device_named(region.device), region.shape
+    shape = region.shape
     lengths = [length for length in LENGTHS if length > max(shape.L, shape.S)]
 
     def pays(length: int) -> bool:
         rows = length if shape.L == shape.S else shape.L
         longer = replace(region, shape=replace(shape, L=rows, S=length))
-        offers, _ = _offers(longer, allowed, search=False)
-        written = seconds(written_cost(longer, device), device, region.dtype)
+        offers, _ = _offers(longer, allowed, device, search=False)
+        written = written_seconds(longer, device)
         return bool(offers) and min(time for time, _ in offers) <= GAIN * written
 
     if not lengths or not pays(lengths[-1]):
@@ -124,8 +137,23 @@ def crossover(region: AttentionRegion, allowed: tuple[str, ...] | None = None) -
     return lengths[bisect_left(lengths, True, key=pays)]
 
 
+@lru_cache(maxsize=64)
+def target_device(name: str | None, kind: str) -> Device:
+    """The device that choices are made for: the one asked for, else the one that tensors of type `kind` are on.
+
+    Raises: UsageError for a name that is not in the table, or a GPU present that is not.
+    """
+    if name is not None:
+        return device_named(name)
+    if kind != "cuda" or not torch.cuda.is_available():
+        return device_named("cpu")
+    return device_from_torch_name(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+
+
 def checked_forms(options: Options) -> None:
-    """Raise a UsageError now if the options name a form that does not exist."""
+    """Raise a UsageError now if the options name a form or a device that does not exist."""
+    if options.device is not None:
+        device_named(options.device)
     for name in options.forms or ():
         form_named(name)
     if options.force is not None:

@@ -16,8 +16,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from attnc.cost_models.cost import Cost
-from attnc.cost_models.device import Device
-from attnc.errors import UsageError, did_you_mean
+from attnc.cost_models.device import Device, Gpu
+from attnc.cost_models.roofline import seconds
+from attnc.errors import LoweringError, UsageError, did_you_mean
 from attnc.region import AttentionRegion
 from attnc.rule_attention import AttentionRule
 
@@ -54,7 +55,17 @@ class Form(ABC):
 
     @abstractmethod
     def cost(self, region: AttentionRegion, device: Device) -> Cost:
-        """What one run of the region costs, forward, and backward where it trains."""
+        """What one run of the region costs on a CPU, forward, and backward where it trains."""
+
+    def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
+        """Predicted time of one run on a GPU, forward, and backward where it trains."""
+        raise self._no_gpu()
+
+    def seconds(self, region: AttentionRegion, device: Device) -> float:
+        """Predicted time of one run, forward, and backward where it trains."""
+        if isinstance(device, Gpu):
+            return self.gpu_seconds(region, device)
+        return seconds(self.cost(region, device), device, region.dtype)
 
     @abstractmethod
     def cpu(
@@ -67,6 +78,24 @@ class Form(ABC):
         rule: AttentionRule,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse in plain torch; differentiable, traceable."""
+
+    def gpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence,
+        rule: AttentionRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse on a GPU; differentiable, traceable."""
+        raise self._no_gpu()
+
+    def _no_gpu(self) -> LoweringError:
+        return LoweringError(
+            f"run {self.spell()} on a GPU: this form is lowered for the CPU only. Use flash, dense or "
+            "block_sparse{provider=flex}."
+        )
 
     @abstractmethod
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:

@@ -23,9 +23,10 @@ from attnc.codegen.cpu_blocked import blocked, most_groups
 from attnc.codegen.cpu_flex import flex
 from attnc.codegen.cpu_groups import Group, grouped, is_run
 from attnc.codegen.tiles import blocks, visited
+from attnc.cost_models.attention import flex_seconds
 from attnc.cost_models.cost import Cost
-from attnc.cost_models.device import Device
-from attnc.cost_models.roofline import attention_cost, seconds
+from attnc.cost_models.device import Device, Gpu
+from attnc.cost_models.roofline import attention_cost
 from attnc.errors import LoweringError
 from attnc.expr import TRUE
 from attnc.expr_text import spell
@@ -52,8 +53,12 @@ class BlockSparse(Form):
     def refuse(self, region: AttentionRegion) -> str | None:
         if region.kind != "attention":
             return f"block_sparse computes attention, found a region of kind {region.kind}; leave it as written."
-        if region.device != "cpu":
-            return f"block_sparse is lowered for the CPU, found a region on {region.device}; leave it as written."
+        if region.device != "cpu" and (region.device != "cuda" or self.provider != "flex"):
+            known = "CPU and GPU" if self.provider == "flex" else "the CPU"
+            return (
+                f"block_sparse{{provider={self.provider}}} is lowered for {known}, found a region on {region.device}; "
+                "leave it as written."
+            )
         if region.rule.dropout:
             return (
                 f"block_sparse keeps no random stream, found dropout {region.rule.dropout:g} active; "
@@ -64,18 +69,18 @@ class BlockSparse(Form):
 
     def _refuse_flex(self, region: AttentionRegion) -> str | None:
         rule = region.rule
-        if region.training:
+        if region.training and region.device == "cpu":
             return (
                 "block_sparse{provider=flex} has no backward on the CPU, found a region that trains; "
                 "use provider=blocked."
             )
         if region.dtype not in FLEX_DTYPES:
             return (
-                f"block_sparse{{provider=flex}} takes {', '.join(FLEX_DTYPES)} on the CPU, found {region.dtype}; "
+                f"block_sparse{{provider=flex}} takes {', '.join(FLEX_DTYPES)}, found {region.dtype}; "
                 "use provider=blocked."
             )
         moving = _symbolic_lookups(region)
-        if moving:
+        if moving and region.device == "cpu":
             return (
                 f"block_sparse{{provider=flex}} reads no table of symbolic length on the CPU (torch 2.13 compiles it "
                 f"wrongly), found lookups by {', '.join(moving)}; compile with dynamic=False, or use dense."
@@ -172,6 +177,9 @@ class BlockSparse(Form):
         moved = 2 * self._copied(region, groups) * item
         return attention_cost(region, engine, pairs, mask=True, launches=8 * len(groups), extra_bytes=moved)
 
+    def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
+        return flex_seconds(region, gpu, self._visits(region)[1])
+
     def _copied(self, region: AttentionRegion, groups: Sequence[Group]) -> int:
         """Numbers written beside the products: gathered keys and values, query rows, masks, and rows put in order."""
         s = region.shape
@@ -211,6 +219,17 @@ class BlockSparse(Form):
             out = settle_empty(out, alive, *given)
         return out, lse
 
+    def gpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence,
+        rule: AttentionRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cpu(query, key, value, captured, sizes, rule)  # FlexAttention has a template for each
+
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
         if self.provider == "flex":
             tried = [BlockSparse("flex", 128, 128)]
@@ -224,7 +243,7 @@ class BlockSparse(Form):
                 if n <= m and m <= max(64, region.shape.L)
             ]
         fits = [form for form in tried if form.refuse(region) is None]
-        return tuple(sorted(fits, key=lambda form: seconds(form.cost(region, device), device)))
+        return tuple(sorted(fits, key=lambda form: form.seconds(region, device)))
 
 
 def _band_of(rule: AttentionRule, length: int | torch.SymInt) -> tuple[int, int]:

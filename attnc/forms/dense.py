@@ -21,8 +21,10 @@ import torch
 from attnc.codegen.cpu_composed import composed
 from attnc.codegen.cpu_flash import Part, flash
 from attnc.codegen.cpu_scores import additive, as_tensor, constant_bias, factor_of, is_zero
+from attnc.codegen.gpu_sdpa import sdpa
+from attnc.cost_models.attention import library_seconds
 from attnc.cost_models.cost import Cost
-from attnc.cost_models.device import Device
+from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.roofline import attention_cost
 from attnc.expr import TRUE, Expr, I, J, sub, terms_of
 from attnc.forms.base import Form
@@ -42,8 +44,13 @@ class Dense(Form):
     def refuse(self, region: AttentionRegion) -> str | None:
         if region.kind != "attention":
             return f"dense computes attention, found a region of kind {region.kind}; leave it as written."
-        if region.device != "cpu":
-            return f"dense is lowered for the CPU, found a region on {region.device}; leave it as written."
+        if region.device not in ("cpu", "cuda"):
+            return f"dense is lowered for CPU and GPU, found a region on {region.device}; leave it as written."
+        if region.device == "cuda" and (linear_score(region.rule.score) is None or region.rule.sink is not None):
+            return (
+                "dense is SDPA on a GPU, found a score that is not linear in the product, or a sink; use flash or "
+                "block_sparse{provider=flex}."
+            )
         if region.rule.dropout:
             return (
                 f"dense keeps no random stream, found dropout {region.rule.dropout:g} active; "
@@ -67,6 +74,29 @@ class Dense(Form):
             pairs = s.L * s.S if offset else pairs
             return attention_cost(region, "flash", pairs, mask=True)
         return attention_cost(region, "flash", pairs)
+
+    def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
+        causal, rest = split_causal(region.rule.keep)
+        plain = rest == TRUE and region.rule.bias is None
+        by_flag = causal == 0 or (causal is not None and region.shape.L == 1 and causal == region.shape.S - 1)
+        masked = not plain or (causal is not None and not by_flag)
+        return library_seconds(region, gpu, causal=by_flag and not masked, masked=masked)
+
+    def gpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence,
+        rule: AttentionRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        given = (query, key, value, captured, sizes, rule)
+        causal, rest = split_causal(rule.keep)
+        out, lse = sdpa(*given, axes_of, causal=causal == 0 and rest == TRUE and rule.bias is None)
+        if rule.empty in SETTLED:
+            out = settle_empty(out, lse > -torch.inf, *given)
+        return out, lse
 
     def cpu(
         self,

@@ -72,7 +72,7 @@ def test_a_wrong_spelling_says_what_is_allowed(text: str, says: str) -> None:
             {"keep": "t0[b, j] == 1", "shape": AttentionShape(1, 8, 2, 64, 64, 64, 64, symbols={"S": "s0"})},
             "lookups by j",
         ),
-        (BlockSparse("flex"), {"device": "cuda"}, "lowered for the CPU"),
+        (BlockSparse("blocked"), {"device": "cuda"}, "lowered for the CPU"),
         (Dense(), {"rule": AttentionRule(dropout=0.1)}, "dropout 0.1"),
     ],
 )
