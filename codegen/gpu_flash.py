@@ -1,0 +1,290 @@
+"""Launch the flash kernels: widths, layouts, block lists, gradients of captured tensors and of sinks.
+
+Runs as it is on CPU tensors under Triton's interpreter, eagerly on a GPU, and traced (make_fx, AOTAutograd, Inductor)
+under symbolic lengths: nothing here depends on data.
+
+Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3 (what the backward keeps: out and log-sum-exp).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.library import wrap_triton
+
+from attnc.codegen.derivative import lookup_slopes
+from attnc.codegen.gpu_tables import BlockLists, block_lists
+from attnc.codegen.tiles import blocks, classify
+from attnc.codegen.triton_text import Slot
+from attnc.errors import UsageError
+from attnc.reading import Axis, read, span
+from attnc.rule_attention import AttentionRule, linear_score
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+SKIPS = ("range", "table")
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile and resources of one kernel."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class FlashKnobs:
+    """Schedule of the three kernels: forward, dq (dq_) and dk with dv (dkv_).
+
+    skip:      how tiles are skipped, by ranges of the mask's bounds or by tables of exact classes.
+    section:   heads that run side by side, block after block.
+    xcds:      dies with a cache of their own over which programs are spread (MI300X: 8); 1 on NVIDIA.
+    precision: of float32 products, "ieee" or "tf32".
+    """
+
+    block_m: int = 128
+    block_n: int = 64
+    warps: int = 4
+    stages: int = 3
+    dq_block_m: int = 64
+    dq_block_n: int = 64
+    dq_warps: int = 4
+    dq_stages: int = 2
+    dkv_block_m: int = 64
+    dkv_block_n: int = 64
+    dkv_warps: int = 4
+    dkv_stages: int = 2
+    skip: str = "range"
+    section: int = 1
+    xcds: int = 1
+    precision: str = "ieee"
+
+    @property
+    def forward(self) -> Launch:
+        return Launch(self.block_m, self.block_n, self.warps, self.stages)
+
+    @property
+    def dq(self) -> Launch:
+        return Launch(self.dq_block_m, self.dq_block_n, self.dq_warps, self.dq_stages)
+
+    @property
+    def dkv(self) -> Launch:
+        return Launch(self.dkv_block_m, self.dkv_block_n, self.dkv_warps, self.dkv_stages)
+
+    def spell(self) -> str:
+        """One line; `FlashKnobs.parse` reads it back."""
+        return f"flash{{{','.join(f'{f.name}={getattr(self, f.name)}' for f in fields(self))}}}"
+
+    @classmethod
+    def parse(cls, text: str) -> FlashKnobs:
+        """The knobs that `text` spells; those left out have their defaults. Raises: UsageError if it is not one."""
+        body = re.fullmatch(r"flash(?:\{([\w=,]*)\})?", text)
+        kinds = {f.name: type(f.default) for f in fields(cls)}
+        parts = [part.partition("=")[::2] for part in (body[1] or "").split(",") if part] if body else []
+        wrong = [name for name, given in parts if name not in kinds or (kinds[name] is int and not given.isdecimal())]
+        if body is None or wrong or len({name for name, _ in parts}) < len(parts):
+            raise UsageError(
+                f"parse the knobs {text!r}: found {wrong or 'no such spelling'}, allowed is flash{{name=value,...}} "
+                f"with each of {', '.join(kinds)} at most once, numbers as digits. Build it with FlashKnobs.spell()."
+            )
+        knobs = cls(**{name: kinds[name](given) for name, given in parts})  # type: ignore[arg-type]
+        if knobs.skip not in SKIPS or knobs.precision not in ("ieee", "tf32"):
+            raise UsageError(
+                f"parse the knobs {text!r}: found skip={knobs.skip} and precision={knobs.precision}, allowed are skip "
+                f"{' or '.join(SKIPS)} and precision ieee or tf32."
+            )
+        return knobs
+
+
+def widths(width: int, least: int = 16) -> tuple[int, int]:
+    """A head width as a power of two and a tail that is one or 0: 192 = 128 + 64, 80 = 64 + 16, 72 in 64 + 16."""
+    whole = max(least, 1 << (width - 1).bit_length())
+    half = whole // 2
+    tail = max(least, 1 << (width - half - 1).bit_length()) if half >= least else whole
+    return (whole, 0) if half + tail >= whole else (half, tail)
+
+
+def scale_of(rule: AttentionRule) -> float:
+    """The positive factor, where the score is nothing but `factor * s`; else 0, and the hole `score` says."""
+    parts = linear_score(rule.score)
+    alone = parts is not None and parts[1].is_const and parts[1].value == 0
+    return parts[0] if parts is not None and alone and 0 < parts[0] < math.inf else 0.0
+
+
+def empty_out(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Unwritten out and lse. out lies in memory as query does; 8-bit inputs give bfloat16."""
+    B, Hq, L, _ = query.shape
+    dtype = torch.bfloat16 if query.dtype in FLOAT8 else query.dtype
+    lse = query.new_empty(B, Hq, L, dtype=torch.float32)
+    if statically_known_true(query.stride(1) < query.stride(2)):
+        return query.new_empty(B, L, Hq, value.shape[3], dtype=dtype).transpose(1, 2), lse
+    return query.new_empty(B, Hq, L, value.shape[3], dtype=dtype), lse
+
+
+def forward(
+    kernels: ModuleType,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: Sequence[Tensor],
+    sizes: Sequence[int],
+    rule: AttentionRule,
+    knobs: FlashKnobs,
+) -> tuple[Tensor, Tensor]:
+    """out and lse by the kernels rendered for `rule`.
+
+    Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32.
+    """
+    out, lse = empty_out(query, value)
+    launch = knobs.forward
+    lists = _lists(query, key, captured, sizes, rule, knobs, launch)
+    given = _shared(query, key, value, rule, knobs, launch, lists)
+    given |= {"p_q": query, "p_k": key, "p_v": value, "p_out": out, "p_lse": lse, **_strides("o", out)}
+    programs = blocks(query.shape[2], launch.block_m) * query.shape[0] * query.shape[1]
+    _run(kernels.flash_forward, programs, given, launch, captured, sizes)
+    return out, lse
+
+
+def backward(
+    kernels: ModuleType,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    captured: Sequence[Tensor],
+    sizes: Sequence[int],
+    rule: AttentionRule,
+    knobs: FlashKnobs,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of query, key, value and of the captured tensors that `needs` names, in their order and dtypes."""
+    delta = (grad_out.float() * out.float()).sum(-1)
+    lse2 = torch.where(lse == -torch.inf, torch.inf, lse * LOG2E)  # no key: every weight is exp2(-inf)
+    buffers = {n: torch.zeros_like(t, dtype=torch.float32, memory_format=torch.contiguous_format)
+               for n, (t, need) in enumerate(zip(captured, needs, strict=True)) if need}  # fmt: skip
+    dq, dk, dv = (torch.empty_like(t) for t in (query, key, value))
+    B, Hq, L, _ = query.shape
+    known = {"p_q": query, "p_k": key, "p_v": value, "p_do": grad_out, "p_lse": lse2, "p_delta": delta}
+    known |= _strides("o", grad_out)
+
+    launch = knobs.dq
+    lists = _lists(query, key, captured, sizes, rule, knobs, launch)
+    given = known | _shared(query, key, value, rule, knobs, launch, lists) | {"p_dq": dq, **_strides("d", dq)}
+    _run(kernels.flash_dq, blocks(L, launch.block_m) * B * Hq, given, launch, captured, sizes, buffers)
+
+    launch = knobs.dkv
+    lists = _lists(query, key, captured, sizes, rule, knobs, launch, by_keys=True)
+    given = known | _shared(query, key, value, rule, knobs, launch, lists)
+    given |= {"p_dk": dk, "p_dv": dv, **_strides("dk", dk), **_strides("dv", dv)}
+    _run(kernels.flash_dkv, blocks(key.shape[2], launch.block_n) * B * key.shape[1], given, launch, captured, sizes)
+
+    if rule.sink is not None:
+        _add_sink_grads(buffers, delta, lse, query, captured, sizes, rule)
+    return dq, dk, dv, [buffer.to(captured[n].dtype) for n, buffer in buffers.items()]
+
+
+def _lists(query, key, captured, sizes, rule, knobs, launch, by_keys=False) -> BlockLists | None:
+    if knobs.skip == "range":
+        return None
+    (B, Hq, L, _), S = query.shape, key.shape[2]
+    tiles = classify(rule.keep, L, S, launch.block_m, launch.block_n, B=B, Hq=Hq, captured=captured, sizes=sizes,
+                     device=query.device)  # fmt: skip
+    return block_lists(tiles, L, S, by_keys=by_keys)
+
+
+def _strides(name: str, x: Tensor) -> dict[str, Any]:
+    return {f"{name}_{axis}": stride for axis, stride in zip("bhle", x.stride(), strict=True)}
+
+
+def _shared(query, key, value, rule, knobs, launch, lists) -> dict[str, Any]:
+    """Arguments that all kernels have."""
+    least = 32 if query.dtype in FLOAT8 else 16
+    E, EV = int(query.shape[3]), int(value.shape[3])
+    (e_main, e_tail), (ev_main, ev_tail) = widths(E, least), widths(EV, least)
+    rows_b, rows_h = (0, 0) if lists is None else lists.strides
+    return {
+        "p_list": None if lists is None else lists.order,
+        "p_counts": None if lists is None else lists.counts,
+        **_strides("q", query),
+        **_strides("k", key),
+        **_strides("v", value),
+        "rows_b": rows_b,
+        "rows_h": rows_h,
+        "Hq": query.shape[1],
+        "L": query.shape[2],
+        "S": key.shape[2],
+        "GROUP": int(query.shape[1] // key.shape[1]),
+        "E": E, "E_MAIN": e_main, "E_TAIL": e_tail, "EV": EV, "EV_MAIN": ev_main, "EV_TAIL": ev_tail,
+        "SCALE": scale_of(rule),
+        "PRECISION": knobs.precision,
+        "TABLE": lists is not None,
+        "SECTION": knobs.section,
+        "XCDS": knobs.xcds,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+    }
+
+
+def _run(kernel, programs, given: dict[str, Any], launch: Launch, captured, sizes, buffers=None) -> None:
+    """Run `kernel` on a grid of `programs`, what stands for `captured` bound by its names."""
+    given |= {name: _named(name, captured, sizes, buffers) for name in kernel.arg_names if name not in given}
+    given = {name: given[name] for name in kernel.arg_names}
+    if given["p_q"].device.type == "cpu":  # the interpreter, which is no kernel that torch could wrap
+        kernel[(programs,)](**given)
+    else:
+        wrap_triton(kernel)[(programs,)](**given, num_warps=launch.warps, num_stages=launch.stages)
+
+
+def _named(name: str, captured: Sequence[Tensor], sizes: Sequence[int], buffers: dict[int, Tensor] | None) -> Any:
+    """What a kernel's parameter stands for: t0 a tensor, t0_s1 its stride, t0_d1 its length, n0 a size, g0 a buffer."""
+    if name in ("captured", "captured_grads"):
+        return None  # an unfilled skeleton
+    base, _, part = name.partition("_")
+    number = int(base[1:])
+    if base[0] == "n":
+        return sizes[number]
+    if base[0] == "g":
+        assert buffers is not None, name
+        return buffers[number]
+    tensor = captured[number]
+    if not part:
+        return tensor
+    return tensor.stride(int(part[1:])) if part[0] == "s" else tensor.shape[int(part[1:])]
+
+
+def _add_sink_grads(buffers, delta, lse, query, captured, sizes, rule) -> None:
+    """d loss / d sink_i = -exp(sink_i - lse_i) delta_i, handed on to what the sink was looked up from."""
+    slots = [Slot(t.dtype, t.dim(), n in buffers) for n, t in enumerate(captured)]
+    slopes = lookup_slopes(rule.sink, slots)
+    if not slopes:
+        return
+    B, Hq = query.shape[:2]
+    axes: dict[str, Axis] = {name: span(name, 0, n, query.device) for name, n in (("b", B), ("h", Hq))}
+
+    def over_heads(e) -> Tensor:
+        value = torch.as_tensor(read(e, axes, captured, sizes), device=query.device)
+        return (value[..., 0, 0] if value.dim() == 4 else value).expand(B, Hq)
+
+    share = torch.where(lse == -torch.inf, 0.0, (over_heads(rule.sink).float()[..., None] - lse).exp())
+    d_sink = -(share * delta).sum(-1)
+    for load, slope in slopes:
+        table = buffers[load.args[0]]
+        at = [over_heads(x).clamp(0, table.shape[d] - 1) for d, x in enumerate(load.args[1:])]
+        given = d_sink * over_heads(slope).float()
+        if at:
+            table.index_put_(at, given, accumulate=True)
+        else:
+            table.add_(given.sum())
