@@ -107,6 +107,8 @@ def _mamba2(facts: Facts) -> Layer:
 def _mamba(facts: Facts) -> Layer:
     d = facts.need("d_model")
     width = facts.need("ssm_expand", 2) * d
+    if facts.fixed.get("ssm_own_width"):  # falcon-mamba writes a width that its expand does not give
+        width = facts.need("d_ff", width)
     rank = ceil(d / 16) if facts.find("ssm_rank")[1] == "auto" else facts.need("ssm_rank", ceil(d / 16))
     bias, conv_bias = facts.flag("proj_bias"), facts.flag("conv_bias", True)
     norms = bool(facts.fixed.get("ssm_norms"))

@@ -114,9 +114,16 @@ QWEN3_NEXT = Family(
 GEMMA = Family(defaults={"head_dim": 256, "tied": True})
 GEMMA2 = replace(GEMMA, mixers=one_in("window", "full", "window_pattern", 2), norms=4)
 DEEPSEEK = Family(mixers=every("mla"), ffns=first_dense, defaults=UNTIED, fixed=MLA)
-GPT2 = Family(norm_bias=True, defaults={"tied": True}, fixed={**ALL_BIAS, "plain_ffn": True, "d_ff_of_d": 4})
+GPT2 = Family(
+    norm_bias=True, defaults={"tied": True}, fixed={**ALL_BIAS, "plain_ffn": True, "d_ff_of_d": 4, "kv_heads": None}
+)
 MAMBA = Family(
-    mixers=every("mamba"), block="mixer", norms=1, linear="mamba", defaults={"tied": True}, fixed={"ffn_bias": False}
+    mixers=every("mamba"),
+    block="mixer",
+    norms=1,
+    linear="mamba",
+    defaults={"tied": True},
+    fixed={"ssm_own_width": True},
 )
 BAMBA = Family(mixers=listed("attn_layer_indices", "full", "mamba2"), linear="mamba2", defaults=UNTIED)
 NEMOTRON_H = Family(
@@ -228,7 +235,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gpt2": replace(GPT2, fixed={**GPT2.fixed, "learned": True}),
     "opt": replace(GPT2, fixed={**GPT2.fixed, "learned": True, "extra_positions": 2}),
-    "bloom": replace(GPT2, final_norms=2),
+    "bloom": replace(GPT2, final_norms=2, fixed={**GPT2.fixed, "d_ff": None}),
     "gpt_neox": replace(GPT2, defaults=UNTIED),
     "mamba": MAMBA,
     "falcon_mamba": MAMBA,
