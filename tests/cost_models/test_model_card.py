@@ -94,7 +94,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "stablelm": {"use_qkv_bias": True},
     "starcoder2": {},
     "gpt2": {**GPT2, "intermediate_size": None},
-    "opt": {"ffn_dim": 90, "word_embed_proj_dim": 64, "max_position_embeddings": 50},
+    "opt": {"ffn_dim": 90, "intermediate_size": None, "word_embed_proj_dim": 64, "max_position_embeddings": 50},
     "bloom": {"n_layer": 3, "n_head": 4},
     "gpt_neox": {},
     "mamba": {"state_size": 6, "num_hidden_layers": 3},
