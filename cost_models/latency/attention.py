@@ -1,0 +1,166 @@
+"""Latency of softmax attention: prompt (causal), one new token against a cache, encoder.
+
+Prompt and encoder: tiles of 128 query rows; each row block costs its matrix products, one exponential a score, and the
+longest row is added because the last block runs alone. Decode: the cache is read once, from L2 as far as it fits.
+
+Source: Dao 2023, arXiv:2307.08691 (tiles, FLOP); Shah et al. 2024, arXiv:2407.08608 (exponentials beside products).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sympy import symbols
+
+from attnc.cost_models.latency.terms import (
+    TRAFFIC,
+    Coefficient,
+    Model,
+    bf16,
+    causal_pairs,
+    clock,
+    exp2_rate,
+    largest,
+    least,
+    peak,
+    power,
+    smem,
+    sms,
+    symbol,
+    tiles,
+    traffic,
+)
+
+batch, seq, keys, q_heads, kv_heads, head_dim, window, item = symbols(
+    "batch seq keys q_heads kv_heads head_dim window item"
+)
+C = symbol
+
+
+def _prefill() -> Model:
+    work = batch * q_heads
+    rows = tiles(seq, 64) * 64
+    wide = tiles(head_dim, 64) * 64
+    is_fp8 = 2 - item
+    scores = work * causal_pairs(rows, window, 128, C("pad_keys"))
+    blocks = work * tiles(seq, 128)
+    crowd = 1 + C("narrow") / (1 + (C("fit") * smem / (512 * wide)) ** 6)
+    rate = C("efficiency") * bf16 * C("fp8_gain") ** is_fp8 / crowd
+    softmax = C("exp_share") * 1 / (sms * clock * exp2_rate)
+    score_s = 4 * wide / rate + softmax
+    products = scores * score_s + blocks * C("prologue") / (sms * clock)
+    longest = (least(window + 128 + C("pad_keys"), seq) + C("pad_keys")) * 128 * sms * score_s
+    pairs = seq * least(window, seq) - least(window, seq) ** 2 / 2
+    power_s = 4 * work * pairs * head_dim * C("joule_per_flop") * 1e-12 / power
+    qkv = batch * seq * head_dim * (2 * q_heads + 2 * kv_heads) * 2
+    cache = batch * seq * head_dim * kv_heads * 2 * (2 + item)
+    moved = traffic(qkv + cache, qkv + cache)
+    fixed = C("launch") / clock
+    seconds = fixed + largest(products, power_s) + C("tail") * longest + moved
+    return Model(
+        "attn_prefill",
+        (batch, seq, q_heads, kv_heads, head_dim, window, item),
+        (
+            Coefficient("launch", 16000, "cycles", "launch, drain and the kernels beside", low=100),
+            Coefficient("efficiency", 0.75, "1", "share of the matrix peak of full tiles", True, 0.1, 1.0, 0.2),
+            Coefficient("fp8_gain", 1.2, "1", "rate of fp8 over bf16 products", True, 0.5, 2.0),
+            Coefficient("narrow", 0.25, "1", "loss where the tiles of a wide head crowd shared memory", high=2),
+            Coefficient("fit", 0.9, "1", "share of shared memory that tiles may take", low=0.3, high=2, spread=0.2),
+            Coefficient("pad_keys", 96, "keys", "keys visited beyond the triangle, a row", low=1, high=512),
+            Coefficient("exp_share", 0.7, "1", "exponentials not hidden behind products", True, 0.01, 4, 0.3),
+            Coefficient("joule_per_flop", 1.5, "pJ/FLOP", "energy of the matrix work", low=0.2, high=3),
+            Coefficient("prologue", 2000, "cycles", "start and end of a row block", low=10, high=20000),
+            Coefficient("tail", 0.5, "1", "share of the longest row that is not overlapped", low=0.01, high=3),
+            *TRAFFIC,
+        ),
+        seconds,
+        fixed,
+        4 * work * pairs * head_dim,
+        batch * seq * head_dim * (2 * q_heads + 2 * kv_heads) * 2,
+    )
+
+
+def _encoder() -> Model:
+    wide = tiles(head_dim, 16) * 16
+    blocks = batch * q_heads * tiles(seq, 128)
+    padded = tiles(seq, 64) * 64
+    rate = C("efficiency") * peak
+    block_s = padded * (4 * 128 * wide * sms / rate + C("exp_share") * 128 / (clock * exp2_rate)) + C("prologue") / clock
+    products = blocks * block_s / sms
+    power_s = 4 * batch * q_heads * seq**2 * head_dim * C("joule_per_flop") * 1e-12 / power
+    qkv = 4 * batch * seq * head_dim * q_heads * 2
+    moved = traffic(qkv, qkv)
+    fixed = C("launch") / clock
+    seconds = fixed + largest(products, power_s) + C("tail") * block_s + moved
+    return Model(
+        "attn_encoder",
+        (batch, seq, q_heads, head_dim),
+        (
+            Coefficient("launch", 12000, "cycles", "launch, drain and the kernels beside", low=100),
+            Coefficient("efficiency", 0.6, "1", "share of the matrix peak of full tiles", True, 0.1, 1.2),
+            Coefficient("exp_share", 0.5, "1", "exponentials not hidden behind products", True, 0.01, 4),
+            Coefficient("joule_per_flop", 1.2, "pJ/FLOP", "energy of the matrix work", low=0.2, high=3),
+            Coefficient("prologue", 1000, "cycles", "start and end of a block", low=10, high=10000),
+            Coefficient("tail", 0.5, "1", "share of one block that is not overlapped", low=0.01, high=3),
+            *TRAFFIC,
+        ),
+        seconds,
+        fixed,
+        4 * batch * q_heads * seq**2 * head_dim,
+        qkv,
+    )
+
+
+def _decode() -> Model:
+    reach = least(window, keys)
+    cache = batch * reach * kv_heads * head_dim * 2 * item
+    rest = batch * head_dim * (2 * q_heads + 4 * kv_heads) * 2
+    elements = batch * reach * kv_heads * head_dim * 2
+    group = tiles(q_heads / kv_heads, 16) * 16
+    products = 4 * batch * kv_heads * group * reach * head_dim / (C("efficiency") * bf16)
+    softmax = batch * q_heads * reach / (sms * clock * exp2_rate) * C("exp_share")
+    total = cache + rest
+    moved = traffic(total, total)
+    convert = (2 - item) * elements / (sms * clock * C("convert_rate"))
+    fixed = C("launch") / clock
+    chain = C("chain") * reach / (reach + C("split")) / clock
+    seconds = fixed + chain + moved + products + softmax + convert + batch * kv_heads * C("block") / (sms * clock)
+    return Model(
+        "attn_decode",
+        (batch, keys, q_heads, kv_heads, head_dim, window, item),
+        (
+            Coefficient("launch", 12000, "cycles", "launch, drain and the kernels beside", low=100),
+            Coefficient("chain", 5000, "cycles", "sequential part of a long cache: splits and their merge", low=10),
+            Coefficient("split", 1000, "keys", "keys at which half of it shows", low=16, high=1e5),
+            *TRAFFIC,
+            Coefficient("efficiency", 0.4, "1", "share of the matrix peak", True, 0.02, 1.2),
+            Coefficient("exp_share", 0.5, "1", "exponentials not hidden", low=0.01, high=10),
+            Coefficient("convert_rate", 64, "1/cycle/SM", "fp8 elements widened", low=4, high=2000),
+            Coefficient("block", 500, "cycles", "start and end of a block", low=1, high=20000),
+        ),
+        seconds,
+        fixed,
+        4 * batch * q_heads * reach * head_dim,
+        cache,
+    )
+
+
+MODELS = {model.name: model for model in (_prefill(), _encoder(), _decode())}
+ITEM = {"bf16": 2.0, "fp8": 1.0, "bf16_kvfp8": 1.0}
+
+
+def encode(kind: str, shape: Mapping) -> tuple[str, tuple[float, ...]]:
+    """The model of the call and its numeric columns."""
+    item = ITEM[shape["dtype"]]
+    if kind == "attn_encoder":
+        return kind, (shape["batch"], shape["seq_q"], shape["q_heads"], shape["head_dim"])
+    length = shape["seq_q"] if kind == "attn_prefill" else shape["seq_kv"]
+    return kind, (
+        shape["batch"],
+        length,
+        shape["q_heads"],
+        shape["kv_heads"],
+        shape["head_dim"],
+        shape["window"] or length,
+        item,
+    )

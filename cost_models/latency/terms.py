@@ -1,0 +1,139 @@
+"""Physical terms that the latency formulas share: symbols of a device, tiles, waves, residency in L2, the power limit.
+
+Every formula is a sympy expression of three sorts of symbols: columns of the shape, figures of the device (SI units)
+and coefficients (`coefficients.json`). Sizes are positive; `largest` and `least` are left unevaluated, because sympy
+would compare their arguments.
+
+Source: Williams, Waterman, Patterson 2009, "Roofline", doi:10.1145/1498765.1498785; shared/measurements/README.md,
+"Terms that paid".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import sympy
+from sympy import Expr, Max, Min, Symbol, ceiling, symbols
+
+# Figures of a device: FLOP/s of the matrix units in the operands' type and in bf16, bytes/s, bytes, multiprocessors,
+# Hz, W, bytes of shared memory of a multiprocessor, exponentials and float32 FMAs per clock and multiprocessor; halves
+# of L2 (what both sides read is kept twice), whether matrix instructions run asynchronously (wgmma, tcgen05).
+peak, bf16, mem, l2, sms, clock, power, smem, exp2_rate, fma_rate, l2_halves, asynchronous = symbols(
+    "peak bf16 mem l2 sms clock power smem exp2_rate fma_rate l2_halves asynchronous"
+)
+FIGURES: tuple[Symbol, ...] = (
+    peak,
+    bf16,
+    mem,
+    l2,
+    sms,
+    clock,
+    power,
+    smem,
+    exp2_rate,
+    fma_rate,
+    l2_halves,
+    asynchronous,
+)
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    """One fitted constant. start: expected value, spread: how sure that is (factor exp(spread) either way); low, high:
+    where the fit may end; per_class: one value for each class of matrix instruction (sm80, sm90 ...), inherited where
+    no table shows the class."""
+
+    name: str
+    start: float
+    unit: str
+    meaning: str
+    per_class: bool = False
+    low: float = 1e-12
+    high: float = 1e12
+    spread: float = 0.7
+    class_spread: float = 0.12
+
+
+@dataclass(frozen=True)
+class Model:
+    """The latency of one kind of call (one `stage` of it).
+
+    columns: numeric columns of the shape, in order, as `encode` gives them. seconds: the formula; fixed: the part of
+    it that stays when all sizes are one; flops, bytes: the work no kernel can avoid, for the roofs.
+    """
+
+    name: str
+    columns: tuple[Symbol, ...]
+    coefficients: tuple[Coefficient, ...]
+    seconds: Expr
+    fixed: Expr
+    flops: Expr
+    bytes: Expr
+    regimes: tuple[float, ...] = field(default=(0.5,))
+
+    @property
+    def floor(self) -> Expr:
+        """No kernel is faster: matrix work at peak; bytes that L2 cannot keep from one call to the next."""
+        return largest(self.flops / peak, (self.bytes - l2) / mem)
+
+    @property
+    def latency(self) -> Expr:
+        return largest(self.seconds, self.floor)
+
+    @property
+    def roofline(self) -> Expr:
+        """The peak roofline, for comparison."""
+        return largest(self.flops / peak, self.bytes / mem)
+
+    @property
+    def arguments(self) -> tuple[Symbol, ...]:
+        return self.columns + FIGURES + tuple(symbol(c.name) for c in self.coefficients)
+
+
+def symbol(name: str) -> Symbol:
+    return Symbol(name)
+
+
+def largest(*terms: Expr | float) -> Expr:
+    return Max(*terms, evaluate=False)
+
+
+def least(*terms: Expr | float) -> Expr:
+    return Min(*terms, evaluate=False)
+
+
+def tiles(size: Expr, tile: Expr | int) -> Expr:
+    """Tiles of `tile` that cover `size`."""
+    return ceiling(size / tile)
+
+
+def smooth_largest(a: Expr, b: Expr, sharpness: float = 3.0) -> Expr:
+    """Two roofs that overlap imperfectly: between their maximum and their sum."""
+    return (a**sharpness + b**sharpness) ** (1 / sharpness)
+
+
+def spill(footprint: Expr, kept: Expr, sharpness: float = 3.0) -> Expr:
+    """Share of repeated traffic that misses L2: 0 for a footprint far below the `kept` bytes, 1 far above."""
+    ratio = (footprint / kept) ** sharpness
+    return ratio / (1 + ratio)
+
+
+def traffic(total: Expr, resident: Expr) -> Expr:
+    """Seconds to move `total` bytes of which `resident` are wanted again by the next call: from memory as far as L2
+    does not keep them, and all through L2. Coefficients: mem_share, kept, l2_rate."""
+    dram = total / (symbol("mem_share") * mem) * spill(resident, symbol("kept") * l2 / l2_halves)
+    return smooth_largest(dram, total / (sms * clock * symbol("l2_rate")))
+
+
+TRAFFIC = (
+    Coefficient("mem_share", 0.85, "1", "share of the memory's bandwidth", low=0.2, high=1.1, spread=0.15),
+    Coefficient("kept", 0.8, "1", "share of one half of L2 that keeps data between calls", low=0.05, high=3, spread=0.3),
+    Coefficient("l2_rate", 30, "B/cycle/SM", "bytes through L2", low=1, high=200, spread=0.5),
+)
+
+
+def causal_pairs(length: Expr, window: Expr, rows: Expr | float, pad: Expr | float) -> Expr:
+    """Pairs of query and key that tiles of `rows` queries visit for one head: a triangle cut to the window and one
+    tile, and the overshoot of `pad` keys at the diagonal."""
+    reach = least(window + rows + pad, length)
+    return length * reach - reach**2 / 2 + length * pad
