@@ -64,13 +64,14 @@ class Device(ABC):
 class Cpu(Device):
     """A CPU at a number of threads. `dtype_speed` multiplies rates for types other than float32.
 
-    In a file the figures are those of one thread; `bandwidth_threads` of them saturate the memory.
+    In a file the figures are those of one thread; `bandwidth_threads` of them saturate the memory. matmul: a large
+    float32 product. exps: scores per second of a softmax spelled out. launch_s: of one operation.
     """
 
     kind: ClassVar[str] = "cpu"
     bandwidth_threads: int = figure("integer", 1, 4096, "threads")
     matmul: float = figure("number", 1e6, 1e15, "FLOP/s")
-    exps: float = figure("number", 1e6, 1e15, "exponentials/s")
+    exps: float = figure("number", 1e6, 1e15, "scores/s")
     launch_s: float = figure("number", 0, 1, "s")
     dtype_speed: Mapping[str, float] = figure(
         "figures", 1e-3, 1e3, "times float32", names=("float64", "bfloat16", "float16"), default=Figures()
