@@ -119,7 +119,6 @@ class Layer:
     """What all layers answer; the defaults are those of a layer that does not mix tokens."""
 
     kind: ClassVar[str] = "layer"
-    kv_elements: ClassVar[int] = 0
 
     @property
     def products(self) -> tuple[Product, ...]:
@@ -144,6 +143,10 @@ class Layer:
 
     def mixing(self, phase: str, how: Conventions) -> Mixing:
         return NO_MIXING
+
+    @property
+    def kv_elements(self) -> int:
+        return 0
 
     @property
     def state_elements(self) -> int:

@@ -61,7 +61,7 @@ class Attention(Layer):
         return Mixing(pair=4 * self.heads * self.head_dim, reach=self.span)
 
     @property
-    def kv_elements(self) -> int:  # type: ignore[override]
+    def kv_elements(self) -> int:
         return 2 * self.kv_heads * self.head_dim
 
 
@@ -102,7 +102,7 @@ class LatentAttention(Layer):
         return self.q_rank + self.kv_rank
 
     @property
-    def kv_elements(self) -> int:  # type: ignore[override]
+    def kv_elements(self) -> int:
         return self.kv_rank + self.rope
 
     def mixing(self, phase: str, how: Conventions) -> Mixing:
