@@ -1,0 +1,400 @@
+"""Records: what tuning found, one JSON file per region, device, dtype and versions; the time of every setting tried.
+
+A file is read strictly and never executed; it is replaced in one step, under a lock that dies with its holder, and what
+two processes found for one key is merged. Nothing depends on clocks: `date` is for people.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
+from functools import cache
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: writers are then not kept apart
+    fcntl = None  # type: ignore[assignment]
+
+from attnc import __version__
+from attnc.errors import ArtifactError
+
+log = logging.getLogger("attnc.records")
+
+VERSION = 1
+PARTS = ("attnc_record", "key", "shape", "seed", "date", "default", "best", "timings")
+MOST_BYTES = 64 << 20
+SHORTEST, LONGEST = 1e-9, 1e5  # seconds a kernel may take
+SPELLING = re.compile(r"\w+(\{[\w.+=,\- ]*\})?")
+DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
+WORD = re.compile(r"[\w.+\-]{1,80}")
+AGAIN = "Tune again with `attnc tune`, or delete the file."
+
+
+@cache
+def triton_version() -> str:
+    """The installed Triton's version; "none" without one."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+@dataclass(frozen=True)
+class RecordKey:
+    """What a tuning result is for, and what it was made by. kernel: hash of the kernel's source."""
+
+    region: str
+    device: str
+    dtype: str
+    kernel: str
+    attnc: str = __version__
+    triton: str = field(default_factory=triton_version)
+
+    @property
+    def what(self) -> str:
+        return f"{self.region} on {self.device} in {self.dtype}"
+
+    @property
+    def made_by(self) -> str:
+        return f"attnc {self.attnc}, Triton {self.triton}, kernel {self.kernel[:12]}"
+
+    @property
+    def stem(self) -> str:
+        """Start of the names of all files for this region, device and dtype."""
+        return f"{_file_word(self.device)}-{_file_word(self.dtype)}-{_digest(self.region, self.device, self.dtype)}"
+
+    @property
+    def file(self) -> str:
+        return f"{self.stem}-{_digest(self.attnc, self.triton, self.kernel)}.json"
+
+
+def _digest(*words: str) -> str:
+    return sha256("\0".join(words).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def _file_word(word: str) -> str:
+    return re.sub(r"[^\w.]", "_", word)[:40]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one setting by closed form, compiled, measured with a relative `error`; or why it failed."""
+
+    predicted_s: float | None = None
+    compiled_s: float | None = None
+    measured_s: float | None = None
+    error: float | None = None
+    failure: str | None = None
+
+    def at(self, fidelity: str) -> float | None:
+        """Seconds at "predict", "compile" or "measure"; None where unknown or the setting failed."""
+        return None if self.failure else getattr(self, TIMES[fidelity])
+
+    def merged(self, later: Timing) -> Timing:
+        """Both: a failure stays; of two measured times the slower one, so that luck never wins."""
+        measured = [t for t in (self, later) if t.measured_s is not None]
+        kept = max(measured, key=lambda t: (_or(t.measured_s, 0.0), _or(t.error, 0.0)), default=later)
+        return Timing(
+            _or(later.predicted_s, self.predicted_s),
+            _or(later.compiled_s, self.compiled_s),
+            kept.measured_s,
+            kept.error,
+            _or(self.failure, later.failure),
+        )
+
+
+TIMES = {"predict": "predicted_s", "compile": "compiled_s", "measure": "measured_s"}
+
+
+def _or(value: Any, other: Any) -> Any:
+    return other if value is None else value
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def best_of(timings: Mapping[str, Timing], default: str) -> str | None:
+    """The fastest setting at the dearest fidelity at which the default has a time, where it beats the default.
+
+    A difference within the spread of the two measured times is a tie, and ties go to the default. Where the default
+    failed, the fastest at the dearest fidelity of any; None where every setting failed.
+    """
+    base = timings.get(default, Timing())
+    for fidelity in reversed(TIMES):
+        held = base.at(fidelity)
+        if held is None and default in timings and not base.failure:
+            continue
+        times = sorted((s, name) for name, t in timings.items() if (s := t.at(fidelity)) is not None)
+        if times and held is None:
+            return times[0][1]
+        for seconds, name in times:
+            spreads = (timings[name].error, base.error) if fidelity == "measure" else ()
+            if seconds < held * (1 - min(1.0, math.hypot(*(_or(e, 0.0) for e in spreads)))):
+                return name
+        if times:
+            return default
+    return None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A tuning result. shape: sizes the times are for. timings: by spelling, every setting tried."""
+
+    key: RecordKey
+    default: str
+    timings: Mapping[str, Timing] = field(hash=False)
+    shape: Mapping[str, int] = field(default_factory=dict, hash=False)
+    seed: int = 0
+    date: str = field(default_factory=_now, compare=False)
+
+    @property
+    def best(self) -> str | None:
+        """Spelling of the setting to use, never slower than the default; None where every setting failed."""
+        return best_of(self.timings, self.default)
+
+    def merged(self, later: Record) -> Record:
+        """What both know; where they differ in what follows from the key, `later` is kept."""
+        timings = dict(self.timings)
+        for name, timing in later.timings.items():
+            timings[name] = timings[name].merged(timing) if name in timings else timing
+        return replace(later, timings=timings)
+
+    def to_json(self) -> str:
+        """The record as JSON text; `from_json` reads it back."""
+        body = {
+            "attnc_record": VERSION,
+            "key": asdict(self.key),
+            "shape": dict(self.shape),
+            "seed": self.seed,
+            "date": self.date,
+            "default": self.default,
+            "best": self.best,
+            "timings": {n: {k: v for k, v in asdict(t).items() if v is not None} for n, t in self.timings.items()},
+        }
+        return json.dumps(body, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "a record") -> Record:
+        """The record that `text` holds. Raises: ArtifactError if it holds none, or one of another version."""
+        return _record(_Reader(where), text)
+
+
+# Reading.
+
+
+class _Reader:
+    """Checks of values from a file; each failure names the file and the place in it."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def fail(self, found: str, allowed: str) -> NoReturn:
+        raise ArtifactError(f"read {self.where}: found {found[:200]}; allowed is {allowed}. {AGAIN}")
+
+    def table(self, value: object, place: str) -> dict[str, Any]:
+        if type(value) is not dict:
+            self.fail(f"{type(value).__name__} as {place}", "an object")
+        return value
+
+    def keys(self, value: dict[str, Any], place: str, known: tuple[str, ...], needed: tuple[str, ...]) -> None:
+        odd = [k for k in value if k not in known] + [f"no {k}" for k in needed if k not in value]
+        if odd:
+            self.fail(f"{odd[0]!r} in {place}", ", ".join(known))
+
+    def text(self, value: object, place: str, pattern: re.Pattern[str] | None = None, most: int = 4096) -> str:
+        if type(value) is not str or not 0 < len(value) <= most or not value.isprintable():
+            self.fail(f"{value!r:.80} as {place}", f"a printable text of 1 to {most} characters")
+        if pattern is not None and not pattern.fullmatch(value):
+            self.fail(f"{value!r:.80} as {place}", f"a text like {pattern.pattern}")
+        return value
+
+    def number(self, value: object, place: str, low: float, high: float) -> float:
+        if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]
+            self.fail(f"{value!r:.80} as {place}", f"a number from {low:g} to {high:g}")
+        return float(value)  # type: ignore[arg-type]
+
+    def count(self, value: object, place: str) -> int:
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            self.fail(f"{value!r:.80} as {place}", "a whole number from 0 to 2^63")
+        return value
+
+
+def _object(reader: _Reader, text: str | bytes) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            reader.fail("a name given twice in one object", "each name once")
+        return found
+
+    def constant(word: str) -> NoReturn:
+        reader.fail(word, "finite numbers")
+
+    if len(text) > MOST_BYTES:
+        reader.fail(f"{len(text)} bytes", f"at most {MOST_BYTES}")
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        found = json.loads(decoded, object_pairs_hook=once, parse_constant=constant)
+    except (ValueError, RecursionError) as exc:
+        reader.fail(f"no JSON ({' '.join(str(exc).split())})", "a JSON object in UTF-8")
+    return reader.table(found, "the whole")
+
+
+def _record(reader: _Reader, text: str | bytes) -> Record:
+    data = _object(reader, text)
+    if type(data.get("attnc_record")) is not int or data["attnc_record"] != VERSION:
+        reader.fail(f"version {data.get('attnc_record')!r:.40}", f"version {VERSION}")
+    reader.keys(data, "the record", PARTS, PARTS)
+    key = reader.table(data["key"], "key")
+    parts = tuple(f.name for f in fields(RecordKey))
+    reader.keys(key, "key", parts, parts)
+    for part in parts:
+        reader.text(key[part], f"key {part}", None if part == "region" else WORD)
+    shape = reader.table(data["shape"], "shape")
+    timings = {
+        reader.text(name, "a setting", SPELLING): timing_of(body, f"timing of {name:.80}", reader)
+        for name, body in reader.table(data["timings"], "timings").items()
+    }
+    date = reader.text(data["date"], "date", DATE)
+    record = Record(
+        RecordKey(**key),
+        reader.text(data["default"], "default", SPELLING),
+        timings,
+        {reader.text(name, "a size", WORD): reader.count(size, f"size {name}") for name, size in shape.items()},
+        reader.count(data["seed"], "seed"),
+        date,
+    )
+    if data["best"] != record.best:
+        reader.fail(f"{data['best']!r:.80} as best", f"{record.best!r}, which follows from its timings")
+    return record
+
+
+def timing_of(body: object, place: str, reader: _Reader | None = None) -> Timing:
+    """The timing that a table read from a file holds. Raises: ArtifactError if it holds none."""
+    reader = reader or _Reader(place)
+    given = reader.table(body, place)
+    reader.keys(given, place, tuple(f.name for f in fields(Timing)), ())
+    read: dict[str, Any] = {}
+    for part, value in given.items():
+        if part == "failure":
+            read[part] = reader.text(value, f"{part} in {place}")
+        else:
+            limits = (0.0, 100.0) if part == "error" else (SHORTEST, LONGEST)
+            read[part] = reader.number(value, f"{part} in {place}", *limits)
+    return Timing(**read)
+
+
+# Keeping.
+
+
+class Records:
+    """A folder of records. Where it cannot be written, one warning, and results stay in this object."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self._kept: dict[RecordKey, Record] = {}
+        self._said: set[str] = set()
+
+    def find(self, key: RecordKey) -> Record | None:
+        """The record for `key`; a warning where there is none but one that other versions made, or it is broken."""
+        stored, kept = self._read(key), self._kept.get(key)
+        found = stored.merged(kept) if stored and kept else stored or kept
+        if found is None:
+            for sentence in self.stale(key):
+                self._say(sentence)
+        return found
+
+    def stale(self, key: RecordKey) -> list[str]:
+        """A sentence per record for the same region, device and dtype that another version or kernel made."""
+        sentences = []
+        for file in sorted(self.directory.glob(f"{key.stem}-*.json")):
+            if file.name == key.file:
+                continue
+            try:
+                other = Record.from_json(file.read_bytes(), str(file)).key
+            except (ArtifactError, OSError) as exc:
+                sentences.append(str(exc))
+                continue
+            sentences.append(
+                f"record of {key.what}: found one by {other.made_by}, allowed is {key.made_by}; it is not used. "
+                "Tune again with `attnc tune`."
+            )
+        return sentences
+
+    def put(self, record: Record) -> Record:
+        """Keep `record`, merged with what is stored for its key; returns both."""
+        kept = self._kept.get(record.key)
+        merged = kept.merged(record) if kept else record
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with locked(self.directory / "records.lock"):
+                stored = self._read(record.key, self._set_aside)
+                merged = stored.merged(merged) if stored else merged
+                text = merged.to_json()
+                Record.from_json(text)  # what could not be read again is not written
+                _replace(self.directory / record.key.file, text)
+            self._kept.pop(record.key, None)
+        except OSError as exc:
+            self._kept[record.key] = merged
+            if "unwritable" not in self._said:
+                self._said.add("unwritable")
+                log.warning("records are not written to %s (%s): they are kept in this process", self.directory, exc)
+        return merged
+
+    def _read(self, key: RecordKey, broken: Callable[[Path], None] | None = None) -> Record | None:
+        file = self.directory / key.file
+        try:
+            record = Record.from_json(file.read_bytes(), str(file))
+        except FileNotFoundError:
+            return None
+        except (ArtifactError, OSError) as exc:
+            self._say(str(exc))
+            if broken is not None:
+                broken(file)
+            return None
+        if record.key != key:
+            self._say(f"read {file}: found a record of {record.key.what}, allowed is {key.what}. {AGAIN}")
+            return None
+        return record
+
+    def _set_aside(self, file: Path) -> None:
+        """A file that cannot be read is kept under another name, so that a new one can be written."""
+        file.replace(file.with_suffix(".broken"))
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            log.warning("%s", sentence)
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold the lock of `file`, waiting for it; the system lets go of it when the holder dies. Raises: OSError."""
+    with file.open("a+b") as held:
+        if fcntl is not None:
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def _replace(target: Path, text: str) -> None:
+    """`target` holds `text`, or what it held before, at every moment."""
+    fresh = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        with fresh.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(target)
+    finally:
+        fresh.unlink(missing_ok=True)

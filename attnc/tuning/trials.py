@@ -1,0 +1,117 @@
+"""The trials of one search: an Optuna study whose trials are settings. What a stopped run left is taken up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from attnc.errors import ArtifactError
+from attnc.forms.base import Form
+from attnc.records import Timing, timing_of
+from attnc.tuning.samplers import Chooser
+from attnc.tuning.storage import Opened
+from attnc.tuning.tree import Branch, form_of
+
+log = logging.getLogger("attnc.tuning")
+
+TOLD = "timing"  # user attribute of a trial: its timing, as in a record
+# A trial that another machine has been running for this many later trials belongs to a process that died.
+LAPSED = 64
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting in the study. state: "done", "waiting" (ours to try) or "elsewhere" (another process tries it)."""
+
+    number: int
+    form: Form
+    state: str
+    timing: Timing | None = None
+
+
+class Trials:
+    """The trials of a study, in order. tree: the settings that trials name."""
+
+    def __init__(self, opened: Opened, name: str, tree: Branch | Form, fidelity: str) -> None:
+        self.storage: BaseStorage = opened.storage
+        self.tree, self.fidelity = tree, fidelity
+        self.study = optuna.create_study(storage=self.storage, study_name=name, load_if_exists=True)
+        self._id = self.storage.get_study_id_from_name(name)
+        self._mine: set[int] = set()
+        self._read: dict[int, Trial] = {}
+        for found in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if opened.alone else ():
+            self._adopt(found)
+
+    def _adopt(self, found: FrozenTrial) -> None:
+        """A trial that a dead process was running: told if its time is known, tried again if its setting is."""
+        form, timing = form_of(self.tree, found.params), _timing(found)
+        if form is None:
+            self.study.tell(found.number, state=TrialState.FAIL)
+        else:
+            self._mine.add(found.number)
+            if timing is not None:
+                self._finish(found.number, timing)
+
+    def all(self) -> list[Trial]:
+        """Every trial whose setting is in the tree, by number."""
+        found = self.study.get_trials(deepcopy=False)
+        trials = []
+        for trial in found:
+            if trial.number not in self._read:
+                read = self._trial(trial, len(found))
+                if read is None:
+                    continue
+                if read.state == "done":
+                    self._read[trial.number] = read
+                trials.append(read)
+            else:
+                trials.append(self._read[trial.number])
+        return trials
+
+    def _trial(self, trial: FrozenTrial, count: int) -> Trial | None:
+        form = form_of(self.tree, trial.params)
+        if form is None or trial.state == TrialState.FAIL:
+            return None
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            timing = _timing(trial)
+            return None if timing is None else Trial(trial.number, form, "done", timing)
+        if trial.number in self._mine:
+            return Trial(trial.number, form, "waiting")
+        return Trial(trial.number, form, "elsewhere") if count - trial.number <= LAPSED else None
+
+    def ask(self, draft: Callable[[optuna.Study, FrozenTrial], Form]) -> Trial:
+        """Begin a trial with the setting that `draft` picks."""
+        self.study.sampler = chooser = Chooser(self.tree, draft)
+        trial = self.study.ask()
+        for name, (_, choices) in chooser.params.items():
+            trial.suggest_categorical(name, choices)
+        form = form_of(self.tree, trial.params)
+        if form is None:
+            raise RuntimeError(f"trial {trial.number} names no setting of the space: {trial.params}")
+        self._mine.add(trial.number)
+        return Trial(trial.number, form, "waiting")
+
+    def tell(self, trial: Trial, timing: Timing) -> None:
+        """End a trial; one without a time at the study's fidelity failed or did not get that far."""
+        at = self.storage.get_trial_id_from_study_id_trial_number(self._id, trial.number)
+        self.storage.set_trial_user_attr(at, TOLD, {k: v for k, v in asdict(timing).items() if v is not None})
+        self._finish(trial.number, timing)
+
+    def _finish(self, number: int, timing: Timing) -> None:
+        seconds = timing.at(self.fidelity)
+        self.study.tell(number, seconds, state=TrialState.PRUNED if seconds is None else TrialState.COMPLETE)
+
+
+def _timing(trial: FrozenTrial) -> Timing | None:
+    if TOLD not in trial.user_attrs:
+        return None
+    try:
+        return timing_of(trial.user_attrs[TOLD], f"trial {trial.number}")
+    except ArtifactError as exc:
+        log.warning("%s The trial is left out.", exc)
+        return None
