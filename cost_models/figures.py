@@ -96,6 +96,8 @@ def figure_fields(cls: type) -> dict[str, Field]:
 def read_toml(path: Path) -> dict[str, object]:
     """The top of the TOML file at `path`. Raises: UsageError where it cannot be read or is no TOML."""
     try:
+        if not path.is_file():  # a pipe would wait for ever
+            raise FileNotFoundError("no such file")
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:

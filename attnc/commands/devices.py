@@ -23,7 +23,7 @@ from attnc.errors import UsageError
 WIDE, LEAST_WIDTH = 120, 60
 ABSENT = "-"
 LEGEND = (
-    "Dense, FP32 accumulation; 16-bit is bf16, fp16 where there is none. ridge: FLOP at the 16-bit rate per DRAM byte.\n"
+    "Dense, FP32 accumulation; 16-bit is bf16, or fp16 where none is. ridge: FLOP of the 16-bit rate per DRAM byte.\n"
     "?: unsure, measure or check it before it decides anything. `attnc devices NAME` shows limits, sources and notes."
 )
 
