@@ -16,6 +16,7 @@ from attnc.cost_models.latency.terms import (
     TRAFFIC,
     Coefficient,
     Model,
+    asynchronous,
     bf16,
     causal_pairs,
     clock,
@@ -31,22 +32,24 @@ from attnc.cost_models.latency.terms import (
     traffic,
 )
 
-batch, seq, keys, q_heads, kv_heads, head_dim, window, item = symbols(
-    "batch seq keys q_heads kv_heads head_dim window item"
+batch, seq, keys, q_heads, kv_heads, head_dim, window, item, rare = symbols(
+    "batch seq keys q_heads kv_heads head_dim window item rare"
 )
 C = symbol
 
 
 def _prefill() -> Model:
     work = batch * q_heads
-    rows = tiles(seq, 64) * 64
+    # The heads of one group share a tile where the prompt is short.
+    rows = batch * kv_heads * tiles(seq * q_heads / kv_heads, 64) * 64
     wide = tiles(head_dim, 64) * 64
     is_fp8 = 2 - item
-    scores = work * causal_pairs(rows, window, 128, C("pad_keys"))
-    blocks = work * tiles(seq, 128)
+    scores = rows * causal_pairs(seq, window, 128, C("pad_keys")) / seq
+    blocks = largest(batch * kv_heads * tiles(seq * q_heads / kv_heads, 128), work * seq / 128)
     crowd = 1 + C("narrow") / (1 + (C("fit") * smem / (512 * wide)) ** 6)
-    rate = C("efficiency") * bf16 * C("fp8_gain") ** is_fp8 / crowd
-    softmax = C("exp_share") * 1 / (sms * clock * exp2_rate)
+    gain = asynchronous * C("fp8_gain") + (1 - asynchronous) * C("fp8_gain_sync")
+    rate = C("efficiency") * bf16 * gain**is_fp8 / crowd
+    softmax = C("exp_share") * (1 + C("fp8_exp") * is_fp8) / (sms * clock * exp2_rate)
     score_s = 4 * wide / rate + softmax
     products = scores * score_s + blocks * C("prologue") / (sms * clock)
     longest = (least(window + 128 + C("pad_keys"), seq) + C("pad_keys")) * 128 * sms * score_s
@@ -55,15 +58,19 @@ def _prefill() -> Model:
     qkv = batch * seq * head_dim * (2 * q_heads + 2 * kv_heads) * 2
     cache = batch * seq * head_dim * kv_heads * 2 * (2 + item)
     moved = traffic(qkv + cache, qkv + cache)
-    fixed = C("launch") / clock
-    seconds = fixed + largest(products, power_s) + C("tail") * longest + moved
+    fixed = C("launch") * (1 + C("rare_launch") * rare) / clock
+    seconds = fixed + largest(products * (1 + C("rare_loss") * rare), power_s) + C("tail") * longest + moved
     return Model(
         "attn_prefill",
-        (batch, seq, q_heads, kv_heads, head_dim, window, item),
+        (batch, seq, q_heads, kv_heads, head_dim, window, item, rare),
         (
-            Coefficient("launch", 16000, "cycles", "launch, drain and the kernels beside", low=100),
+            Coefficient("launch", 18000, "cycles", "launch, drain and the kernels beside", True, 100, class_spread=0.15),
+            Coefficient("rare_launch", 0.15, "1", "what they take longer where few libraries have a kernel", low=0.01),
+            Coefficient("rare_loss", 0.1, "1", "what its products take longer", low=0.001),
             Coefficient("efficiency", 0.75, "1", "share of the matrix peak of full tiles", True, 0.1, 1.0, 0.2),
-            Coefficient("fp8_gain", 1.2, "1", "rate of fp8 over bf16 products", True, 0.5, 2.0),
+            Coefficient("fp8_gain", 1.6, "1", "rate of fp8 over bf16 products, asynchronous", low=0.5, high=2.0),
+            Coefficient("fp8_gain_sync", 0.9, "1", "the same of mma", low=0.5, high=2.0),
+            Coefficient("fp8_exp", 0.3, "1", "work on fp8 scores beside the exponential", low=0.01, high=3),
             Coefficient("narrow", 0.25, "1", "loss where the tiles of a wide head crowd shared memory", high=2),
             Coefficient("fit", 0.9, "1", "share of shared memory that tiles may take", low=0.3, high=2, spread=0.2),
             Coefficient("pad_keys", 96, "keys", "keys visited beyond the triangle, a row", low=1, high=512),
@@ -146,6 +153,8 @@ def _decode() -> Model:
 
 
 MODELS = {model.name: model for model in (_prefill(), _encoder(), _decode())}
+# Head widths for which every library has a kernel, without a window.
+TUNED = (128, 256)
 ITEM = {"bf16": 2.0, "fp8": 1.0, "bf16_kvfp8": 1.0}
 
 
@@ -155,6 +164,7 @@ def encode(kind: str, shape: Mapping) -> tuple[str, tuple[float, ...]]:
     if kind == "attn_encoder":
         return kind, (shape["batch"], shape["seq_q"], shape["q_heads"], shape["head_dim"])
     length = shape["seq_q"] if kind == "attn_prefill" else shape["seq_kv"]
+    rare = (0.0 if shape["head_dim"] in TUNED and not shape["window"] else 1.0,) if kind == "attn_prefill" else ()
     return kind, (
         shape["batch"],
         length,
@@ -163,4 +173,5 @@ def encode(kind: str, shape: Mapping) -> tuple[str, tuple[float, ...]]:
         shape["head_dim"],
         shape["window"] or length,
         item,
+        *rare,
     )
