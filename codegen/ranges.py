@@ -76,7 +76,7 @@ def _bound(e: Expr, x: str) -> Span:
     for pair, (_, c) in zip(ends, rest, strict=True):
         greatest = add(greatest, scale(pair[0 if c > 0 else 1], -c))
         least = add(least, scale(pair[1 if c > 0 else 0], -c))
-    coef = own[0][1]
+    coef = int(own[0][1])
     some, full = (_solved(right, coef, step) for right in (greatest, least))
     return Span(some, full)
 

@@ -87,7 +87,7 @@ def render(
     source = _read(skeleton)
     for name, body in holes.items():
         _check_hole(source, name, body, len(captured))
-    own = {name: holes.get(name, ast.unparse(f.body)) for name, f in source.functions.items()}  # type: ignore[type-var]
+    own = {name: holes.get(name) or "\n".join(map(ast.unparse, f.body)) for name, f in source.functions.items()}
     needs = {word: _needs(source, own, word) for word in EXPANDED}
     edits = [edit for word in EXPANDED for edit in _expansions(source, holes, word, needs[word])]
     edits += [_body_edit(source, name, body) for name, body in holes.items()]
@@ -132,9 +132,8 @@ def _read(skeleton: str) -> _Source:
     except SyntaxError as exc:
         raise LoweringError(f"read a skeleton: found no Python, {exc}. Correct the skeleton.") from exc
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    declared = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets) == "HOLES"
-    ]  # type: ignore[type-var]
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    declared = [node.value for node in assigned if ast.unparse(node.targets[0]) == "HOLES"]
     holes = tuple(ast.literal_eval(declared[0])) if declared else ()
     absent = [name for name in holes if name not in functions]
     if absent or not declared:
@@ -212,14 +211,16 @@ def _expansions(
     source: _Source, holes: Mapping[str, str], word: str, needs: Mapping[str, tuple[str, ...]]
 ) -> Iterator[Edit]:
     for name, function in source.functions.items():
-        for arg in function.args.args:
-            if arg.arg == word:
-                yield _replaced(source.text, arg, ", ".join(needs[name]))
+        for parameter in function.args.args:
+            if parameter.arg == word:
+                yield _replaced(source.text, parameter, ", ".join(needs[name]))
         if name in holes:
             continue  # its body is replaced as a whole
-        handed = set()
-        for call in (n for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)):
-            callee = needs.get(call.func.id, ())  # type: ignore[attr-defined]
+        handed: set[ast.expr] = set()
+        for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
+            callee = needs.get(ast.unparse(call.func))
+            if callee is None:
+                continue
             for arg in call.args:
                 if isinstance(arg, ast.Name) and arg.id == word:
                     handed.add(arg)
@@ -317,7 +318,8 @@ def _shortened(text: str) -> str:
     """Lines that expansion made too long, broken behind commas inside brackets."""
     lines = text.splitlines()
     breaks: dict[int, list[tuple[int, int]]] = {}
-    depth, opened = 0, {}
+    depth = 0
+    opened: dict[int, int] = {}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.OP:
             opened.setdefault(token.start[0], depth)

@@ -256,7 +256,8 @@ def _linear(w: Writer, constant, terms, kind: str) -> str:
 
 
 def _sum(w: Writer, e: Expr) -> str:
-    return _linear(w, *e.args, e.kind)
+    constant, terms = e.args
+    return _linear(w, constant, terms, e.kind)
 
 
 def _product(w: Writer, e: Expr) -> str:

@@ -1,0 +1,218 @@
+"""The folder of kernels: content-addressed, safe under kills and parallel writers, closed to others."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnc.codegen import load as loading
+from attnc.codegen.load import clear, listing, load, show
+from attnc.codegen.render import source_hash
+from attnc.errors import LoweringError, UsageError
+
+TEXT = """# doubled
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def run(p):
+    tl.store(p, tl.load(p) * 2.0)
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """No test sees what another one loaded or warned about."""
+    for cached in (load, loading._private_folder, loading._warn_once):
+        cached.cache_clear()
+    yield
+    load.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "store" / "kernels"
+
+
+def runs(module) -> bool:
+    x = torch.tensor([3.0])
+    module.run[(1,)](x)
+    return x.item() == 6.0
+
+
+def test_a_module_is_loaded_and_filed_under_its_hash(folder: Path) -> None:
+    assert runs(load(TEXT, folder))
+    assert [p.name for p in folder.iterdir()] == [f"{source_hash(TEXT)}.py"]
+    assert (folder.stat().st_mode & 0o777) == 0o700
+    assert load(TEXT, folder) is load(TEXT, folder)
+
+
+def test_a_file_that_is_there_is_not_written_again(folder: Path) -> None:
+    load(TEXT, folder)
+    written = (folder / f"{source_hash(TEXT)}.py").stat().st_mtime_ns
+    load.cache_clear()
+    load(TEXT, folder)
+    assert (folder / f"{source_hash(TEXT)}.py").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("change", ["x = 1\n", "", TEXT[:40]])
+def test_content_that_is_not_what_its_name_says_is_refused(folder: Path, change: str) -> None:
+    load(TEXT, folder)
+    load.cache_clear()
+    (folder / f"{source_hash(TEXT)}.py").write_text(change)
+    with pytest.raises(LoweringError, match="allowed is what the name says"):
+        load(TEXT, folder)
+    with pytest.raises(LoweringError, match="the file was changed"):
+        show(source_hash(TEXT), folder)
+
+
+def test_a_file_changed_after_the_check_is_not_what_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = loading._written
+
+    def then_changed(text: str, path: Path) -> Path:
+        written(text, path).write_text(TEXT.replace("2.0", "5.0"))
+        return path
+
+    monkeypatch.setattr(loading, "_written", then_changed)
+    assert runs(load(TEXT, folder))
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_folder_that_others_may_write_is_refused(folder: Path, mode: int) -> None:
+    folder.mkdir(parents=True)
+    folder.chmod(mode)
+    with pytest.raises(LoweringError, match=f"found mode {mode:o}"):
+        load(TEXT, folder)
+
+
+def test_a_folder_of_another_user_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(LoweringError, match=f"found owner {os.getuid()}"):
+        load(TEXT, folder)
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+def test_a_folder_that_cannot_be_made_is_replaced_with_one_warning(tmp_path: Path, caplog) -> None:
+    (tmp_path / "file").write_text("")
+    for text in (TEXT, TEXT + "\n"):
+        module = load(text, tmp_path / "file" / "kernels")
+        assert runs(module) and not Path(module.__file__).is_relative_to(tmp_path)
+    assert len(warned(caplog)) == 1 and "cannot be written" in warned(caplog)[0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_replaced_with_one_warning(folder: Path, caplog) -> None:
+    folder.mkdir(parents=True, mode=0o500)
+    assert runs(load(TEXT, folder)) and len(warned(caplog)) == 1
+
+
+def test_a_full_disk_is_replaced_and_leaves_nothing_behind(folder: Path, caplog, monkeypatch) -> None:
+    write = loading._write
+
+    def full_there(file, content: bytes) -> None:
+        if not os.readlink(f"/proc/self/fd/{file.fileno()}").startswith(str(folder)):
+            return write(file, content)
+        file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(loading, "_write", full_there)
+    assert runs(load(TEXT, folder))
+    assert list(folder.iterdir()) == [] and "No space left" in warned(caplog)[0]
+
+
+def test_no_space_anywhere_is_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(loading, "_write", full)
+    with pytest.raises(LoweringError, match="found neither"):
+        load(TEXT, folder)
+
+
+def test_text_that_does_not_run_is_a_sentence(folder: Path) -> None:
+    with pytest.raises(LoweringError, match="ZeroDivisionError"):
+        load("x = 1 / 0\n", folder)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from attnc.codegen import load as loading
+write, signalled = loading._write, Path(sys.argv[2])
+def slowly(file, content):
+    file.write(content[: len(content) // 2])
+    file.flush()
+    signalled.write_text("half")
+    if sys.argv[3] == "hang":
+        sys.stdin.read()
+    file.seek(0)
+    write(file, content)
+loading._write = slowly
+for n in range(int(sys.argv[4])):
+    loading._filed(TEXT, loading.source_hash(TEXT), Path(sys.argv[1]))
+    if n + 1 < int(sys.argv[4]):
+        (Path(sys.argv[1]) / (loading.source_hash(TEXT) + ".py")).unlink(missing_ok=True)
+"""
+
+
+def writer(folder: Path, mark: Path, manner: str, rounds: int) -> subprocess.Popen:
+    code = f"TEXT = {TEXT!r}\n{WRITER}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), str(mark), manner, str(rounds)], stdin=subprocess.PIPE
+    )
+
+
+def test_a_kill_while_writing_leaves_no_kernel_and_the_next_process_writes_it(folder: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    child = writer(folder, mark, "hang", 1)
+    while not mark.exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert child.stdin is not None
+    child.stdin.close()
+    assert listing(folder) == [] and len(list(folder.glob(".*.tmp"))) == 1
+    assert runs(load(TEXT, folder)) and len(listing(folder)) == 1
+    leftover = next(folder.glob(".*.tmp"))
+    assert clear(folder)[0] == 1 and leftover.exists()  # it may still have a writer
+    os.utime(leftover, (0, 0))
+    assert clear(folder)[0] == 1 and not leftover.exists()
+
+
+def test_processes_that_write_the_same_kernel_do_not_disturb_each_other(folder: Path, tmp_path: Path) -> None:
+    children = [writer(folder, tmp_path / f"mark{n}", "go", 60) for n in range(2)]
+    for child in children:
+        child.communicate()
+    assert [child.returncode for child in children] == [0, 0]
+    assert [file.hash for file in listing(folder)] == [source_hash(TEXT)]
+    assert show(source_hash(TEXT)[:8], folder) == TEXT and not list(folder.glob(".*.tmp"))
+
+
+def test_kernels_are_listed_shown_and_cleared(folder: Path) -> None:
+    load(TEXT, folder)
+    load("# second\n", folder)
+    (folder / "notes.txt").write_text("mine")
+    os.utime(folder / f"{source_hash(TEXT)}.py", (4e9, 4e9))  # a clock that was ahead
+    assert [file.title for file in listing(folder)] == ["doubled", "second"]
+    assert show(source_hash(TEXT)[:6], folder) == TEXT
+    for name in ("", "zzz"):
+        with pytest.raises(UsageError, match="allowed is one"):
+            show(name, folder)
+    assert clear(folder) == (2, len(TEXT) + len("# second\n"))
+    assert listing(folder) == [] and [p.name for p in folder.iterdir()] == ["notes.txt"]
+    assert listing(folder / "absent") == [] and clear(folder / "absent") == (0, 0)
