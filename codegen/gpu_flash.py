@@ -24,7 +24,7 @@ from attnc.codegen.derivative import lookup_slopes
 from attnc.codegen.gpu_tables import BlockLists, block_lists
 from attnc.codegen.tiles import blocks, classify
 from attnc.codegen.triton_text import Slot
-from attnc.errors import UsageError
+from attnc.errors import LoweringError, UsageError
 from attnc.reading import Axis, read, span
 from attnc.rule_attention import AttentionRule, linear_score
 
@@ -242,8 +242,13 @@ def _run(kernel, programs, given: dict[str, Any], launch: Launch, captured, size
     """Run `kernel` on a grid of `programs`, what stands for `captured` bound by its names."""
     given |= {name: _named(name, captured, sizes, buffers) for name in kernel.arg_names if name not in given}
     given = {name: given[name] for name in kernel.arg_names}
-    if given["p_q"].device.type == "cpu":  # the interpreter, which is no kernel that torch could wrap
-        kernel[(programs,)](**given)
+    if given["p_q"].device.type == "cpu":
+        if hasattr(kernel, "device_caches"):
+            raise LoweringError(
+                f"run {kernel.__name__} on CPU tensors: found one compiled for GPUs. Set TRITON_INTERPRET=1 before "
+                "triton is imported, or use a GPU."
+            )
+        kernel[(programs,)](**given)  # the interpreter's function, which torch cannot wrap
     else:
         wrap_triton(kernel)[(programs,)](**given, num_warps=launch.warps, num_stages=launch.stages)
 

@@ -1,0 +1,160 @@
+"""The operators `attnc::flash` and `attnc::flash_backward`: attention by generated Triton kernels.
+
+    flash(query, key, value, captured, sizes, spelling) -> (out, lse)
+    flash_backward(grad_out, query, key, value, out, lse, captured, sizes, needs, spelling) -> Tensor[]
+    spelling = KNOBS | RULE        e.g. "flash{block_m=64,skip=table} | score=0.125 * s; keep=-i + j <= 0; empty=never"
+
+Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32. lse is
+natural, holds the sink, is -inf for a row without keys and not differentiable. The backward gives the gradients of
+query, key and value, then those of the captured tensors that `needs` names.
+
+On a GPU compilers see the kernels themselves (`triton_op`); on CPU, where Triton's interpreter runs them, one opaque
+operator. Kernels are rendered and loaded once per rule and kinds of captured tensors.
+
+Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691; torch.library.triton_op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from attnc.codegen import gpu_flash
+from attnc.codegen.gpu_flash import FlashKnobs
+from attnc.codegen.load import kernel_folder, load
+from attnc.codegen.render import render_rule, skeleton_text
+from attnc.codegen.triton_text import Slot, slot_of
+from attnc.errors import UsageError
+from attnc.options import Options
+from attnc.rule_attention import AttentionRule
+
+FORWARD, BACKWARD = ("flash_forward",), ("flash_dq", "flash_dkv")
+library = torch.library.Library("attnc", "FRAGMENT")
+library.define(
+    "flash_interpreted(Tensor query, Tensor key, Tensor value, Tensor[] captured, SymInt[] sizes, str spelling) "
+    "-> (Tensor, Tensor)"
+)
+library.define(
+    "flash_backward_interpreted(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "Tensor[] captured, SymInt[] sizes, bool[] needs, str spelling) -> Tensor[]"
+)
+
+
+def spell_flash(knobs: FlashKnobs, rule: AttentionRule) -> str:
+    """The operators' spelling; `parse_flash` reads it back."""
+    return f"{knobs.spell()} | {rule.spell()}"
+
+
+@lru_cache(maxsize=1024)
+def parse_flash(spelling: str) -> tuple[FlashKnobs, AttentionRule]:
+    """The knobs and the rule of a spelling. Raises: UsageError if it is not one."""
+    knobs, bar, rule = spelling.partition(" | ")
+    if not bar:
+        raise UsageError(
+            f"parse the spelling {spelling!r} of attnc::flash: found no ' | ', allowed is 'flash{{knobs}} | RULE'. "
+            "Build it with attnc.op_flash.spell_flash."
+        )
+    return FlashKnobs.parse(knobs), AttentionRule.parse(rule)
+
+
+@lru_cache(maxsize=1024)
+def kernels_of(rule: str, slots: tuple[Slot, ...], kernels: tuple[str, ...], device: str) -> ModuleType:
+    """The loaded module with `kernels` for a spelled rule; knobs are arguments of a launch, not of the source."""
+    text = render_rule(
+        skeleton_text("flash"), AttentionRule.parse(rule), slots, spelling="flash", device=device, kernels=kernels
+    )
+    return load(text, kernel_folder(Options().store))
+
+
+def _slots(captured: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Slot, ...]:
+    return tuple(slot_of(t, needs_grad=need, wide=_is_wide(t)) for t, need in zip(captured, needs, strict=True))
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether offsets into `x` leave 31 bits; under symbolic lengths a guard, passed once at most."""
+    return bool(sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True)) >= 1 << 31)
+
+
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], sizes: Sequence[int], spelling: str
+) -> tuple[Tensor, Tensor]:
+    knobs, rule = parse_flash(spelling)
+    kernels = kernels_of(rule.spell(), _slots(captured, [False] * len(captured)), FORWARD, query.device.type)
+    return gpu_flash.forward(kernels, query, key, value, captured, sizes, rule, knobs)
+
+
+def _launch_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    captured: Sequence[Tensor], sizes: Sequence[int], needs: Sequence[bool], spelling: str,
+) -> list[Tensor]:  # fmt: skip
+    knobs, rule = parse_flash(spelling)
+    kernels = kernels_of(rule.spell(), _slots(captured, needs), BACKWARD, query.device.type)
+    *grads, learned = gpu_flash.backward(
+        kernels, grad_out, query, key, value, out, lse, captured, sizes, rule, knobs, needs
+    )
+    return [*grads, *learned]
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, captured: Any, sizes: Any, spelling: str) -> tuple[Tensor, Tensor]:
+    return gpu_flash.empty_out(query, value)
+
+
+def _fake_backward(
+    grad_out: Any, query: Tensor, key: Tensor, value: Tensor, out: Any, lse: Any,
+    captured: Sequence[Tensor], sizes: Any, needs: Sequence[bool], spelling: str,
+) -> list[Tensor]:  # fmt: skip
+    learned = [t.new_empty(t.shape) for t, need in zip(captured, needs, strict=True) if need]
+    return [*(torch.empty_like(t) for t in (query, key, value)), *learned]
+
+
+library.impl("flash_interpreted", _launch, "CPU")
+library.impl("flash_backward_interpreted", _launch_backward, "CPU")
+torch.library.register_fake("attnc::flash_interpreted", _fake, lib=library)
+torch.library.register_fake("attnc::flash_backward_interpreted", _fake_backward, lib=library)
+
+
+@triton_op("attnc::flash", mutates_args=())
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], sizes: Sequence[int], spelling: str
+) -> tuple[Tensor, Tensor]:
+    """out and lse of the spelled attention."""
+    if query.device.type == "cpu":
+        return torch.ops.attnc.flash_interpreted(query, key, value, captured, sizes, spelling)
+    return _launch(query, key, value, captured, sizes, spelling)
+
+
+@triton_op("attnc::flash_backward", mutates_args=())
+def flash_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    captured: Sequence[Tensor], sizes: Sequence[int], needs: Sequence[bool], spelling: str,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of query, key, value and of the captured tensors that `needs` names."""
+    given = (grad_out, query, key, value, out, lse, captured, sizes, needs, spelling)
+    if query.device.type == "cpu":
+        return torch.ops.attnc.flash_backward_interpreted(*given)
+    return _launch_backward(*given)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, captured, ctx.sizes, ctx.spelling = inputs
+    ctx.save_for_backward(query, key, value, *output, *captured)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Any) -> tuple[Any, ...]:
+    query, key, value, out, lse, *captured = ctx.saved_tensors
+    needs = [bool(need) for need in ctx.needs_input_grad[3]]
+    dq, dk, dv, *learned = flash_backward(
+        grad_out, query, key, value, out, lse, captured, ctx.sizes, needs, ctx.spelling
+    )
+    found = iter(learned)
+    return dq, dk, dv, [next(found) if need else None for need in needs], None, None
+
+
+flash.register_autograd(_differentiate, setup_context=_remember)
