@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from sympy import Expr, Max
 
@@ -17,7 +18,7 @@ from attnc.cost_models.device import Gpu
 from attnc.cost_models.device_kinds import LAUNCH_S, MEMORY_SHARE
 from attnc.errors import UsageError
 
-Amount = float | Expr
+Amount: TypeAlias = float | Expr
 # Between L2 and one SM (CU) per clock: the width of the path, an upper bound (NVIDIA V100 whitepaper; AMD CDNA3).
 L2_BYTES_PER_CLOCK = 64.0
 
