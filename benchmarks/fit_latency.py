@@ -96,7 +96,9 @@ def study(rows: Rows) -> tuple[dict, Fitted, pd.DataFrame]:
     frame["inside_others"] = np.nan
     for name in names if len(names) > 1 else ():
         at, rest = part == name, part != name
-        frame.loc[at, "inside_others"] = inside(interval(off[rest], share[rest], part[rest]), off[at], share[at])[0].astype(float)
+        frame.loc[at, "inside_others"] = inside(interval(off[rest], share[rest], part[rest]), off[at], share[at])[
+            0
+        ].astype(float)
     stored = {
         "coefficients": {
             c.name: {"value": rounded(fitted[c.name]), "unit": c.unit, "meaning": c.meaning}

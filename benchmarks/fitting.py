@@ -47,8 +47,11 @@ class Rows:
 
 
 def best_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that count: the fastest of at least two libraries (`dsa` has one)."""
-    return table[table.best & ((table.n_frameworks >= 2) | (table.kind == "dsa"))]
+    """The rows that count: the fastest of at least two libraries; of one where no shape of the kernel has two."""
+    table = table[table.best]
+    keys = [c for c in ("kind", "variant", "stage", "phase") if c in table]
+    most = table.groupby(keys).n_frameworks.transform("max")
+    return table[(table.n_frameworks >= 2) | (most == 1)]
 
 
 def rows_by_model(tables: Mapping[str, pd.DataFrame], sheets: Mapping[str, Mapping]) -> dict[str, Rows]:

@@ -1,15 +1,15 @@
 """The latency models for shared/measurements/score.py, which leaves one part out at a time.
 
-    python ../shared/measurements/score.py benchmarks/score_latency.py
+python ../shared/measurements/score.py benchmarks/score_latency.py
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import fitting
 import numpy as np
 import pandas as pd
-import fitting
 from fitting import Fitted, rows_by_model
 
 from attnc.cost_models.latency import KINDS, MODELS, encode, figures_of_sheet, scalar

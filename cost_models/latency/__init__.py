@@ -12,7 +12,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 import sympy
@@ -119,7 +119,7 @@ def coefficients() -> dict[str, dict]:
     return json.loads(text)["models"]
 
 
-@lru_cache(maxsize=None)
+@cache
 def scalar(name: str) -> Callable[..., tuple[float, float]]:
     """The formula of a model for single numbers: (seconds, share of them that is fixed)."""
     model = MODELS[name]

@@ -24,9 +24,10 @@ from attnc.cost_models.latency.terms import (
     largest,
     least,
     peak,
-    power,
+    power_coefficients,
     smem,
     sms,
+    sustained,
     symbol,
     tiles,
     traffic,
@@ -42,11 +43,11 @@ def _prefill() -> Model:
     work = batch * q_heads
     # The heads of one group share a tile where the prompt is short.
     rows = batch * kv_heads * tiles(seq * q_heads / kv_heads, 64) * 64
-    wide = tiles(head_dim, 64) * 64
+    wide = tiles(head_dim, 32) * 32
     is_fp8 = 2 - item
     scores = rows * causal_pairs(seq, window, 128, C("pad_keys")) / seq
     blocks = largest(batch * kv_heads * tiles(seq * q_heads / kv_heads, 128), work * seq / 128)
-    crowd = 1 + C("narrow") / (1 + (C("fit") * smem / (512 * wide)) ** 6)
+    crowd = 1 + C("narrow") / (1 + (C("fit") * smem / (512 * wide)) ** 6) + C("too_wide") / (1 + (384 / wide) ** 12)
     gain = asynchronous * C("fp8_gain") + (1 - asynchronous) * C("fp8_gain_sync")
     rate = C("efficiency") * bf16 * gain**is_fp8 / crowd
     softmax = C("exp_share") * (1 + C("fp8_exp") * is_fp8) / (sms * clock * exp2_rate)
@@ -54,7 +55,7 @@ def _prefill() -> Model:
     products = scores * score_s + blocks * C("prologue") / (sms * clock)
     longest = (least(window + 128 + C("pad_keys"), seq) + C("pad_keys")) * 128 * sms * score_s
     pairs = seq * least(window, seq) - least(window, seq) ** 2 / 2
-    power_s = 4 * work * pairs * head_dim * C("joule_per_flop") * 1e-12 / power
+    power_s = sustained(4 * work * pairs * wide, is_fp8)
     qkv = batch * seq * head_dim * (2 * q_heads + 2 * kv_heads) * 2
     cache = batch * seq * head_dim * kv_heads * 2 * (2 + item)
     moved = traffic(qkv + cache, qkv + cache)
@@ -64,7 +65,9 @@ def _prefill() -> Model:
         "attn_prefill",
         (batch, seq, q_heads, kv_heads, head_dim, window, item, rare),
         (
-            Coefficient("launch", 18000, "cycles", "launch, drain and the kernels beside", True, 100, class_spread=0.15),
+            Coefficient(
+                "launch", 18000, "cycles", "launch, drain and the kernels beside", True, 100, class_spread=0.15
+            ),
             Coefficient("rare_launch", 0.15, "1", "what they take longer where few libraries have a kernel", low=0.01),
             Coefficient("rare_loss", 0.1, "1", "what its products take longer", low=0.001),
             Coefficient("efficiency", 0.75, "1", "share of the matrix peak of full tiles", True, 0.1, 1.0, 0.2),
@@ -72,10 +75,11 @@ def _prefill() -> Model:
             Coefficient("fp8_gain_sync", 0.9, "1", "the same of mma", low=0.5, high=2.0),
             Coefficient("fp8_exp", 0.3, "1", "work on fp8 scores beside the exponential", low=0.01, high=3),
             Coefficient("narrow", 0.25, "1", "loss where the tiles of a wide head crowd shared memory", high=2),
+            Coefficient("too_wide", 0.8, "1", "loss where the outputs of a tile exceed the registers", high=3),
             Coefficient("fit", 0.9, "1", "share of shared memory that tiles may take", low=0.3, high=2, spread=0.2),
             Coefficient("pad_keys", 96, "keys", "keys visited beyond the triangle, a row", low=1, high=512),
             Coefficient("exp_share", 0.7, "1", "exponentials not hidden behind products", True, 0.01, 4, 0.3),
-            Coefficient("joule_per_flop", 1.5, "pJ/FLOP", "energy of the matrix work", low=0.2, high=3),
+            *power_coefficients(1.6),
             Coefficient("prologue", 2000, "cycles", "start and end of a row block", low=10, high=20000),
             Coefficient("tail", 0.5, "1", "share of the longest row that is not overlapped", low=0.01, high=3),
             *TRAFFIC,
@@ -88,25 +92,30 @@ def _prefill() -> Model:
 
 
 def _encoder() -> Model:
-    wide = tiles(head_dim, 16) * 16
+    wide = tiles(head_dim, 32) * 32
     blocks = batch * q_heads * tiles(seq, 128)
     padded = tiles(seq, 64) * 64
     rate = C("efficiency") * peak
-    block_s = padded * (4 * 128 * wide * sms / rate + C("exp_share") * 128 / (clock * exp2_rate)) + C("prologue") / clock
+    block_s = (
+        padded * (4 * 128 * wide * sms / rate + C("exp_share") * 128 / (clock * exp2_rate)) + C("prologue") / clock
+    )
     products = blocks * block_s / sms
-    power_s = 4 * batch * q_heads * seq**2 * head_dim * C("joule_per_flop") * 1e-12 / power
+    power_s = sustained(4 * batch * q_heads * seq**2 * wide)
     qkv = 4 * batch * seq * head_dim * q_heads * 2
     moved = traffic(qkv, qkv)
-    fixed = C("launch") / clock
+    # Heads that are no whole swizzle of 64 are copied to padded tensors first.
+    odd = asynchronous * (tiles(head_dim, 64) * 64 - head_dim) / (tiles(head_dim, 64) * 64 - head_dim + 1)
+    fixed = (C("launch") + C("pad_launch") * odd) / clock
     seconds = fixed + largest(products, power_s) + C("tail") * block_s + moved
     return Model(
         "attn_encoder",
         (batch, seq, q_heads, head_dim),
         (
             Coefficient("launch", 12000, "cycles", "launch, drain and the kernels beside", low=100),
+            Coefficient("pad_launch", 5000, "cycles", "padding odd head widths for wgmma", low=100),
             Coefficient("efficiency", 0.6, "1", "share of the matrix peak of full tiles", True, 0.1, 1.2),
             Coefficient("exp_share", 0.5, "1", "exponentials not hidden behind products", True, 0.01, 4),
-            Coefficient("joule_per_flop", 1.2, "pJ/FLOP", "energy of the matrix work", low=0.2, high=3),
+            *power_coefficients(1.6)[:2],
             Coefficient("prologue", 1000, "cycles", "start and end of a block", low=10, high=10000),
             Coefficient("tail", 0.5, "1", "share of one block that is not overlapped", low=0.01, high=3),
             *TRAFFIC,

@@ -21,9 +21,10 @@ from attnc.cost_models.latency.terms import (
     least,
     mem,
     peak,
-    power,
+    power_coefficients,
     sms,
     spill,
+    sustained,
     symbol,
     tiles,
 )
@@ -52,7 +53,7 @@ def _gemm() -> Model:
     dram = (weights * spill(6 * weights + rest, C("kept") * l2) + rest * spill(6 * weights + rest, C("kept") * l2)) / (
         C("mem_share") * mem
     )
-    power_s = 2 * m * n * k * C("joule_per_flop") * C("fp8_joule") ** is_fp8 * 1e-12 / power
+    power_s = sustained(2 * m * n * k, is_fp8)
     quantise = is_fp8 * (C("quantise") / clock + m * k * 3 / (sms * near) + m * k * 3 / mem * spill(m * k * 3, l2))
     fixed = C("launch") / clock
     body = (products**3 + dram**3) ** (1 / 3)
@@ -69,8 +70,7 @@ def _gemm() -> Model:
             Coefficient("l2_rate", 40, "B/cycle/SM", "bytes through L2", low=2, high=200),
             Coefficient("mem_share", 0.85, "1", "share of the memory's bandwidth", low=0.3, high=1.1, spread=0.15),
             Coefficient("kept", 0.8, "1", "share of L2 that keeps data between calls", low=0.05, high=3),
-            Coefficient("joule_per_flop", 1.3, "pJ/FLOP", "energy of the matrix work", True, 0.2, 3),
-            Coefficient("fp8_joule", 0.55, "1", "energy of an fp8 product over bf16", low=0.2, high=1, spread=0.2),
+            *power_coefficients(1.4),
             Coefficient("quantise", 3000, "cycles", "the pass that quantises activations", low=10),
         ),
         seconds,

@@ -13,15 +13,17 @@ from attnc.cost_models.latency.terms import (
     TRAFFIC,
     Coefficient,
     Model,
+    asynchronous,
     bf16,
     causal_pairs,
     clock,
     exp2_rate,
     largest,
-    power,
+    power_coefficients,
     smem,
-    sms,
     smooth_largest,
+    sms,
+    sustained,
     symbol,
     tiles,
     traffic,
@@ -41,7 +43,7 @@ def _prefill() -> Model:
     products = scores * score_s + work * tiles(seq, 128) * C("prologue") / (sms * clock)
     longest = (seq + C("pad_keys")) * 128 * sms * score_s
     flops = work * seq**2 * (d_qk + d_v)
-    power_s = flops * C("joule_per_flop") * 1e-12 / power
+    power_s = sustained(flops)
     qkv = batch * seq * heads * (2 * d_qk + 2 * d_v) * 2 + batch * seq * 576 * 4
     moved = C("passes") * traffic(qkv, qkv)
     fixed = C("launch") / clock
@@ -55,7 +57,7 @@ def _prefill() -> Model:
             Coefficient("narrow", 0.25, "1", "loss where the tiles of a wide head crowd shared memory", high=2),
             Coefficient("pad_keys", 64, "keys", "keys visited beyond the triangle, a row", low=1, high=512),
             Coefficient("exp_share", 0.7, "1", "exponentials not hidden behind products", True, 0.01, 4, 0.3),
-            Coefficient("joule_per_flop", 1.3, "pJ/FLOP", "energy of the matrix work", low=0.2, high=3),
+            *power_coefficients(1.6)[:2],
             Coefficient("prologue", 2000, "cycles", "start and end of a row block", low=10, high=20000),
             Coefficient("tail", 0.5, "1", "share of the longest row that is not overlapped", low=0.01, high=3),
             Coefficient("passes", 1, "1", "passes over queries, keys and values", low=0.1, high=10),
@@ -73,25 +75,29 @@ def _decode() -> Model:
     rest = batch * heads * (d_qk + d_v) * 2
     group = tiles(heads, 16) * 16
     flops = 2 * batch * heads * keys * (d_qk + d_v)
-    rate = C("efficiency") * bf16
+    # FlashMLA and its like are written for wgmma and tcgen05; elsewhere a generic kernel runs.
+    sync = 1 - asynchronous
+    rate = (asynchronous * C("efficiency") + sync * C("efficiency_sync")) * bf16
     products = 2 * batch * keys * (d_qk + d_v) * (group + C("pad_heads")) / rate
     softmax = batch * group * keys / (sms * clock * exp2_rate) * C("exp_share")
     total = cache + rest
     moved = traffic(total, total)
     fixed = C("launch") / clock
-    chain = (C("chain") * keys / (keys + C("split")) + C("key") * keys) / clock
+    chain = (asynchronous * C("chain") + sync * C("chain_sync")) * keys / (keys + C("split")) + sync * C("key") * keys
     body = smooth_largest(moved, products + softmax)
-    seconds = fixed + chain + body + batch * C("block") / (sms * clock)
+    seconds = fixed + chain / clock + body + batch * C("block") / (sms * clock)
     return Model(
         "mla_decode",
         (batch, keys, heads, d_qk, d_v),
         (
             Coefficient("launch", 20000, "cycles", "launch, drain and the kernels beside", low=100),
-            Coefficient("chain", 30000, "cycles", "sequential part: splits and their merge", True, 10, class_spread=1),
+            Coefficient("chain", 12000, "cycles", "sequential part: splits and their merge", low=10),
+            Coefficient("chain_sync", 60000, "cycles", "the same of mma kernels", True, 10, class_spread=0.7),
             Coefficient("split", 2000, "keys", "keys at which half of it shows", low=16, high=1e5),
-            Coefficient("key", 2, "cycles", "sequential part that every key adds", True, 0.01, 1e4, class_spread=1),
+            Coefficient("key", 2, "cycles", "what every key adds to it", True, 0.01, 1e4, class_spread=1),
             *TRAFFIC,
-            Coefficient("efficiency", 0.4, "1", "share of the matrix peak", True, 0.02, 1.0, 0.3, 0.4),
+            Coefficient("efficiency", 0.65, "1", "share of the matrix peak", low=0.02, high=1.0, spread=0.2),
+            Coefficient("efficiency_sync", 0.3, "1", "the same of mma kernels", low=0.02, high=1.0, spread=0.2),
             Coefficient("pad_heads", 16, "heads", "heads a tile holds beyond those asked", low=1, high=128),
             Coefficient("exp_share", 0.5, "1", "exponentials not hidden", low=0.01, high=10),
             Coefficient("block", 2000, "cycles", "start and end of a block", low=1, high=100000),

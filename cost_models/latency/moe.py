@@ -18,9 +18,10 @@ from attnc.cost_models.latency.terms import (
     least,
     mem,
     peak,
-    power,
+    power_coefficients,
     sms,
     spill,
+    sustained,
     symbol,
     tiles,
 )
@@ -44,12 +45,14 @@ def _moe() -> Model:
     for bm in ROW_TILES:
         blocks = (1 - skew) * used * tiles(rows / used, bm) + skew * (rows / bm + C("part_tile") * used)
         width = (matrices - 1) * d_ff / 128 * d_model + d_model / 128 * d_ff
-        per_k = largest(2 * max(bm, 32) * 128 / (rate * bm / (bm + C("small_tile"))), (bm + 128) * item / (clock * C("l2_rate")))
+        per_k = largest(
+            2 * max(bm, 32) * 128 / (rate * bm / (bm + C("small_tile"))), (bm + 128) * item / (clock * C("l2_rate"))
+        )
         candidates.append(blocks * width * per_k / sms)
     products = least(*candidates)
     dram = weights / (C("mem_share") * mem) * spill(weights, C("kept") * l2)
     flops = 2 * rows * matrices * d_model * d_ff
-    power_s = flops * C("joule_per_flop") * C("fp8_joule") ** is_fp8 * 1e-12 / power
+    power_s = sustained(flops, is_fp8)
     permuted = rows * (d_model * 2 * 2 + d_ff * matrices * 2) + tokens * d_model * 2
     moved = C("passes") * permuted * (1 / (sms * clock * C("l2_rate")) + spill(permuted, l2) / mem)
     fixed = C("launch") / clock + is_fp8 * C("quantise") / clock
@@ -69,8 +72,7 @@ def _moe() -> Model:
             Coefficient("l2_rate", 40, "B/cycle/SM", "bytes through L2", low=2, high=200),
             Coefficient("mem_share", 0.85, "1", "share of the memory's bandwidth", low=0.3, high=1.1, spread=0.15),
             Coefficient("kept", 0.8, "1", "share of L2 that keeps data between calls", low=0.05, high=3),
-            Coefficient("joule_per_flop", 1.3, "pJ/FLOP", "energy of the matrix work", True, 0.2, 3),
-            Coefficient("fp8_joule", 0.55, "1", "energy of an fp8 product over bf16", low=0.2, high=1, spread=0.2),
+            *power_coefficients(1.4),
             Coefficient("passes", 1.0, "1", "passes over permuted activations", low=0.1, high=10),
             Coefficient("per_expert", 10, "cycles", "sorting and scheduling, an expert", low=0.01, high=1000),
         ),

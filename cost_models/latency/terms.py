@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import sympy
 from sympy import Expr, Max, Min, Symbol, ceiling, symbols
 
 # Figures of a device: FLOP/s of the matrix units in the operands' type and in bf16, bytes/s, bytes, multiprocessors,
@@ -127,9 +126,26 @@ def traffic(total: Expr, resident: Expr) -> Expr:
 
 TRAFFIC = (
     Coefficient("mem_share", 0.85, "1", "share of the memory's bandwidth", low=0.2, high=1.1, spread=0.15),
-    Coefficient("kept", 0.8, "1", "share of one half of L2 that keeps data between calls", low=0.05, high=3, spread=0.3),
+    Coefficient("kept", 0.8, "1", "share of one half of L2 that stays", low=0.05, high=3, spread=0.3),
     Coefficient("l2_rate", 30, "B/cycle/SM", "bytes through L2", low=1, high=200, spread=0.5),
 )
+
+
+def sustained(flops: Expr, is_fp8: Expr | None = None) -> Expr:
+    """Seconds that the power limit asks for matrix work. Asynchronous instructions read operands from shared memory
+    and so spend less. Coefficients: joule, joule_async, joule_fp8."""
+    joule = (1 - asynchronous) * symbol("joule") + asynchronous * symbol("joule_async")
+    share = 1 if is_fp8 is None else symbol("joule_fp8") ** is_fp8
+    return flops * joule * share * 1e-12 / power
+
+
+def power_coefficients(joule: float) -> tuple[Coefficient, ...]:
+    """joule: of mma, in pJ/FLOP; attention spends more than a plain product, its exponentials included."""
+    return (
+        Coefficient("joule", joule, "pJ/FLOP", "energy of products by mma", low=0.5, high=3, spread=0.1),
+        Coefficient("joule_async", 0.6, "pJ/FLOP", "the same by wgmma and tcgen05", low=0.3, high=1.5, spread=0.1),
+        Coefficient("joule_fp8", 0.55, "1", "energy of an fp8 product over bf16", low=0.3, high=1, spread=0.15),
+    )
 
 
 def causal_pairs(length: Expr, window: Expr, rows: Expr | float, pad: Expr | float) -> Expr:
