@@ -34,7 +34,8 @@ def run(
         raise UsageError(f"kernels {action}: found {found}; only show takes one. Use `attnc kernels show HASH`.")
     if as_json and action != "list":
         raise UsageError(f"kernels {action} --json: only list prints JSON. Leave --json out.")
-    folder = kernel_folder(Options(**({} if store is None else {"store": str(store)})).store)
+    options = Options() if store is None else Options(store=str(store))
+    folder = kernel_folder(options.store)
     if name is not None:
         typer.echo(show(name, folder), nl=False)
     elif action == "clear":
