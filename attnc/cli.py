@@ -14,12 +14,13 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from attnc import __version__
-from attnc.commands import explain, forms
+from attnc.commands import devices, explain, forms
 from attnc.errors import AttncError
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "explain": explain.run,
     "forms": forms.run,
+    "devices": devices.run,
 }
 DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
