@@ -19,6 +19,7 @@ from attnc.passes.attention.flex import flex_regions
 from attnc.passes.attention.lift import Match, anchors, lift
 from attnc.passes.attention.repeats import Repeats
 from attnc.passes.attention.rules import label
+from attnc.passes.attention.shared import own_weights
 from attnc.passes.capture import capture
 from attnc.passes.choose import choose
 from attnc.passes.dead import dead_ends
@@ -99,6 +100,7 @@ def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> None:
     with analysis.timed("normalize"):
         normalize(gm)
+        own_weights(gm.graph)
         facts = GraphFacts(gm.graph)
     with analysis.timed("lift"):
         analysis.found += [Found(region) for region in flex_regions(gm.graph)]

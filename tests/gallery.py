@@ -1,7 +1,14 @@
 """The gallery: one small module per spelling of attention, each with the facts it must lift to."""
 from __future__ import annotations
 
-from tests import gallery_architectures, gallery_heads, gallery_masks, gallery_modules, gallery_products
+from tests import (
+    gallery_architectures,
+    gallery_family_a,
+    gallery_heads,
+    gallery_masks,
+    gallery_modules,
+    gallery_products,
+)
 from tests.gallery_entry import AnyOf, Entry
 
 GALLERY: tuple[Entry, ...] = (
@@ -10,6 +17,7 @@ GALLERY: tuple[Entry, ...] = (
     *gallery_heads.ENTRIES,
     *gallery_modules.ENTRIES,
     *gallery_architectures.ENTRIES,
+    *gallery_family_a.ENTRIES,
 )
 BY_NAME = {entry.name: entry for entry in GALLERY}
 assert len(BY_NAME) == len(GALLERY), "two entries of the gallery share a name"

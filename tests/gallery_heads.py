@@ -281,7 +281,7 @@ ENTRIES = (
     spell(mqa_expand, {**GROUPED, "mask": "causal", "group": 4}, qkv(L=70, Hk=1)),
     spell(mqa_rows, {"mask": "none", "scale": 0.25}, qkv(Hk=1)),
     spell(mla_concatenated, {**LATENT, "mask": "causal"}, MLA),
-    spell(mla_sum_of_products, {"Ev": 12}, MLA),
+    spell(mla_sum_of_products, {**LATENT, "mask": "none", "bias": False}, MLA),
     spell(mla_sdpa, {**LATENT, "mask": "causal"}, MLA),
     spell(softcap_tanh, {"softcap": 20.0, "mask": "causal"}),
     spell(softcap_without_mask, {"softcap": 5.0, "mask": "none"}),

@@ -13,7 +13,7 @@ from attnc.passes.graph import GraphFacts, NoMatch, tensor_of
 
 def leaves_of(match: Match) -> list[fx.Node]:
     """The nodes at which the region begins: operands and captured tensors."""
-    nodes = [match.query.source, match.key.source, match.value.source, *match.captured]
+    nodes = [*match.query.sources, *match.key.sources, *match.value.sources, *match.captured]
     return list(dict.fromkeys(nodes))
 
 

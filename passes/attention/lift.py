@@ -10,16 +10,18 @@ Source: Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, sect
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
 from attnc.expr import FLOAT, ONE, SCORE, TRUE, ZERO, B, Expr, H, I, J, add, const, mul, scale, sub, var
+from attnc.passes.attention.joined import join, joins, one_score, score_of, width_of
 from attnc.passes.attention.operands import Operand, Roles, batch_roles, trace_operand
+from attnc.passes.attention.relative import by_distance
 from attnc.passes.attention.rules import MaskedScore, settled, split_mask, zero_after
 from attnc.passes.attention.weights import Weights, Zeroing, follow, pull
-from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, op_name, shape_of
+from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, op_name, shape_of, tensor_of
 from attnc.passes.masks import Lift
 from attnc.passes.products import Product, product
 from attnc.passes.views import Index, Ranges, broadcast_index
@@ -94,15 +96,21 @@ def _lift_softmax(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
     dim = int(anchor.args[1]) % len(at)
     if "j" not in at[dim].names() or any("j" in x.names() for d, x in enumerate(at) if d != dim):
         return NoMatch("the softmax does not run over the axis that is contracted with the values", anchor)
-    return _lift_scores(facts, anchor, weights, names, at, dim, ranges, zeroings)
+    summed: list[tuple[Product, Index]] = []
+    match = _lift_scores(facts, anchor, weights, names, at, dim, ranges, zeroings, summed)
+    if isinstance(match, NoMatch) and len(summed) > 1:  # all products but the first as numbers added to it
+        return _lift_scores(facts, anchor, weights, names, at, dim, ranges, zeroings, None)
+    return match
 
 
-def _lift_scores(facts, anchor, weights: Weights, names, at, dim, ranges, zeroings) -> Match | NoMatch:
+def _lift_scores(facts, anchor, weights: Weights, names, at, dim, ranges, zeroings, summed) -> Match | NoMatch:
+    """summed: where the products of a sum are noted; None: only one is allowed."""
     final = weights.product
-    found: list[tuple[Product, Index]] = []
+    several = summed is not None
+    found: list[tuple[Product, Index]] = summed if several else []
 
     def leaf(node: fx.Node, index: Index) -> Expr | None:
-        return _product_leaf(facts, node, index, found, pulling, final.node)
+        return _product_leaf(facts, node, index, found, pulling, final.node, several)
 
     pulling = Lift(facts, final.node, leaf)
     pulling.ranges = ranges
@@ -123,7 +131,7 @@ def _lift_scores(facts, anchor, weights: Weights, names, at, dim, ranges, zeroin
     col_axis = final.out_labels.index(final.col)
     batch = [(n, e) for n, e in zip(names, shape_of(final.node), strict=True) if n not in (row, names[col_axis])]
     kept = [_kept(pulling, zeroing) for zeroing in zeroings]
-    return _assemble(facts, anchor, weights, pulling, value, sink, kept, found[0], row, names[col_axis], batch)
+    return _assemble(facts, anchor, weights, pulling, value, sink, kept, found, row, names[col_axis], batch)
 
 
 def _kept(pulling: Lift, zeroing: Zeroing) -> Expr:
@@ -137,8 +145,8 @@ def _kept(pulling: Lift, zeroing: Zeroing) -> Expr:
     return inside if zeroing.keeps else logical_not(inside)
 
 
-def _product_leaf(facts, node, index, found, pulling: Lift, end) -> Expr | None:
-    """The raw product `s`, where `node` is a product whose columns are the softmax axis."""
+def _product_leaf(facts, node, index, found, pulling: Lift, end, several: bool) -> Expr | None:
+    """The raw product `s`, where the columns of product `node` are the softmax axis; a further one where allowed."""
     candidate = product(node)
     if candidate is None or any(not facts.unchanged(x, node, end) for x in node.all_input_nodes):
         return None
@@ -150,11 +158,12 @@ def _product_leaf(facts, node, index, found, pulling: Lift, end) -> Expr | None:
     others = [e for label, e in at.items() if label != candidate.col]
     if any("j" in e.names() for e in others):
         return None
-    if found and (found[0][0].node is not node or found[0][1] != index):
-        return None
-    if not found:
+    number = next((n for n, (known, where) in enumerate(found) if known.node is node and where == index), len(found))
+    if number == len(found):
+        if found and not (several and joins(candidate, index, *found[0])):
+            return None
         found.append((candidate, index))
-    score = SCORE if candidate.alpha == 1 else scale(SCORE, candidate.alpha)
+    score = scale(score_of(number), candidate.alpha) if candidate.alpha != 1 else score_of(number)
     if candidate.addend is None:
         return score
     added = pulling.element(candidate.addend, broadcast_index(index, shape_of(candidate.addend), shape_of(node)))
@@ -163,7 +172,11 @@ def _product_leaf(facts, node, index, found, pulling: Lift, end) -> Expr | None:
 
 def _assemble(facts, anchor, weights, pulling, value, sink, kept, found, row, col, batch) -> Match | NoMatch:
     """Name the coordinates b, h, i, j and trace the operands."""
-    final, (score_product, index), ranges = weights.product, found, pulling.ranges
+    final, (score_product, index), ranges = weights.product, found[0], pulling.ranges
+    single = one_score(value, len(found))
+    if single is None:
+        return NoMatch("the scores hold several products that are not simply added", score_product.node)
+    value, weighs = single
     q_index = score_product.index("left", index, var("e"))
     k_index = score_product.index("right", index, var("e"))
     pairs = [(n.args[0], e) for n, e in batch]
@@ -193,24 +206,47 @@ def _assemble(facts, anchor, weights, pulling, value, sink, kept, found, row, co
     if isinstance(operands, NoMatch):
         return operands
     query, key, value_operand = operands
+    further = [(*part, weigh) for part, weigh in zip(found[1:], weighs[1:], strict=True)]
+    roles = [Roles(at, var("e"), q_heads, (batch_size, n, widths[0])) for at, n in zip((I, J), lengths, strict=True)]
+    pair = join(facts, further, (query, key), rename, *roles, names, final.node)
+    if isinstance(pair, NoMatch):
+        return pair
+    query, key = pair
     score = _scaled(rename(value), query.factor * key.factor)
     masked, trains = split_mask(score, names, lengths, written="composed"), facts.needs_grad(anchor)
     if not isinstance(masked, str) and kept:
         masked = zero_after(masked, conjunction(*map(rename, kept)), names, trains=trains)
     if isinstance(masked, str):
         return NoMatch(masked, anchor)
+    masked = replace(masked, score=by_distance(masked.score, masked.keep, names))
     masked = settled(masked, trains=trains, written="composed", learned=_learned(facts, pulling))
     layout = tuple("e" if label == final.col else "i" if label == row_label else label for label in final.out_labels)
     return Match(
         anchor, final.node, query, key, value_operand, masked, pulling.captured, batch_size, q_heads,
-        lengths, (int(widths[0].value), int(widths[1].value)), layout,
+        lengths, (sum(width_of(part) for part, _ in found), int(widths[1].value)), layout,
         sink=None if sink is None else sub(rename(sink), masked.shift), dropout=weights.dropout,
         repeats_heads=_heads_of(score_product.right) > key.heads(q_heads), readers=weights.readers,
     )
 
 
 def _learned(facts: GraphFacts, pulling: Lift) -> Callable[[int], bool]:
-    return lambda slot: facts.needs_grad(pulling.captured[slot])
+    return lambda slot: facts.needs_grad(pulling.captured[slot]) or _of_parameters(pulling.captured[slot])
+
+
+def _of_parameters(node: fx.Node) -> bool:
+    """Whether `node` would have a gradient, were gradients taken: a learned bias is one in inference too."""
+    seen, stack = {node}, [node]
+    while stack:
+        one = stack.pop()
+        value = tensor_of(one)
+        if value is None or not value.is_floating_point() or op_name(one).startswith("detach"):
+            continue
+        if one.op == "placeholder" and one.meta.get("requires_grad"):
+            return True
+        fresh = [x for x in one.all_input_nodes if x not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return False
 
 
 def _named(batch: Expr, heads: Expr, length_q: Expr, length_k: Expr, width: Expr) -> Ranges:

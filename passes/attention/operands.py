@@ -7,7 +7,8 @@ that bring that tensor to (B, heads, length, width).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,12 +60,26 @@ class Roles:
 
 @dataclass(frozen=True)
 class Operand:
-    """`source[index]` is the operand's element; `factor` multiplies it."""
+    """`source[index]` is the operand's element; `factor` multiplies it, and is applied to the scores.
+
+    more: further channels, behind these: operands of products that were added to this one's.
+    weight: a factor of the emitted operand itself, where channels of one product weigh more than another's.
+    """
 
     source: fx.Node
     index: Index
     roles: tuple[tuple[str, int], ...]
     factor: float = 1.0
+    more: tuple[Operand, ...] = ()
+    weight: float = 1.0
+
+    @property
+    def sources(self) -> list[fx.Node]:
+        return [self.source, *(source for operand in self.more for source in operand.sources)]
+
+    def moved(self, image: Mapping[fx.Node, fx.Node]) -> Operand:
+        """This operand of another subgraph."""
+        return replace(self, source=image[self.source], more=tuple(o.moved(image) for o in self.more))
 
     def _group(self, q_heads: int) -> int:
         """How many query heads share one of this operand's heads."""
@@ -77,10 +92,24 @@ class Operand:
 
     def heads(self, q_heads: int) -> int:
         group = self._group(q_heads)
-        return q_heads // group if group else 0
+        return max([q_heads // group if group else 0, *(operand.heads(q_heads) for operand in self.more)])
 
     def emit(self, graph: fx.Graph, batch: Any, q_heads: int) -> fx.Node:
         """Nodes that bring the source to (B, heads, length, width), as views where the layout allows."""
+        if not self.more:
+            return self._emit(graph, batch, q_heads)
+        heads = self.heads(q_heads)
+        parts = [operand._emit(graph, batch, q_heads) for operand in (self, *self.more)]
+        for at, part in enumerate(parts):
+            value = tensor_of(part)
+            assert value is not None
+            if value.shape[1] != heads:
+                parts[at] = _call(
+                    graph.call_function, torch.ops.aten.repeat_interleave.self_int, part, heads // value.shape[1], 1
+                )
+        return _call(graph.call_function, torch.ops.aten.cat.default, parts, -1)
+
+    def _emit(self, graph: fx.Graph, batch: Any, q_heads: int) -> fx.Node:
         node, kinds = self.source, [kind for kind, _ in self.roles]
         call = graph.call_function
         aten = torch.ops.aten
@@ -107,7 +136,7 @@ class Operand:
         assert value is not None
         if value.shape[0] == 1 and hint(batch) != 1:
             node = _call(call, aten.expand.default, node, [batch, -1, -1, -1])
-        return node
+        return node if self.weight == 1.0 else _call(call, aten.mul.Tensor, node, self.weight)
 
 
 def _call(call: Any, target: Any, *args: Any) -> fx.Node:

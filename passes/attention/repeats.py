@@ -144,8 +144,8 @@ def _moved(match: Match, image: Mapping[fx.Node, fx.Node]) -> Match:
         match,
         anchor=image[match.anchor],
         out=image[match.out],
-        query=replace(match.query, source=image[match.query.source]),
-        key=replace(match.key, source=image[match.key.source]),
-        value=replace(match.value, source=image[match.value.source]),
+        query=match.query.moved(image),
+        key=match.key.moved(image),
+        value=match.value.moved(image),
         captured=[image[node] for node in match.captured],
     )

@@ -76,6 +76,22 @@ def follow(anchor: fx.Node) -> Weights | NoMatch:
         between.append(node)
 
 
+def carriers(anchor: fx.Node) -> list[list[fx.Node]] | None:
+    """From the softmax to each product that reads it: the nodes on the way and the product; None: others read too."""
+    paths: list[list[fx.Node]] = []
+    stack: list[list[fx.Node]] = [[anchor]]
+    while stack:
+        path = stack.pop()
+        for user in sorted((u for u in path[-1].users if not _is_dead(u)), reverse=True):
+            if product(user) is not None and list(user.all_input_nodes).count(path[-1]) == 1:
+                paths.append([*path[1:], user])
+            elif user.op == "call_function" and _carries(user, path[-1]):
+                stack.append([*path, user])
+            else:
+                return None
+    return sorted(paths, key=lambda path: path[-1])
+
+
 def pull(node: fx.Node, index: Index, anchor: fx.Node, ranges: Ranges) -> tuple[Index, list[Zeroing]] | NoMatch:
     """Index into the softmax of the weight at `index` of `node`, and the masks on the way."""
     masks: list[Zeroing] = []
