@@ -1,0 +1,122 @@
+"""How many tiles of the score matrix a flash kernel really visits, in closed form: causal, window, documents.
+
+Row i sees keys i + shift - back .. i + shift + ahead, with shift = S - L for queries that end where the keys end. Sums
+of floors over blocks of rows are exact and take logarithmic time: a prediction costs microseconds at any length.
+
+Source: Hassani et al. 2025, "Generalized Neighborhood Attention", arXiv:2504.16922, section 4 (tiles visited, not pairs
+kept, decide the time); Knuth, Graham, Patashnik 1994, "Concrete Mathematics", section 3.5 (floor sums).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Band:
+    """Keys that a row sees: `back` before its own and `ahead` after it; None: all. shift: its own key less its row."""
+
+    back: int | None = None
+    ahead: int | None = None
+    shift: int = 0
+
+    @classmethod
+    def causal(cls, L: int, S: int, window: int = 0) -> Band:
+        """Causal with the last query at the last key; window: keys seen, the own one included, 0 for all."""
+        return cls(window - 1 if window else None, 0, S - L)
+
+
+@dataclass(frozen=True)
+class TileCount:
+    """Tiles per head. visited: in all; masked: those with a mask; longest: of one block of rows, within one."""
+
+    visited: float
+    masked: float
+    longest: float
+
+
+@lru_cache(maxsize=65536)
+def band_tiles(L: int, S: int, block_m: int, block_n: int, band: Band) -> TileCount:
+    """Exact number of visited tiles of a band; masked ones to within the corners."""
+    rows = -(-L // block_m)
+    visited = masked = longest = 0.0
+    # All blocks of rows but the last are whole; the last one may end early.
+    parts = [(0, rows - 1, block_m), (rows - 1, 1, L - (rows - 1) * block_m)]
+    for first, count, height in parts:
+        if count < 1:
+            continue
+        ahead = S if band.ahead is None else band.shift + height - 1 + band.ahead
+        back = -S - L - abs(band.shift) if band.back is None else band.shift - band.back
+        ends = _clipped(first, count, block_m, ahead, S - 1, block_n)
+        starts = _clipped(first, count, block_m, back, S - 1, block_n)
+        seen = ends - starts
+        # Rows that see no key: their band ends before key 0 or begins beyond the last.
+        visited += seen + _meeting(first, count, block_m, back, ahead, S)
+        longest = max(longest, _longest(first, count, block_m, back, ahead, S, block_n))
+        edges = _edges(band, height, block_n)
+        masked += count * edges
+    ragged = rows if S % block_n else 0
+    return TileCount(visited, min(visited, masked + ragged), longest)
+
+
+def _edges(band: Band, height: int, block_n: int) -> float:
+    """Tiles that the borders of the band cross, per block of rows."""
+    crossed = 1.0 + (height - 1) / block_n
+    return crossed * ((band.ahead is not None) + (band.back is not None))
+
+
+def _longest(first: int, count: int, block_m: int, back: int, ahead: int, S: int, block_n: int) -> int:
+    """Tiles of the longest of some blocks of rows: at either end, or where the band first touches the last key."""
+    at = [first, first + count - 1]
+    touch = (S - 1 - ahead) // block_m
+    at += [m for m in (touch, touch + 1, -(back // block_m)) if first <= m < first + count]
+    found = 0
+    for m in at:
+        low, high = max(0, m * block_m + back), min(S - 1, m * block_m + ahead)
+        if high >= low:
+            found = max(found, high // block_n - low // block_n + 1)
+    return found
+
+
+def _meeting(first: int, count: int, block_m: int, back: int, ahead: int, S: int) -> int:
+    """Blocks of rows whose band meets some key 0 .. S - 1."""
+    low = max(first, -(ahead // block_m))  # m * block_m + ahead >= 0
+    high = min(first + count - 1, (S - 1 - back) // block_m)  # m * block_m + back <= S - 1
+    return max(0, high - low + 1)
+
+
+def _clipped(first: int, count: int, step: int, offset: int, top: int, block: int) -> int:
+    """Sum of floor(clamp(m * step + offset, 0, top) / block) over m = first .. first + count - 1."""
+    zero = min(max(-(offset // step) - first, 0), count)  # values below 0, clamped
+    full = min(max(-((offset - top) // step) - first, zero), count)  # from here on clamped to top
+    inside = full - zero
+    start = (first + zero) * step + offset
+    return floor_sum(inside, block, step, start) + (count - full) * (top // block)
+
+
+def floor_sum(n: int, m: int, a: int, b: int) -> int:
+    """Sum of floor((a * i + b) / m) over i = 0 .. n - 1, for b >= 0."""
+    total = 0
+    while n > 0:
+        total += (n - 1) * n // 2 * (a // m) + n * (b // m)
+        a, b = a % m, b % m
+        last = a * n + b
+        if last < m:
+            break
+        n, b = divmod(last, m)
+        a, m = m, a
+    return total
+
+
+def document_tiles(L: int, S: int, block_m: int, block_n: int, band: Band, documents: float) -> TileCount:
+    """Tiles of `documents` equal documents packed into one sequence, each with the band inside."""
+    if documents <= 1:
+        return band_tiles(L, S, block_m, block_n, band)
+    one = band_tiles(max(1, round(L / documents)), max(1, round(S / documents)), block_m, block_n, band)
+    # A border between documents lies anywhere in a block: one more half block of rows and of keys.
+    rows = -(-L // block_m) / documents
+    visited = documents * one.visited + documents * (one.longest * 0.5 + rows * 0.5)
+    most = -(-L // block_m) * -(-S // block_n)
+    visited = min(visited, float(most))
+    return TileCount(visited, min(visited, documents * (one.masked + one.longest + rows)), one.longest + 1)
