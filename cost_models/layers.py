@@ -15,6 +15,8 @@ from typing import ClassVar
 import sympy
 from sympy import Expr, Integer, Min, Mod, floor
 
+from attnc.errors import UsageError, did_you_mean
+
 LENGTH = sympy.Symbol("length", positive=True, integer=True)
 
 
@@ -77,6 +79,14 @@ class Mixing:
 NO_MIXING = Mixing()
 
 
+ALLOWED = {
+    "causal": ("half", "full"),
+    "mla": ("phase", "naive", "absorbed", "padded"),
+    "recurrence": ("chunked", "step"),
+    "head": ("last", "all"),
+}
+
+
 @dataclass(frozen=True)
 class Conventions:
     """How FLOP between tokens are counted.
@@ -95,6 +105,13 @@ class Conventions:
     state_flops: int | None = None
     head: str = "last"
 
+    def __post_init__(self) -> None:
+        for name, allowed in ALLOWED.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                near = did_you_mean(str(value), allowed) or " Name one of them."
+                raise UsageError(f"{name}={value!r}: allowed are {', '.join(allowed)}.{near}")
+
     def __str__(self) -> str:
         state = "" if self.state_flops is None else f", {self.state_flops} FLOP per state element and token"
         square = "half the square" if self.causal == "half" else "the full square"
@@ -106,12 +123,6 @@ class Conventions:
 
 
 USUAL = Conventions()
-ALLOWED = {
-    "causal": ("half", "full"),
-    "mla": ("phase", "naive", "absorbed", "padded"),
-    "recurrence": ("chunked", "step"),
-    "head": ("last", "all"),
-}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import sympy
 from attnc.cost_models.config_keys import KEYS, Facts
 from attnc.cost_models.config_layers import BUILDERS, embedding
 from attnc.cost_models.families import ALIASES, FAMILIES, LIKE_LLAMA, Family
-from attnc.cost_models.layers import ALLOWED, LENGTH, USUAL, Conventions, Embedding, Experts, Layer, Norms
+from attnc.cost_models.layers import LENGTH, USUAL, Conventions, Embedding, Experts, Layer, Norms
 from attnc.errors import UsageError, did_you_mean
 
 PHASES = ("prefill", "decode", "train")
@@ -143,7 +143,7 @@ class ModelCard:
         """FLOP of one sequence by column.
 
         phase: "prefill" of `length` tokens, "decode" of the one token at position `length`, "train" on `length` tokens.
-        Raises: UsageError for an unknown phase or convention.
+        Raises: UsageError for an unknown phase.
         """
         tokens = 1.0 if phase == "decode" else float(length)
         passes = TRAIN_PASSES if phase == "train" else 1
@@ -158,7 +158,9 @@ class ModelCard:
 
     def mixing_expression(self, phase: str, how: Conventions = USUAL) -> sympy.Expr:
         """FLOP between tokens as an expression of `length`, as in `flops`."""
-        _check(phase, how)
+        if phase not in PHASES:
+            near = did_you_mean(phase, PHASES) or " Name one of them."
+            raise UsageError(f"phase {phase!r}: allowed are {', '.join(PHASES)}.{near}")
         total = sympy.Integer(0)
         for layer, count in self.layers:
             mixing = layer.mixing(phase, how)
@@ -201,19 +203,11 @@ class ModelCard:
 @lru_cache(maxsize=256)
 def _compiled(card: ModelCard, phase: str, how: Conventions) -> Callable[[float], float]:
     if phase == "generation":
-        _check("decode", how)
         expression = card.generation_expression(how)
     else:
         expression = card.mixing_expression(phase, how)
     compiled = sympy.lambdify(LENGTH, expression, modules="math")
     return lambda length: float(compiled(length))
-
-
-def _check(phase: str, how: Conventions) -> None:
-    asked = {"phase": (phase, PHASES), **{name: (getattr(how, name), allowed) for name, allowed in ALLOWED.items()}}
-    for name, (value, allowed) in asked.items():
-        if value not in allowed:
-            raise UsageError(f"{name}={value!r}: allowed are {', '.join(allowed)}.{did_you_mean(str(value), allowed)}")
 
 
 # Reading a config.
