@@ -356,7 +356,7 @@ class Records:
         file = self.directory / key.file
         try:
             record = Record.from_json(file.read_bytes(), str(file))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ArtifactError, OSError) as exc:
             self._say(str(exc))
@@ -388,8 +388,8 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def _replace(target: Path, text: str) -> None:
-    """`target` holds `text`, or what it held before, at every moment."""
-    fresh = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    """`target` holds `text`, or what it held before, at every moment; under a lock."""
+    fresh = target.with_suffix(".tmp")
     try:
         with fresh.open("w", encoding="utf-8") as file:
             file.write(text)

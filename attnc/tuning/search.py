@@ -200,7 +200,9 @@ class Search:
 
     def _over(self) -> bool:
         late = self.settings.seconds is not None and self.clock() - self.began >= self.settings.seconds
-        return late or len(self.tried) >= self._total()
+        if late and self.tried:  # without one trial there would be nothing to choose
+            return True
+        return len(self.tried) >= self._total()
 
     def _take_up(self, trials: list[Trial]) -> None:
         """Know what the finished trials know, those of other processes too, in the order they were begun."""

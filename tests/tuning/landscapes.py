@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache
 from hashlib import sha256
+from itertools import product
 from typing import Any, ClassVar
 
 from attnc.forms.base import Form, knob
@@ -111,7 +112,7 @@ def noise(*words: object) -> float:
     return int.from_bytes(digest[:6], "big") / 2**47 - 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Landscape:
     """A `Problem`: `case` on `chip`. compile_s: how long a compile takes, in seconds. fail: share that fails."""
 
@@ -121,7 +122,7 @@ class Landscape:
     fail: float = 0.0
     dtype: str = "bfloat16"
     kernel: str = "0" * 16
-    compiled: list[str] = field(default_factory=list, compare=False)
+    compiled: list[str] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def device(self) -> str:
@@ -135,22 +136,8 @@ class Landscape:
     def key(self) -> str:
         return "attention " + " ".join(f"{name}={size}" for name, size in self.shape.items())
 
-    @cached_property
-    def settings(self) -> tuple[Tiles, ...]:
-        default = Tiles()
-        found = [
-            Tiles(m, n, w, s, p, o, r)
-            for m in (16, 32, 64, 128, 256)
-            for n in (16, 32, 64, 128, 256)
-            for w in (1, 2, 4, 8, 16)
-            for s in (1, 2, 3, 4, 5)
-            for p in (1, 2, 4, 8, 16, 32)
-            for o in ("heads", "rows")
-            for r in (255, 168, 128, 80)
-        ]
-        found = [t for t in found if self.fits(t)]
-        first = default if default in found else min(found, key=lambda t: abs(t.block_m * t.block_n - 4096) + t.splits)
-        return (first, *(t for t in found if t != first))
+    def space(self) -> tuple[Tiles, ...]:
+        return _settings(replace(self, compile_s=0.0, fail=0.0))
 
     def fits(self, t: Tiles) -> bool:
         """Shared memory and registers suffice, tiles are not far larger than lengths, nor warps for a tile."""
@@ -161,9 +148,6 @@ class Landscape:
         capped = t.cap == 255 or t.cap < self.registers(t)  # a cap that nothing reaches is no other kernel
         held = self.registers(t) <= 512 and self.shared(t) <= self.chip.shared
         return enough and split and warps and capped and held
-
-    def space(self) -> tuple[Tiles, ...]:
-        return self.settings
 
     def shared(self, t: Tiles) -> int:
         return 2 * self.case.E * (t.block_m + 2 * t.block_n * t.stages)
@@ -225,3 +209,16 @@ class Landscape:
         if taken.seconds is None:
             return taken
         return Outcome(taken.seconds * 1.2 * (1 + 0.05 * noise("measured", form)), error=0.01)
+
+
+@cache
+def _settings(landscape: Landscape) -> tuple[Tiles, ...]:
+    """What is valid, the default first: `Tiles()`, else the fitting setting nearest to it in size."""
+    default = Tiles()
+    every = product(
+        (16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (1, 2, 4, 8, 16), (1, 2, 3, 4, 5), (1, 2, 4, 8, 16, 32),
+        ("heads", "rows"), (255, 168, 128, 80),
+    )  # fmt: skip
+    found = [tiles for knobs in every if landscape.fits(tiles := Tiles(*knobs))]
+    first = default if default in found else min(found, key=lambda t: abs(t.block_m * t.block_n - 4096) + t.splits)
+    return (first, *(t for t in found if t != first))

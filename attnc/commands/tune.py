@@ -1,0 +1,171 @@
+"""`attnc tune package.module:factory --device h100`: fast kernel settings, for devices that need not be here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from attnc.commands.target import INPUT_HELP, TARGET_HELP, Call, input_specs, load_call
+from attnc.errors import UsageError
+from attnc.options import Options
+from attnc.records import TIMES, Record, Records
+from attnc.tuning import search
+from attnc.tuning.durations import parse_duration, spell_duration
+from attnc.tuning.problem import FIDELITIES, Problem
+from attnc.tuning.samplers import DEFAULT, SAMPLERS
+from attnc.tuning.tune import tune
+
+ProblemsOf = Callable[[Call, Sequence[str]], Sequence[Problem]]
+
+STORAGE_HELP = (
+    "Where trials are kept: a file, a folder, an Optuna URL as sqlite:///trials.db, or memory. By default a journal "
+    "per search in the store."
+)
+
+
+def command(problems_of: ProblemsOf) -> Callable[..., None]:
+    """The function behind `attnc tune`. problems_of: what there is to tune in a call of a model, on devices by name."""
+
+    def run(
+        target: Annotated[str, typer.Argument(help=TARGET_HELP)],
+        device: Annotated[str, typer.Option(help="Devices to tune for, as h100 or a100,h200,mi300x.")],
+        inputs: Annotated[list[str] | None, typer.Option("--input", help=INPUT_HELP)] = None,
+        length: Annotated[int | None, typer.Option(help="The value of L in --input.", min=1)] = None,
+        trials: Annotated[int, typer.Option(help="Settings to try per region and device, with earlier runs'.")] = 200,
+        time: Annotated[str | None, typer.Option("--time", help="Time for all, as 90s or 10m.")] = None,
+        fidelity: Annotated[str, typer.Option(help=f"How times are found: {', '.join(FIDELITIES)}.")] = "compile",
+        sampler: Annotated[str, typer.Option(help=f"What picks settings: {', '.join(SAMPLERS)}.")] = DEFAULT,
+        seed: Annotated[int, typer.Option(help="The same seed gives the same trials.")] = 0,
+        workers: Annotated[int, typer.Option(help="Processes that compile side by side.")] = 1,
+        storage: Annotated[str | None, typer.Option(help=STORAGE_HELP)] = None,
+        train: Annotated[bool, typer.Option("--train", help="Training mode with gradients.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+    ) -> None:
+        """Find fast settings of a model's kernels for devices that need not be here, and keep them as records."""
+        store = Path(Options().store)
+        asked = search.Settings(
+            trials=trials,
+            seconds=None if time is None else parse_duration(time),
+            fidelity=fidelity,
+            sampler=sampler,
+            seed=seed,
+            workers=workers,
+            storage=storage,
+            folder=store / "studies",
+        )
+        names = device_names(device)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the result
+            call = _call(target, inputs or [], length, train)
+            problems = problems_of(call, names)
+            records = _tuned(problems, asked, Records(store / "records"))
+        typer.echo(_json(records) if as_json else _text(problems, records, fidelity, store / "records"))
+
+    return run
+
+
+def device_names(text: str) -> list[str]:
+    """The names in "a100,h200", each once. Raises: UsageError where there is none."""
+    names = [word.strip() for word in text.split(",")]
+    if not all(names):
+        raise UsageError(f"--device {text!r}: found an empty name; allowed are names with commas. Write a100,h200.")
+    return list(dict.fromkeys(names))
+
+
+def _call(target: str, inputs: list[str], length: int | None, train: bool) -> Call:
+    specs = input_specs(inputs, [] if length is None else [length])
+    torch.manual_seed(0)
+    call = load_call(target)
+    if isinstance(call.model, torch.nn.Module):
+        call.model.train(train)
+    return replace(call, kwargs={**call.kwargs, **{spec.name: spec.draw(length) for spec in specs}})
+
+
+def _tuned(problems: Sequence[Problem], asked: search.Settings, records: Records) -> list[Record]:
+    with shown(Console(stderr=True)) as on_progress:
+        try:
+            return tune(problems, asked, records=records, on_progress=on_progress)
+        except KeyboardInterrupt:
+            stopped = True
+    if stopped:
+        typer.echo("attnc: stopped; finished trials are kept, and the same command goes on from there.", err=True)
+    raise typer.Exit(130)
+
+
+@contextlib.contextmanager
+def shown(console: Console) -> Iterator[Callable[[search.Progress], None]]:
+    """A bar per problem on `console`: trials, the best so far beside the default, time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"))
+    told = TextColumn("{task.fields[best]}"), TimeElapsedColumn(), TextColumn("{task.fields[left]}")
+    with Progress(*columns, *told, console=console, redirect_stdout=False, redirect_stderr=False) as bars:
+        tasks: dict[tuple[int, int], TaskID] = {}
+
+        def on_progress(step: search.Progress) -> None:
+            if step.place not in tasks:
+                title = f"{step.place[0]}/{step.place[1]} {step.problem.device} {step.problem.key[:40]}"
+                tasks[step.place] = bars.add_task(title, total=step.total, best="", left="")
+            bars.update(
+                tasks[step.place],
+                completed=step.trials,
+                total=step.total,
+                best=f"best {spell_seconds(step.best_s)}, default {spell_seconds(step.default_s)}",
+                left=f"{spell_duration(step.left_s)} left",
+            )
+
+        yield on_progress
+
+
+def spell_seconds(seconds: float | None) -> str:
+    """A kernel's time with three digits, in a unit that fits."""
+    if seconds is None:
+        return "-"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-9:.3g} ns"
+
+
+def _text(problems: Sequence[Problem], records: Sequence[Record], fidelity: str, folder: Path) -> str:
+    if not records:
+        return "Nothing to tune: the model has no region that a kernel of attnc computes."
+    table = Table(
+        "region", "device", "default", "tuned", "faster", "tried", "failed", "setting", box=None, pad_edge=False
+    )
+    for record in dict.fromkeys(records):
+        tried = [t for t in record.timings.values() if t.failure or t.at(fidelity) is not None]
+        times = [_seconds(record, name) for name in (record.default, record.best)]
+        faster = f"{times[0] / times[1]:.2f}x" if times[0] and times[1] else "-"
+        failed = sum(t.failure is not None for t in tried)
+        row = (record.key.region, record.key.device, *map(spell_seconds, times), faster, str(len(tried)), str(failed))
+        table.add_row(*row, record.best or "none: every setting failed")
+    console = Console(width=200, color_system=None)
+    with console.capture() as text:
+        console.print(table)
+    lines = "\n".join(line.rstrip() for line in text.get().splitlines())
+    count = len({id(p) for p in problems})
+    return f"{lines}\n\n{count} regions, {len(set(records))} tuned by fidelity {fidelity}; records in {folder}."
+
+
+def _seconds(record: Record, name: str | None) -> float | None:
+    """Seconds at the dearest fidelity that both the default and the best have."""
+    both = [record.timings.get(n) for n in (record.default, record.best or record.default)]
+    for fidelity in reversed(TIMES):
+        if all(t is not None and t.at(fidelity) is not None for t in both):
+            return None if name is None else record.timings[name].at(fidelity)
+    timing = record.timings.get(name or "")
+    return None if timing is None else next((s for f in reversed(TIMES) if (s := timing.at(f)) is not None), None)
+
+
+def _json(records: Sequence[Record]) -> str:
+    found: list[Any] = [json.loads(record.to_json()) for record in dict.fromkeys(records)]
+    return json.dumps(found, indent=1)
