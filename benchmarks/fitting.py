@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,7 @@ def rows_by_model(tables: Mapping[str, pd.DataFrame], sheets: Mapping[str, Mappi
     return found
 
 
+EXTREMES = {"largest": lambda *a: reduce(np.maximum, a), "least": lambda *a: reduce(np.minimum, a)}
 _FORMULAS: dict[tuple[str, str], object] = {}
 
 
@@ -84,7 +86,7 @@ def formula(model: Model, what: str):
     """A property of the model (`latency`, `fixed`, `roofline`) as a numpy function."""
     if (model.name, what) not in _FORMULAS:
         expr = getattr(model, what)
-        _FORMULAS[model.name, what] = sympy.lambdify(model.arguments, expr, modules="numpy", cse=True)
+        _FORMULAS[model.name, what] = sympy.lambdify(model.arguments, expr, modules=[EXTREMES, "numpy"], cse=True)
     return _FORMULAS[model.name, what]
 
 

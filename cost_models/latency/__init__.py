@@ -123,7 +123,8 @@ def coefficients() -> dict[str, dict]:
 def scalar(name: str) -> Callable[..., tuple[float, float]]:
     """The formula of a model for single numbers: (seconds, share of them that is fixed)."""
     model = MODELS[name]
-    return sympy.lambdify(model.arguments, [model.latency, model.fixed], modules="math", cse=True)
+    modules = [{"largest": max, "least": min}, "math"]
+    return sympy.lambdify(model.arguments, [model.latency, model.fixed], modules=modules, cse=True)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Physical terms that the latency formulas share: symbols of a device, tiles, waves, residency in L2, the power limit.
 
 Every formula is a sympy expression of three sorts of symbols: columns of the shape, figures of the device (SI units)
-and coefficients (`coefficients.json`). Sizes are positive; `largest` and `least` are left unevaluated, because sympy
-would compare their arguments.
+and coefficients (`coefficients.json`). Sizes are positive.
 
 Source: Williams, Waterman, Patterson 2009, "Roofline", doi:10.1145/1498765.1498785; shared/measurements/README.md,
 "Terms that paid".
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sympy import Expr, Max, Min, Symbol, ceiling, symbols
+from sympy import Expr, Function, Symbol, ceiling, symbols
 
 # Figures of a device: FLOP/s of the matrix units in the operands' type and in bf16, bytes/s, bytes, multiprocessors,
 # Hz, W, bytes of shared memory of a multiprocessor, exponentials and float32 FMAs per clock and multiprocessor; halves
@@ -93,12 +92,8 @@ def symbol(name: str) -> Symbol:
     return Symbol(name)
 
 
-def largest(*terms: Expr | float) -> Expr:
-    return Max(*terms, evaluate=False)
-
-
-def least(*terms: Expr | float) -> Expr:
-    return Min(*terms, evaluate=False)
+# Maximum and minimum as plain functions: sympy's own compare their arguments symbolically, for seconds.
+largest, least = Function("largest"), Function("least")
 
 
 def tiles(size: Expr, tile: Expr | int) -> Expr:
