@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import wrap_triton
 
+from attnc.codegen import holes
 from attnc.codegen.derivative import lookup_slopes
 from attnc.codegen.gpu_tables import BlockLists, block_lists
 from attnc.codegen.tiles import blocks, classify
 from attnc.codegen.triton_text import Slot
 from attnc.errors import LoweringError, UsageError
 from attnc.reading import Axis, read, span
-from attnc.rule_attention import AttentionRule, linear_score
+from attnc.rule_attention import AttentionRule
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 SKIPS = ("range", "table")
@@ -115,11 +116,10 @@ def widths(width: int, least: int = 16) -> tuple[int, int]:
     return (whole, 0) if half + tail >= whole else (half, tail)
 
 
-def scale_of(rule: AttentionRule) -> float:
+def plain_scale(rule: AttentionRule) -> float:
     """The positive factor, where the score is nothing but `factor * s`; else 0, and the hole `score` says."""
-    parts = linear_score(rule.score)
-    alone = parts is not None and parts[1].is_const and parts[1].value == 0
-    return parts[0] if parts is not None and alone and 0 < parts[0] < math.inf else 0.0
+    scale = holes.plain_scale(rule)
+    return scale if 0 < scale < math.inf else 0.0
 
 
 def empty_out(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,11 +209,33 @@ def _strides(name: str, x: Tensor) -> dict[str, Any]:
     return {f"{name}_{axis}": stride for axis, stride in zip("bhle", x.stride(), strict=True)}
 
 
+def constants_of(
+    rule: AttentionRule, dtype: torch.dtype, group: int, E: int, Ev: int, knobs: FlashKnobs, launch: Launch
+) -> dict[str, Any]:
+    """The compile-time arguments of each kernel."""
+    least = 32 if dtype in FLOAT8 else 16
+    (e_main, e_tail), (ev_main, ev_tail) = widths(E, least), widths(Ev, least)
+    return {
+        "GROUP": group,
+        "E": E,
+        "E_MAIN": e_main,
+        "E_TAIL": e_tail,
+        "EV": Ev,
+        "EV_MAIN": ev_main,
+        "EV_TAIL": ev_tail,
+        "SCALE": plain_scale(rule),
+        "PRECISION": knobs.precision,
+        "TABLE": knobs.skip == "table",
+        "SECTION": knobs.section,
+        "XCDS": knobs.xcds,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+    }
+
+
 def _shared(query, key, value, rule, knobs, launch, lists) -> dict[str, Any]:
     """Arguments that all kernels have."""
-    least = 32 if query.dtype in FLOAT8 else 16
-    E, EV = int(query.shape[3]), int(value.shape[3])
-    (e_main, e_tail), (ev_main, ev_tail) = widths(E, least), widths(EV, least)
+    E, Ev, group = int(query.shape[3]), int(value.shape[3]), int(query.shape[1] // key.shape[1])
     rows_b, rows_h = (0, 0) if lists is None else lists.strides
     return {
         "p_list": None if lists is None else lists.order,
@@ -226,15 +248,7 @@ def _shared(query, key, value, rule, knobs, launch, lists) -> dict[str, Any]:
         "Hq": query.shape[1],
         "L": query.shape[2],
         "S": key.shape[2],
-        "GROUP": int(query.shape[1] // key.shape[1]),
-        "E": E, "E_MAIN": e_main, "E_TAIL": e_tail, "EV": EV, "EV_MAIN": ev_main, "EV_TAIL": ev_tail,
-        "SCALE": scale_of(rule),
-        "PRECISION": knobs.precision,
-        "TABLE": lists is not None,
-        "SECTION": knobs.section,
-        "XCDS": knobs.xcds,
-        "BLOCK_M": launch.block_m,
-        "BLOCK_N": launch.block_n,
+        **constants_of(rule, query.dtype, group, E, Ev, knobs, launch),
     }
 
 

@@ -1,0 +1,94 @@
+"""The flash kernels as jobs of the ahead-of-time compiler: what a launch would pass, as types and divisibility."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from attnc.codegen.compile_stats import Job
+from attnc.codegen.gpu_flash import FLOAT8, FlashKnobs, Launch, constants_of
+from attnc.codegen.render import render_rule, skeleton_text
+from attnc.codegen.triton_text import CAPTURED_NAME, Slot
+from attnc.errors import LoweringError
+from attnc.rule_attention import AttentionRule
+
+KERNELS = ("flash_forward", "flash_dq", "flash_dkv")
+TRITON_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+    torch.float8_e4m3fnuz: "fp8e4b8",
+    torch.float8_e5m2fnuz: "fp8e5b16",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+FIXED = {"p_lse": "*fp32", "p_delta": "*fp32", "p_list": "*i32", "p_counts": "*i32", "Hq": "i32"}
+
+
+def flash_job(
+    kernel: str,
+    rule: AttentionRule,
+    captured: Sequence[Slot],
+    dtype: torch.dtype,
+    group: int,
+    E: int,
+    Ev: int,
+    knobs: FlashKnobs,
+    target: str,
+) -> Job:
+    """The job of one of KERNELS for inputs of `dtype` whose strides and lengths are multiples of 16.
+
+    group: query heads per key head. target: "cuda:90". Raises: LoweringError for a rule that kernels do not compute.
+    """
+    launch = launch_of(kernel, knobs)
+    text = render_rule(skeleton_text("flash"), rule, captured, spelling="flash", device=target, kernels=(kernel,))
+    functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+    constants = constants_of(rule, dtype, group, E, Ev, knobs, launch)
+    signature: dict[str, str] = {}
+    for name in (arg.arg for arg in functions[kernel].args.args if arg.arg not in constants):
+        kind = _type_of(name, dtype, captured)
+        if name.endswith("_e") or (name in ("p_list", "p_counts") and knobs.skip != "table"):
+            constants[name] = 1 if name.endswith("_e") else None
+        elif kind == "1":
+            constants[name] = 1
+        else:
+            signature[name] = kind
+    return Job(text, kernel, signature, constants, target, launch.warps, launch.stages)
+
+
+def launch_of(kernel: str, knobs: FlashKnobs) -> Launch:
+    """The tile and resources of one of KERNELS."""
+    if kernel not in KERNELS:
+        raise LoweringError(f"compile the kernel {kernel!r}: the skeleton flash has {', '.join(KERNELS)}.")
+    return dict(zip(KERNELS, (knobs.forward, knobs.dq, knobs.dkv), strict=True))[kernel]
+
+
+def _type_of(name: str, dtype: torch.dtype, captured: Sequence[Slot]) -> Any:
+    """The Triton type of a parameter; "1" for the stride of the last dimension, which is the constant 1."""
+    if name in FIXED:
+        return FIXED[name]
+    if name in ("p_out", "p_do") and dtype in FLOAT8:
+        return "*bf16"
+    if name.startswith("p_"):
+        return f"*{TRITON_TYPES[dtype]}"
+    if name[0] == "g" and name[1:].isdecimal():
+        return "*fp32"
+    if CAPTURED_NAME.fullmatch(name) is None:
+        return "i32:16"
+    base, _, part = name.partition("_")
+    if base[0] == "n":
+        return "i32"
+    slot = captured[int(base[1:])]
+    if not part:
+        return f"*{TRITON_TYPES[slot.dtype]}"
+    return "1" if part == f"s{slot.rank - 1}" else "i32:16"
