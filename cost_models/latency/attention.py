@@ -137,21 +137,26 @@ def _decode() -> Model:
     softmax = batch * q_heads * reach / (sms * clock * exp2_rate) * C("exp_share")
     total = cache + rest
     moved = traffic(total, total)
-    convert = (2 - item) * elements / (sms * clock * C("convert_rate"))
-    fixed = C("launch") / clock
+    is_fp8 = 2 - item
+    convert = is_fp8 * elements / (sms * clock * C("convert_rate"))
+    fixed = C("launch") * C("fp8_launch") ** is_fp8 * (1 + C("rare_launch") * rare) / clock
     chain = C("chain") * reach / (reach + C("split")) / clock
-    seconds = fixed + chain + moved + products + softmax + convert + batch * kv_heads * C("block") / (sms * clock)
+    blocks = batch * kv_heads * C("block") / (sms * clock) * (1 + C("rare_loss") * rare)
+    seconds = fixed + chain + moved + products + softmax + convert + blocks
     return Model(
         "attn_decode",
-        (batch, keys, q_heads, kv_heads, head_dim, window, item),
+        (batch, keys, q_heads, kv_heads, head_dim, window, item, rare),
         (
-            Coefficient("launch", 12000, "cycles", "launch, drain and the kernels beside", low=100),
+            Coefficient("launch", 17000, "cycles", "launch, drain and the kernels beside", True, 100, class_spread=0.15),
+            Coefficient("fp8_launch", 1.0, "1", "the same with an fp8 cache", True, 0.3, 2, 0.3, 0.3),
+            Coefficient("rare_launch", 0.15, "1", "what they take longer where few libraries have a kernel", low=0.01),
+            Coefficient("rare_loss", 0.1, "1", "what its blocks take longer", low=0.001),
             Coefficient("chain", 5000, "cycles", "sequential part of a long cache: splits and their merge", low=10),
             Coefficient("split", 1000, "keys", "keys at which half of it shows", low=16, high=1e5),
             *TRAFFIC,
             Coefficient("efficiency", 0.4, "1", "share of the matrix peak", True, 0.02, 1.2),
             Coefficient("exp_share", 0.5, "1", "exponentials not hidden", low=0.01, high=10),
-            Coefficient("convert_rate", 64, "1/cycle/SM", "fp8 elements widened", low=4, high=2000),
+            Coefficient("convert_rate", 64, "1/cycle/SM", "fp8 elements widened", True, 4, 2000, 0.7, 0.5),
             Coefficient("block", 500, "cycles", "start and end of a block", low=1, high=20000),
         ),
         seconds,
@@ -173,7 +178,10 @@ def encode(kind: str, shape: Mapping) -> tuple[str, tuple[float, ...]]:
     if kind == "attn_encoder":
         return kind, (shape["batch"], shape["seq_q"], shape["q_heads"], shape["head_dim"])
     length = shape["seq_q"] if kind == "attn_prefill" else shape["seq_kv"]
-    rare = (0.0 if shape["head_dim"] in TUNED and not shape["window"] else 1.0,) if kind == "attn_prefill" else ()
+    if kind == "attn_prefill":
+        rare = 0.0 if shape["head_dim"] in TUNED and not shape["window"] else 1.0
+    else:
+        rare = 0.0 if shape["head_dim"] <= TUNED[0] else 1.0
     return kind, (
         shape["batch"],
         length,
@@ -182,5 +190,5 @@ def encode(kind: str, shape: Mapping) -> tuple[str, tuple[float, ...]]:
         shape["head_dim"],
         shape["window"] or length,
         item,
-        *rare,
+        rare,
     )

@@ -32,16 +32,20 @@ SHAPE = (batch, seq, k_heads, v_heads, d_k, d_v, d_conv)
 CHUNK = 64
 
 
+GAP = Coefficient("gap", 1.0, "us", "between kernels of a graph, whatever the clock", low=0.1, high=5, spread=0.3)
+
+
 def _conv(name: str, calls: int, step: bool) -> Model:
     channels = 2 * k_heads * d_k + v_heads * d_v
     total = batch * channels * 2 * (2 * seq + (2 * d_conv if step else 0))
-    fixed = C("launch") * calls / clock
+    fixed = calls * (C("launch") / clock + C("gap") * 1e-6)
     seconds = fixed + traffic(total, total) + C("row") * batch * tiles(seq, 256) * tiles(channels, 256) / (sms * clock)
     return Model(
         name,
         SHAPE,
         (
-            Coefficient("launch", 3500, "cycles", "launch and drain of one call", low=100),
+            Coefficient("launch", 2000, "cycles", "launch and drain of one call", low=10),
+            GAP,
             Coefficient("row", 500, "cycles", "start and end of a block of 256 channels", low=1, high=20000),
             *TRAFFIC,
         ),
@@ -98,13 +102,14 @@ def _scan(name: str, fused: bool) -> Model:
 def _recurrent(name: str) -> Model:
     heads = batch * v_heads
     total = heads * d_k * d_v * 8
-    fixed = C("launch") / clock
+    fixed = C("launch") / clock + C("gap") * 1e-6
     seconds = fixed + traffic(total, total / 2) + C("block") * tiles(heads, sms) / clock
     return Model(
         name,
         SHAPE,
         (
-            Coefficient("launch", 6000, "cycles", "launch and drain", low=100),
+            Coefficient("launch", 4000, "cycles", "launch and drain", low=10),
+            GAP,
             Coefficient("block", 500, "cycles", "one head's step, each wave", low=1, high=20000),
             *TRAFFIC,
         ),

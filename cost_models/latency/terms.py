@@ -106,9 +106,9 @@ def smooth_largest(a: Expr, b: Expr, sharpness: float = 3.0) -> Expr:
     return (a**sharpness + b**sharpness) ** (1 / sharpness)
 
 
-def spill(footprint: Expr, kept: Expr, sharpness: float = 3.0) -> Expr:
+def spill(footprint: Expr, kept: Expr) -> Expr:
     """Share of repeated traffic that misses L2: 0 for a footprint far below the `kept` bytes, 1 far above."""
-    ratio = (footprint / kept) ** sharpness
+    ratio = (footprint / kept) ** 3.0
     return ratio / (1 + ratio)
 
 
