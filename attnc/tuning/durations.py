@@ -7,7 +7,7 @@ import re
 from attnc.errors import UsageError
 
 UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-WRITTEN = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?")
+WRITTEN = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", re.ASCII)
 LONGEST = 30 * 86400
 
 

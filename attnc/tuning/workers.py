@@ -55,37 +55,42 @@ class Workers:
             for form in forms:
                 yield form, compiled(problem, form)
             return
-        pool = self._started()
-        asked: dict[Future[Outcome], Form] = {pool.submit(compiled, problem, form): form for form in forms}
         lost = []
+        asked = {self._submitted(problem, form, self.count): form for form in forms}
         for future in as_completed(asked):
-            broken = future.exception()
-            if broken is None:
-                yield asked[future], future.result()
-            elif isinstance(broken, BrokenProcessPool):
+            outcome = _outcome(future)
+            if outcome is None:
                 lost.append(asked[future])
             else:
-                raise broken
-        # A dead worker takes the others along: one after the other shows which setting it was.
-        for form in lost:
-            yield form, self._alone(problem, form)
-
-    def _alone(self, problem: Problem, form: Form) -> Outcome:
-        self._stop(kill=True)
-        try:
-            return self._started().submit(compiled, problem, form).result()
-        except BrokenProcessPool:
+                yield asked[future], outcome
+        # A dead worker takes all others along: one after the other shows which setting killed it.
+        if lost:
             self._stop(kill=True)
-            return Outcome(
-                failure=f"compiling {form.spell()} for {problem.device}: the compiler ended its process. "
-                "The setting is left out."
+        for form in lost:
+            outcome = _outcome(self._submitted(problem, form, 1))
+            yield (
+                form,
+                outcome
+                or Outcome(
+                    failure=f"compiling {form.spell()} for {problem.device}: the compiler ended its process. "
+                    "The setting is left out."
+                ),
             )
+        if lost:
+            self._stop(kill=True)
 
-    def _started(self) -> ProcessPoolExecutor:
+    def _submitted(self, problem: Problem, form: Form, count: int) -> Future[Outcome]:
+        try:
+            return self._started(count).submit(compiled, problem, form)
+        except BrokenProcessPool:  # a worker died since: of its settings none is waited for here
+            self._stop(kill=True)
+            return self._started(count).submit(compiled, problem, form)
+
+    def _started(self, count: int) -> ProcessPoolExecutor:
         if self._pool is None:
             # Spawned, not forked: torch's threads do not survive a fork.
             spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.count, mp_context=spawn, initializer=_begin)
+            self._pool = ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin)
         return self._pool
 
     def _stop(self, kill: bool) -> None:
@@ -97,6 +102,16 @@ class Workers:
         for process in processes:
             with contextlib.suppress(OSError, ValueError):
                 process.kill()
+
+
+def _outcome(future: Future[Outcome]) -> Outcome | None:
+    """What a worker found; None where its process died. Raises: what kept the setting from being sent."""
+    broken = future.exception()
+    if broken is None:
+        return future.result()
+    if isinstance(broken, BrokenProcessPool):
+        return None
+    raise broken
 
 
 def _begin() -> None:
