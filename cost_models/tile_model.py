@@ -38,7 +38,6 @@ from attnc.cost_models.tile_terms import Coefficients, SmFigures, TileFigures, s
 __all__ = ["Band", "FlashTiles", "FlashWork", "TileCount", "fits", "flash_seconds", "kernel_occupancy"]
 
 SPILL_ROOM = 1.6  # of the registers there are; beyond it a kernel moves its sums to and fro
-LIMIT_NAMES = {"registers": "registers a thread", "warps": "warps"}
 
 
 class CompiledFigures(Protocol):
@@ -86,6 +85,13 @@ class FlashWork:
     @property
     def kind(self) -> str:
         return TENSOR_TYPE_OF.get(self.dtype, self.dtype)
+
+    @property
+    def keys_seen(self) -> int:
+        """Keys that some row sees, where the band says so."""
+        if self.counts is not None or self.band.back is None or self.band.ahead is None:
+            return self.S
+        return min(self.S, self.L + self.band.back + self.band.ahead)
 
     def tile_count(self, block_m: int, block_n: int, pack: bool = False) -> TileCount:
         """Tiles per query head, or per key head where the heads of a group are packed into rows."""
@@ -183,7 +189,7 @@ def _figures(
     matrix, exps, vector, issue = _pipes(work, tile, device, masked)
     spilled = 8.0 * tile.threads * max(0, tile.registers - max_registers(device))
     if compiled is not None:
-        exps, vector, issue, spilled = _compiled_pipes(tile, compiled, exps)
+        exps, vector, issue, spilled = _compiled_pipes(tile, compiled)
     total = count.visited * grid
     unique, again = _traffic(work, knobs, tile, device, total, resident)
     return (
@@ -200,7 +206,7 @@ def _figures(
         max(count.longest, count.visited),
         resident,
         tile.threads / (256 if tile.instruction == "mfma" else 128),
-        tile.stages if tile.instruction in ("wgmma", "tcgen05") and tile.stages > 1 else tile.stages - 1,
+        tile.stages - 1,
         unique,
         again + total * pairs * work.pair_bytes,
         total * pairs * 2.0 * sum(tile.flop_widths),
@@ -242,18 +248,14 @@ def _pipes(work: FlashWork, tile: Tile, device: Gpu, masked: float) -> tuple[flo
     return matrix, exps, vector, instructions
 
 
-def _compiled_pipes(tile: Tile, compiled: CompiledFigures, exps: float) -> tuple[float, float, float, float]:
-    """Exponentials, FP32 operations, instructions and spilled bytes of a tile, as compiled; a loop may take two."""
+def _compiled_pipes(tile: Tile, compiled: CompiledFigures) -> tuple[float, float, float, float]:
+    """Exponentials, FP32 operations, instructions and spilled bytes of a tile, as compiled: a pass of the loop."""
     seen = compiled.instructions
-    warps = tile.warps
-    lanes = tile.threads
-    passes = max(1, round(seen.get("exp2", 0) * lanes / max(exps, 1.0))) if tile.instruction != "mfma" else 1
-    issue = sum(n for name, n in seen.items() if name != "loops") * warps / passes
     return (
-        max(seen.get("exp2", 0) + seen.get("special", 0), 1) * lanes / passes,
-        seen.get("float", 0) * lanes / passes,
-        issue,
-        max(4.0 * seen.get("local", 0) * lanes / passes, 0.0),
+        (seen.get("exp2", 0) + seen.get("special", 0)) * tile.threads,
+        seen.get("float", 0) * tile.threads,
+        sum(n for name, n in seen.items() if name != "loops") * tile.warps,
+        4.0 * seen.get("local", 0) * tile.threads,
     )
 
 
@@ -270,14 +272,13 @@ def _traffic(
     """Bytes of memory: what has to be moved once, and what L2 could not keep between the blocks that read it."""
     item = ITEM[work.kind]
     rows = work.B * work.Hq * work.L * (work.E + work.Ev) * max(item, 2)
-    seen = min(1.0, tiles * tile.held * tile.passed / max(1.0, float(work.B * work.Hq) * work.L * work.S) * 2)
-    keys = work.B * work.H * work.S * (work.E + work.Ev) * item * (seen if work.L == 1 or work.L > 16 else 1.0)
+    keys = work.B * work.H * work.keys_seen * (work.E + work.Ev) * item
     unique = rows + keys + work.B * work.Hq * work.L * 4
     if tile.kernel != "forward":
         unique += rows + keys * 0.5
     blocks = ceil(work.L / knobs.block_m) * max(1, work.Hq // work.H)
     active = min(float(work.B * work.H), max(1.0, device.sms * resident / blocks))
-    footprint = active * work.S * (work.E + work.Ev) * item
+    footprint = active * work.keys_seen * (work.E + work.Ev) * item
     ratio = (footprint / (0.7 * device.l2_bytes)) ** 3
     together = max(1.0, min(float(device.sms * resident), blocks))
     again = max(0.0, tiles * tile.passing_bytes - keys) / together * ratio / (1 + ratio)

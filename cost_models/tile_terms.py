@@ -100,7 +100,8 @@ def seconds_expression() -> sympy.Expr:
 
     def tile(resident: sympy.Expr) -> sympy.Expr:
         busy = top + rest / (resident * s["groups"]) + s["sync"] * s["barriers"] / resident + stack
-        late = Max(s["latency"] - s["ahead"] * busy * resident, 0, evaluate=False)
+        # Some loads take much longer than most: more of them in flight always help, less and less.
+        late = s["latency"] * (s["latency"] / (s["latency"] + s["ahead"] * busy * resident)) ** 2
         return busy + late / resident
 
     per_sm = ceiling(s["grid"] / s["sms"])
