@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from sympy import symbols
 
 from attnc.cost_models.latency.terms import (
+    EXPONENTIALS,
     TRAFFIC,
     Coefficient,
     Model,
@@ -21,6 +22,7 @@ from attnc.cost_models.latency.terms import (
     causal_pairs,
     clock,
     exp2_rate,
+    exponentials,
     largest,
     least,
     peak,
@@ -50,7 +52,7 @@ def _prefill() -> Model:
     crowd = 1 + C("narrow") / (1 + (C("fit") * smem / (512 * wide)) ** 6) + C("too_wide") / (1 + (384 / wide) ** 12)
     gain = asynchronous * C("fp8_gain") + (1 - asynchronous) * C("fp8_gain_sync")
     rate = C("efficiency") * bf16 * gain**is_fp8 / crowd
-    softmax = C("exp_share") * (1 + C("fp8_exp") * is_fp8) / (sms * clock * exp2_rate)
+    softmax = exponentials(1 + C("fp8_exp") * is_fp8)
     score_s = 4 * wide / rate + softmax
     products = scores * score_s + blocks * C("prologue") / (sms * clock)
     longest = (least(window + 128 + C("pad_keys"), seq) + C("pad_keys")) * 128 * sms * score_s
@@ -78,7 +80,7 @@ def _prefill() -> Model:
             Coefficient("too_wide", 0.8, "1", "loss where the outputs of a tile exceed the registers", high=3),
             Coefficient("fit", 0.9, "1", "share of shared memory that tiles may take", low=0.3, high=2, spread=0.2),
             Coefficient("pad_keys", 96, "keys", "keys visited beyond the triangle, a row", low=1, high=512),
-            Coefficient("exp_share", 0.7, "1", "exponentials not hidden behind products", True, 0.01, 4, 0.3),
+            *EXPONENTIALS,
             *power_coefficients(1.6),
             Coefficient("prologue", 2000, "cycles", "start and end of a row block", low=10, high=20000),
             Coefficient("tail", 0.5, "1", "share of the longest row that is not overlapped", low=0.01, high=3),
@@ -97,7 +99,7 @@ def _encoder() -> Model:
     padded = tiles(seq, 64) * 64
     rate = C("efficiency") * peak
     block_s = (
-        padded * (4 * 128 * wide * sms / rate + C("exp_share") * 128 / (clock * exp2_rate)) + C("prologue") / clock
+        padded * (4 * 128 * wide * sms / rate + exponentials(128 * sms)) + C("prologue") / clock
     )
     products = blocks * block_s / sms
     power_s = sustained(4 * batch * q_heads * seq**2 * wide)
@@ -114,7 +116,7 @@ def _encoder() -> Model:
             Coefficient("launch", 12000, "cycles", "launch, drain and the kernels beside", low=100),
             Coefficient("pad_launch", 5000, "cycles", "padding odd head widths for wgmma", low=100),
             Coefficient("efficiency", 0.6, "1", "share of the matrix peak of full tiles", True, 0.1, 1.2),
-            Coefficient("exp_share", 0.5, "1", "exponentials not hidden behind products", True, 0.01, 4),
+            *EXPONENTIALS,
             *power_coefficients(1.6)[:2],
             Coefficient("prologue", 1000, "cycles", "start and end of a block", low=10, high=10000),
             Coefficient("tail", 0.5, "1", "share of one block that is not overlapped", low=0.01, high=3),

@@ -26,9 +26,11 @@ NEAREST: dict[str, tuple[str, ...]] = {
     "sm103": ("sm100", "sm90", "sm120"),
     "sm120": ("sm89", "sm90", "sm80"),
 }
-# L2 in two halves that both keep what both read; matrix instructions that run beside the other work of their warps.
+# L2 in two halves that both keep what both read; matrix instructions that run beside the other work of their warps;
+# accumulators in a memory of their own, so that one warp multiplies while others take exponentials.
 HALVED = {"sm80", "sm90", "sm100", "sm103"}
 ASYNCHRONOUS = {"sm90", "sm100", "sm103"}
+TENSOR_MEMORY = {"sm100", "sm103"}
 DEFAULT_MATMUL_SHARE = 0.8
 FP8 = {"fp8", "fp8_block"}
 DTYPES = ("bf16", "fp8", "fp8_block", "bf16_kvfp8", "fp32")
@@ -71,6 +73,7 @@ class GpuFigures:
             self.fma_rate,
             2.0 if self.arch in HALVED else 1.0,
             1.0 if self.arch in ASYNCHRONOUS else 0.0,
+            1.0 if self.arch in TENSOR_MEMORY else 0.0,
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from sympy import symbols
 
 from attnc.cost_models.latency.terms import (
+    EXPONENTIALS,
     TRAFFIC,
     Coefficient,
     Model,
@@ -18,6 +19,7 @@ from attnc.cost_models.latency.terms import (
     causal_pairs,
     clock,
     exp2_rate,
+    exponentials,
     largest,
     power_coefficients,
     smem,
@@ -39,7 +41,7 @@ def _prefill() -> Model:
     scores = work * causal_pairs(rows, rows, 128, C("pad_keys"))
     crowd = 1 + C("narrow") / (1 + (0.9 * smem / (256 * (d_qk + d_v))) ** 6)
     rate = C("efficiency") * bf16 / crowd
-    score_s = 2 * (d_qk + d_v) / rate + C("exp_share") / (sms * clock * exp2_rate)
+    score_s = 2 * (d_qk + d_v) / rate + exponentials(1)
     products = scores * score_s + work * tiles(seq, 128) * C("prologue") / (sms * clock)
     longest = (seq + C("pad_keys")) * 128 * sms * score_s
     flops = work * seq**2 * (d_qk + d_v)
@@ -56,7 +58,7 @@ def _prefill() -> Model:
             Coefficient("efficiency", 0.75, "1", "share of the matrix peak of full tiles", True, 0.1, 1.0, 0.2),
             Coefficient("narrow", 0.25, "1", "loss where the tiles of a wide head crowd shared memory", high=2),
             Coefficient("pad_keys", 64, "keys", "keys visited beyond the triangle, a row", low=1, high=512),
-            Coefficient("exp_share", 0.7, "1", "exponentials not hidden behind products", True, 0.01, 4, 0.3),
+            *EXPONENTIALS,
             *power_coefficients(1.6)[:2],
             Coefficient("prologue", 2000, "cycles", "start and end of a row block", low=10, high=20000),
             Coefficient("tail", 0.5, "1", "share of the longest row that is not overlapped", low=0.01, high=3),

@@ -12,6 +12,7 @@ from sympy import exp, symbols
 from attnc.cost_models.latency.terms import (
     Coefficient,
     Model,
+    asynchronous,
     clock,
     l2,
     largest,
@@ -30,7 +31,7 @@ tokens, d_model, d_ff, experts, topk, matrices, item, skew = symbols(
     "tokens d_model d_ff experts topk matrices item skew"
 )
 C = symbol
-ROW_TILES = (16, 32, 64, 128)
+ROW_TILES = (16, 32, 64, 128, 256)
 
 
 def _moe() -> Model:
@@ -40,13 +41,14 @@ def _moe() -> Model:
     even = least(rows, experts)
     used = (1 - skew) * even + skew * spread * (1 - C("skew_idle") * skew)
     rate = C("efficiency") * C("fp8_share") ** is_fp8 * peak / sms
+    near = clock * C("l2_rate") / (1 - asynchronous * C("multicast"))
     weights = used * matrices * d_model * d_ff * item
     candidates = []
     for bm in ROW_TILES:
         blocks = (1 - skew) * used * tiles(rows / used, bm) + skew * (rows / bm + C("part_tile") * used)
         width = (matrices - 1) * d_ff / 128 * d_model + d_model / 128 * d_ff
         per_k = largest(
-            2 * max(bm, 32) * 128 / (rate * bm / (bm + C("small_tile"))), (bm + 128) * item / (clock * C("l2_rate"))
+            2 * max(bm, 32) * 128 / (rate * bm / (bm + C("small_tile"))), (bm + 128) * item / near
         )
         candidates.append(blocks * width * per_k / sms)
     products = least(*candidates)
@@ -69,6 +71,7 @@ def _moe() -> Model:
             Coefficient("small_tile", 16, "rows", "rows at which a tile reaches half of the rate", low=1, high=200),
             Coefficient("part_tile", 0.5, "1", "padding, tiles an expert", low=0.1, high=1.2, spread=0.3),
             Coefficient("skew_idle", 0.1, "1", "experts that skewed routing leaves out", low=0.01, high=0.8),
+            Coefficient("multicast", 0.35, "1", "operands that clusters do not draw twice", low=0.05, high=0.5, spread=0.1),
             Coefficient("l2_rate", 40, "B/cycle/SM", "bytes through L2", low=2, high=200),
             Coefficient("mem_share", 0.85, "1", "share of the memory's bandwidth", low=0.3, high=1.1, spread=0.15),
             Coefficient("kept", 0.8, "1", "share of L2 that keeps data between calls", low=0.05, high=3),

@@ -15,9 +15,10 @@ from sympy import Expr, Function, Symbol, ceiling, symbols
 
 # Figures of a device: FLOP/s of the matrix units in the operands' type and in bf16, bytes/s, bytes, multiprocessors,
 # Hz, W, bytes of shared memory of a multiprocessor, exponentials and float32 FMAs per clock and multiprocessor; halves
-# of L2 (what both sides read is kept twice), whether matrix instructions run asynchronously (wgmma, tcgen05).
-peak, bf16, mem, l2, sms, clock, power, smem, exp2_rate, fma_rate, l2_halves, asynchronous = symbols(
-    "peak bf16 mem l2 sms clock power smem exp2_rate fma_rate l2_halves asynchronous"
+# of L2 (what both sides read is kept twice), whether matrix instructions run asynchronously (wgmma, tcgen05), whether
+# accumulators lie in tensor memory (tcgen05).
+peak, bf16, mem, l2, sms, clock, power, smem, exp2_rate, fma_rate, l2_halves, asynchronous, tensor_memory = symbols(
+    "peak bf16 mem l2 sms clock power smem exp2_rate fma_rate l2_halves asynchronous tensor_memory"
 )
 FIGURES: tuple[Symbol, ...] = (
     peak,
@@ -32,6 +33,7 @@ FIGURES: tuple[Symbol, ...] = (
     fma_rate,
     l2_halves,
     asynchronous,
+    tensor_memory,
 )
 
 
@@ -116,7 +118,7 @@ def traffic(total: Expr, resident: Expr) -> Expr:
     """Seconds to move `total` bytes of which `resident` are wanted again by the next call: from memory as far as L2
     does not keep them, and all through L2. Coefficients: mem_share, kept, l2_rate."""
     dram = total / (symbol("mem_share") * mem) * spill(resident, symbol("kept") * l2 / l2_halves)
-    return smooth_largest(dram, total / (sms * clock * symbol("l2_rate")))
+    return smooth_largest(dram, total / (sms * clock * symbol("l2_rate")), 6.0)
 
 
 TRAFFIC = (
@@ -141,6 +143,18 @@ def power_coefficients(joule: float) -> tuple[Coefficient, ...]:
         Coefficient("joule_async", 0.6, "pJ/FLOP", "the same by wgmma and tcgen05", low=0.3, high=1.5, spread=0.1),
         Coefficient("joule_fp8", 0.55, "1", "energy of an fp8 product over bf16", low=0.3, high=1, spread=0.15),
     )
+
+
+def exponentials(count: Expr) -> Expr:
+    """Seconds of the exponentials that matrix products do not hide. Coefficients: exp_share, tensor_memory_hides."""
+    shown = symbol("exp_share") * (1 - tensor_memory * symbol("tensor_memory_hides"))
+    return count * shown / (sms * clock * exp2_rate)
+
+
+EXPONENTIALS = (
+    Coefficient("exp_share", 0.7, "1", "exponentials not hidden behind products", True, 0.01, 4, 0.3),
+    Coefficient("tensor_memory_hides", 0.5, "1", "share of them that tensor memory hides", low=0.1, high=1, spread=0.1),
+)
 
 
 def causal_pairs(length: Expr, window: Expr, rows: Expr | float, pad: Expr | float) -> Expr:
