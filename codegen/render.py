@@ -309,6 +309,8 @@ def _apply(text: str, edits: Sequence[Edit]) -> str:
         if first >= at:
             out += [text[at:first], new]
             at = end
+        elif end > at and not new:  # neighbours that both go share their comma
+            at = end
     text = "".join([*out, text[at:]])
     text = re.sub(r"\n{4,}", "\n\n\n", text)
     return re.sub(r"(\"\"\"|\n)\n{3,}(?=[A-Z])", r"\1\n\n", text).rstrip() + "\n"
