@@ -62,6 +62,9 @@ def _mla(facts: Facts) -> Layer:
         facts.need("rope"),
         facts.need("v_dim"),
         facts.flag("qkv_bias"),
+        facts.size("index_heads"),
+        facts.size("index_dim"),
+        facts.size("index_top"),
     )
 
 
@@ -101,6 +104,7 @@ def _mamba2(facts: Facts) -> Layer:
         facts.need("conv", 4),
         facts.flag("conv_bias", True),
         facts.flag("proj_bias"),
+        facts.raw("mamba_rms_norm") is not False,
     )
 
 
@@ -207,6 +211,11 @@ def one_in(often: str, rare: str, word: str, default: int, offset: int = -1) -> 
         return [rare if i % period == offset % period else often for i in range(layers)]
 
     return rule
+
+
+def latent_or_full(facts: Facts, layers: int) -> list[str]:
+    """Latent attention where the config has a rank for keys and values."""
+    return ["mla" if facts.size("kv_rank") else "full"] * layers
 
 
 def late_window(facts: Facts, layers: int) -> list[str]:

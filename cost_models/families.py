@@ -19,6 +19,7 @@ from attnc.cost_models.config_layers import (
     first_dense,
     if_experts,
     late_window,
+    latent_or_full,
     listed,
     llama4_chunks,
     llama4_experts,
@@ -33,6 +34,7 @@ from attnc.errors import UsageError
 TYPES = {
     "full_attention": "full",
     "attention": "full",
+    "indexed_attention": "full",
     "attn": "full",
     "sliding_attention": "window",
     "swa": "jet_window",
@@ -54,8 +56,9 @@ ALL_FULL, ALL_DENSE = every("full"), every("dense")
 class Family:
     """One row. mixers, ffns: rules for configs that do not list their layers. linear: what "linear_attention" is.
 
-    block: what stands around one mixer and one feed-forward; "single" is one of the two per layer, "double" LongCat's
-    two of each with experts between. norms: per layer. final_norms: after the last layer (or before the first).
+    block: "pair" of a mixer and a feed-forward, "single" layers of either, "mixer" layers without feed-forward,
+    "double" LongCat's two pairs with experts between, "parallel" attention and recurrence beside each other. norms: per
+    layer. final_norms: after the last layer (or before the first).
     """
 
     mixers: Rule = ALL_FULL
@@ -84,6 +87,8 @@ class Family:
         ffns = facts.words("mlp_layer_types", FFN_TYPES, layers) or self.ffns(facts, layers)
         if self.block == "double":
             return [("mla", "dense", "mla", "dense", "moe")] * layers
+        if self.block == "parallel":
+            return [(self.linear, "full", ffn) for ffn in ffns]
         if self.block == "mixer":
             return [(self._own(word),) for word in types]
         if len(types) != layers or len(ffns) != layers:
@@ -140,7 +145,11 @@ LAYER_NORM = replace(LLAMA, norm_bias=True)
 FAMILIES: Mapping[str, Family] = {
     "llama": LLAMA,
     "arcee": replace(LLAMA, fixed={"plain_ffn": True}),
+    "apertus": replace(LLAMA, fixed={"plain_ffn": True, "qk_norm": "head"}),
+    "glm": replace(LLAMA, defaults={**UNTIED, "qkv_bias": True}, fixed={"out_bias": False}),
     "granite": LLAMA,
+    "nemotron": replace(LLAMA, norm_bias=True, fixed={"plain_ffn": True}),
+    "olmo": replace(LLAMA, norms=0, final_norms=0),
     "helium": LLAMA,
     "mistral": replace(LLAMA, mixers=every("window"), fixed=NO_BIAS),
     "ministral3": replace(LLAMA, mixers=every("window"), fixed=NO_BIAS),
@@ -183,6 +192,15 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": DEEPSEEK,
     "kimi_k2": DEEPSEEK,
     "mistral4": DEEPSEEK,
+    "deepseek_v32": DEEPSEEK,
+    "glm_moe_dsa": DEEPSEEK,
+    "afmoe": Family(
+        mixers=one_in("window", "full", "full_every", 4),
+        ffns=first_dense,
+        norms=4,
+        defaults=UNTIED,
+        fixed={"gate": True, "qk_norm": "head", "correction": True},
+    ),
     "glm4": replace(
         LLAMA,
         norms=4,
@@ -237,6 +255,13 @@ FAMILIES: Mapping[str, Family] = {
     "opt": replace(GPT2, fixed={**GPT2.fixed, "learned": True, "extra_positions": 2}),
     "bloom": replace(GPT2, final_norms=2, fixed={**GPT2.fixed, "d_ff": None}),
     "gpt_neox": replace(GPT2, defaults=UNTIED),
+    "gptj": replace(
+        GPT2,
+        norms=1,
+        defaults=UNTIED,
+        fixed={**GPT2.fixed, "qkv_bias": False, "out_bias": False, "head_bias": True},
+    ),
+    "gpt_bigcode": replace(GPT2, fixed={**GPT2.fixed, "learned": True, "kv_heads": 1}),
     "mamba": MAMBA,
     "falcon_mamba": MAMBA,
     "mamba2": replace(MAMBA, mixers=every("mamba2"), linear="mamba2", defaults=UNTIED),
@@ -249,6 +274,7 @@ FAMILIES: Mapping[str, Family] = {
         fixed={**NO_BIAS, "ssm_norms": True},
     ),
     "bamba": BAMBA,
+    "falcon_h1": replace(BAMBA, block="parallel"),
     "granitemoehybrid": replace(BAMBA, ffns=if_experts, fixed={"dense_is_shared": True}),
     "lfm2": Family(
         mixers=listed("full_attn_idxs", "full", "conv"),
@@ -273,4 +299,4 @@ ALIASES: Mapping[str, str] = {
     "qwen3_5_moe": "qwen3_5_moe_text",
     "ministral": "mistral",
 }
-LIKE_LLAMA = replace(LLAMA, ffns=if_experts)
+LIKE_LLAMA = replace(LLAMA, mixers=latent_or_full, ffns=if_experts)

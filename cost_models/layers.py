@@ -76,9 +76,6 @@ class Mixing:
     reach: Reach = WHOLE
 
 
-NO_MIXING = Mixing()
-
-
 ALLOWED = {
     "causal": ("half", "full"),
     "mla": ("phase", "naive", "absorbed", "padded"),
@@ -152,8 +149,9 @@ class Layer:
         """Weights of the products of `role` that one token meets."""
         return float(sum(p.weights for p in self.products if p.role == role))
 
-    def mixing(self, phase: str, how: Conventions) -> Mixing:
-        return NO_MIXING
+    def mixing(self, phase: str, how: Conventions) -> tuple[Mixing, ...]:
+        """What tokens do with each other, summed over the entries."""
+        return ()
 
     @property
     def kv_elements(self) -> int:

@@ -1,8 +1,8 @@
 """Layers that mix tokens: softmax attention, latent attention, recurrences with a state of fixed size.
 
-Source: grouped heads Ainslie et al. 2023, arXiv:2305.13245; MLA DeepSeek-V2, arXiv:2405.04434; MFA Step-3,
-arXiv:2507.19427; lightning attention arXiv:2405.17381; gated delta rule arXiv:2412.06464; KDA arXiv:2510.26692;
-Mamba arXiv:2312.00752; Mamba-2 arXiv:2405.21060; JetBlock arXiv:2508.15884.
+Source: grouped heads Ainslie et al. 2023, arXiv:2305.13245; MLA DeepSeek-V2, arXiv:2405.04434, with a lightning indexer
+DeepSeek-V3.2 (inference code); MFA Step-3, arXiv:2507.19427; lightning attention arXiv:2405.17381; gated delta rule
+arXiv:2412.06464; KDA arXiv:2510.26692; Mamba arXiv:2312.00752; Mamba-2 arXiv:2405.21060; JetBlock arXiv:2508.15884.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Attention(Layer):
         normed = wide * self.head_dim * (1 + self.norm_bias) if self.qk_norm else 0
         return normed + self.q_rank + self.sinks * self.heads
 
-    def mixing(self, phase: str, how: Conventions) -> Mixing:
-        return Mixing(pair=4 * self.heads * self.head_dim, reach=self.span)
+    def mixing(self, phase: str, how: Conventions) -> tuple[Mixing, ...]:
+        return (Mixing(pair=4 * self.heads * self.head_dim, reach=self.span),)
 
     @property
     def kv_elements(self) -> int:
@@ -69,6 +69,9 @@ class Attention(Layer):
 class LatentAttention(Layer):
     """Multi-head latent attention: keys and values of all heads come from one latent of kv_rank, stored with a rotary
     part of `rope`. The projections cost the same whether they expand the latent or are absorbed into query and output.
+
+    index_top: a lightning indexer of `index_heads` heads scores every key, and attention reads the best index_top of
+    them (DeepSeek-V3.2), always absorbed; its keys of `index_dim` are stored beside the latent.
     """
 
     d: int
@@ -79,6 +82,9 @@ class LatentAttention(Layer):
     rope: int
     v: int
     bias: bool = False
+    index_heads: int = 0
+    index_dim: int = 0
+    index_top: int = 0
     kind: ClassVar[str] = "mla"
 
     @property
@@ -90,8 +96,14 @@ class LatentAttention(Layer):
             if self.q_rank
             else (Product("mixer", self.d, q),)
         )
+        index = (
+            Product("mixer", self.q_rank or self.d, self.index_heads * self.index_dim),
+            Product("mixer", self.d, self.index_dim),
+            Product("mixer", self.d, self.index_heads),
+        )
         return (
             *query,
+            *(index if self.index_top else ()),
             Product("mixer", self.d, down, self.bias),
             Product("mixer", self.kv_rank, self.heads * (self.nope + self.v)),
             Product("mixer", self.heads * self.v, self.d, self.bias),
@@ -99,20 +111,29 @@ class LatentAttention(Layer):
 
     @property
     def small(self) -> int:
-        return self.q_rank + self.kv_rank
+        return self.q_rank + self.kv_rank + (2 * self.index_dim if self.index_top else 0)
 
     @property
     def kv_elements(self) -> int:
+        return self.latent + (self.index_dim if self.index_top else 0)
+
+    @property
+    def latent(self) -> int:
+        """Width of the absorbed key."""
         return self.kv_rank + self.rope
 
-    def mixing(self, phase: str, how: Conventions) -> Mixing:
-        name = ("absorbed" if phase == "decode" else "naive") if how.mla == "phase" else how.mla
+    def mixing(self, phase: str, how: Conventions) -> tuple[Mixing, ...]:
+        served = "absorbed" if phase == "decode" or self.index_top else "naive"
+        name = served if how.mla == "phase" else how.mla
         key, value = {
             "naive": (self.nope + self.rope, self.v),
-            "absorbed": (self.kv_elements, self.kv_rank),
-            "padded": (self.kv_elements, self.kv_elements),
+            "absorbed": (self.latent, self.kv_rank),
+            "padded": (self.latent, self.latent),
         }[name]
-        return Mixing(pair=2 * self.heads * (key + value))
+        pair = 2 * self.heads * (key + value)
+        if not self.index_top:
+            return (Mixing(pair),)
+        return Mixing(pair, reach=Reach("window", self.index_top)), Mixing(2 * self.index_heads * self.index_dim)
 
 
 # FLOP per state element and token, in products: the outer product with the value and the read by the query; the delta
@@ -155,14 +176,14 @@ class Recurrence(Layer):
     def conv_elements(self) -> int:
         return self.conv_channels * self.conv_width
 
-    def mixing(self, phase: str, how: Conventions) -> Mixing:
+    def mixing(self, phase: str, how: Conventions) -> tuple[Mixing, ...]:
         step = STEP_FLOPS[self.rule] if how.state_flops is None else how.state_flops
         if phase == "decode" or how.recurrence == "step" or self.rule == "mamba" or how.state_flops is not None:
-            return Mixing(token=step * self.state_elements)
+            return (Mixing(token=step * self.state_elements),)
         k, v, c = self.key_dim, self.value_dim, how.chunk
         # Per token and head: state in and out, then the chunk's own triangle; the delta rule also inverts one.
         chunked = 6 * k * v + 2 * c * k + c * v + c * c if step == 6 else 4 * k * v + c * (k + v)
-        return Mixing(token=self.heads * chunked)
+        return (Mixing(token=self.heads * chunked),)
 
 
 def lightning(d: int, heads: int, head_dim: int) -> Recurrence:
@@ -201,13 +222,21 @@ def kimi_delta(d: int, heads: int, head_dim: int, conv: int) -> Recurrence:
 
 
 def mamba2(
-    d: int, heads: int, head_dim: int, state: int, groups: int, conv: int, conv_bias: bool = True, bias: bool = False
+    d: int,
+    heads: int,
+    head_dim: int,
+    state: int,
+    groups: int,
+    conv: int,
+    conv_bias: bool = True,
+    bias: bool = False,
+    norm: bool = True,
 ) -> Recurrence:
     """Mamba-2: gate, value, B, C and step in one product; decay, step bias and skip per head, a gated norm."""
     width = heads * head_dim
     channels = width + 2 * groups * state
     weights = (Product("mixer", d, width + channels + heads, bias), Product("mixer", width, d, bias))
-    small = channels * (conv + conv_bias) + 3 * heads + width
+    small = channels * (conv + conv_bias) + 3 * heads + norm * width
     return Recurrence("mamba2", heads, state, head_dim, weights, small, channels, conv, groups)
 
 

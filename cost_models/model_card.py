@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -147,14 +147,30 @@ class ModelCard:
         """
         tokens = 1.0 if phase == "decode" else float(length)
         passes = TRAIN_PASSES if phase == "train" else 1
-        mixing = _compiled(self, phase, how)(length)
-        mixer, ffn, router = (passes * tokens * 2 * self.active_weights(role) for role in ROLES)
+        mixing = self._compiled(phase, how)(length)
+        mixer, ffn, router = (passes * tokens * 2 * self._weights[role] for role in ROLES)
         heads = 1.0 if phase == "prefill" and how.head == "last" else tokens
-        head = passes * heads * 2 * self.embedding.active_weights("head")
+        head = passes * heads * 2 * self._weights["head"]
         return Flops(mixing, mixer, ffn, router, head)
 
-    def active_weights(self, role: str) -> float:
-        return sum(count * layer.active_weights(role) for layer, count in self.layers)
+    @cached_property
+    def _weights(self) -> dict[str, float]:
+        """Weights in products that one token meets, by role."""
+        met = {role: sum(count * layer.active_weights(role) for layer, count in self.layers) for role in ROLES}
+        return {**met, "head": self.embedding.active_weights("head")}
+
+    @cached_property
+    def _lambdified(self) -> dict[tuple[str, Conventions], Callable[[float], float]]:
+        return {}
+
+    def _compiled(self, phase: str, how: Conventions) -> Callable[[float], float]:
+        """FLOP between tokens as a function of the length, lambdified on first use."""
+        made = self._lambdified.get((phase, how))
+        if made is None:
+            summed = phase == "generation"
+            expression = self.generation_expression(how) if summed else self.mixing_expression(phase, how)
+            made = self._lambdified[phase, how] = sympy.lambdify(LENGTH, expression, modules="math")
+        return made
 
     def mixing_expression(self, phase: str, how: Conventions = USUAL) -> sympy.Expr:
         """FLOP between tokens as an expression of `length`, as in `flops`."""
@@ -163,12 +179,12 @@ class ModelCard:
             raise UsageError(f"phase {phase!r}: allowed are {', '.join(PHASES)}.{near}")
         total = sympy.Integer(0)
         for layer, count in self.layers:
-            mixing = layer.mixing(phase, how)
-            if phase == "decode":
-                total += count * (mixing.pair * mixing.reach.keys() + mixing.token)
-            else:
-                passes = TRAIN_PASSES if phase == "train" else 1
-                total += passes * count * (mixing.pair * mixing.reach.pairs(how.causal) + mixing.token * LENGTH)
+            for mixing in layer.mixing(phase, how):
+                if phase == "decode":
+                    total += count * (mixing.pair * mixing.reach.keys() + mixing.token)
+                else:
+                    passes = TRAIN_PASSES if phase == "train" else 1
+                    total += passes * count * (mixing.pair * mixing.reach.pairs(how.causal) + mixing.token * LENGTH)
         return total
 
     def decode_flops(self, context: float, how: Conventions = USUAL) -> float:
@@ -185,29 +201,18 @@ class ModelCard:
 
     def generation_flops(self, length: float, how: Conventions = USUAL) -> float:
         """FLOP of decoding positions 1 to `length` one by one, as an integral over the position."""
-        weights = sum(self.active_weights(role) for role in ROLES) + self.embedding.active_weights("head")
-        return 2 * weights * length + _compiled(self, "generation", how)(length)
+        return 2 * sum(self._weights.values()) * length + self._compiled("generation", how)(length)
 
     def generation_expression(self, how: Conventions) -> sympy.Expr:
         """FLOP between tokens summed over positions 1 to `length`: half the square, whatever `how.causal` says."""
         total = sympy.Integer(0)
         for layer, count in self.layers:
-            mixing = layer.mixing("decode", how)
-            total += count * (mixing.pair * mixing.reach.pairs("half") + mixing.token * LENGTH)
+            for mixing in layer.mixing("decode", how):
+                total += count * (mixing.pair * mixing.reach.pairs("half") + mixing.token * LENGTH)
         return total
 
     def __iter__(self) -> Iterator[tuple[Layer, int]]:
         return iter(self.layers)
-
-
-@lru_cache(maxsize=256)
-def _compiled(card: ModelCard, phase: str, how: Conventions) -> Callable[[float], float]:
-    if phase == "generation":
-        expression = card.generation_expression(how)
-    else:
-        expression = card.mixing_expression(phase, how)
-    compiled = sympy.lambdify(LENGTH, expression, modules="math")
-    return lambda length: float(compiled(length))
 
 
 # Reading a config.

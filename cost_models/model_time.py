@@ -127,6 +127,8 @@ def _layer_calls(layer: Layer, count: int, at: Setting) -> Iterator[Call]:
         yield _attention(layer, count, at)
     elif isinstance(layer, LatentAttention):
         yield _latent(layer, count, at)
+        if 0 < layer.index_top < at.context:
+            yield from _index(layer, count, at)
     elif isinstance(layer, Recurrence) and layer.rule in DELTAS:
         yield from _delta(layer, count, at)
     elif isinstance(layer, Recurrence):
@@ -166,10 +168,11 @@ def _experts(layer: Experts, count: int, at: Setting) -> Call:
 
 
 def _mixing_flops(layer: Layer, at: Setting) -> float:
-    mixing = layer.mixing(at.phase, at.how)
-    length = Integer(at.context)
-    pairs = mixing.reach.keys(length) if at.phase == "decode" else mixing.reach.pairs("half", length)
-    return at.batch * (mixing.pair * float(pairs) + mixing.token * at.new)
+    total, length = 0.0, Integer(at.context)
+    for mixing in layer.mixing(at.phase, at.how):
+        pairs = mixing.reach.keys(length) if at.phase == "decode" else mixing.reach.pairs("half", length)
+        total += mixing.pair * float(pairs) + mixing.token * at.new
+    return at.batch * total
 
 
 def _attention_call(
@@ -203,14 +206,44 @@ def _attention(layer: Attention, count: int, at: Setting) -> Call:
 
 
 def _latent(layer: LatentAttention, count: int, at: Setting) -> Call:
+    if 0 < layer.index_top < at.context and at.how.mla == "phase":
+        wide = layer.heads * (layer.latent + layer.kv_rank)
+        return _attention_call(layer, count, at, "dsa", wide, {**_sparse(layer, at), "stage": "sparse_attn"})
     absorbed = at.how.mla in ("absorbed", "padded") or (at.how.mla == "phase" and at.phase == "decode")
-    key = layer.kv_elements if absorbed else layer.nope + layer.rope
+    key = layer.latent if absorbed else layer.nope + layer.rope
     value = layer.kv_rank if absorbed else layer.v
     shape: dict[str, object] = {"batch": at.batch, "seq_q": at.new, "seq_kv": at.context, "q_heads": layer.heads}
     shape |= {"head_dim_qk": key, "head_dim_v": value}
     kinds = {("decode", True): "mla_decode", ("prefill", False): "mla_prefill", ("train", False): "mla_prefill"}
     kind = kinds.get((at.phase, absorbed), "")
     return _attention_call(layer, count, at, kind, layer.heads * (key + value), shape)
+
+
+def _index(layer: LatentAttention, count: int, at: Setting) -> Iterator[Call]:
+    """Scores of the indexer against every key, and the choice of the best."""
+    shape = _sparse(layer, at)
+    pairs = at.batch * at.context * (1 if at.phase == "decode" else at.context / 2)
+    flops = 2.0 * pairs * layer.index_heads * layer.index_dim
+    moved = at.batch * at.context * layer.index_dim * at.kv_item + 4 * pairs
+    passes = _passes(at)
+    logits = "fp8" if at.dtype == "fp8" else at.dtype
+    yield Call("attention", flops, moved, count, "dsa", {**shape, "stage": "index_logits"}, passes, logits)
+    yield Call("attention", 0, 4 * pairs, count, "dsa", {**shape, "stage": "topk"}, passes)
+
+
+def _sparse(layer: LatentAttention, at: Setting) -> dict[str, object]:
+    return {
+        "score_mode": "top_last",
+        "batch": at.batch,
+        "seq_q": at.new,
+        "prefix": at.context - at.new,
+        "q_heads": layer.heads,
+        "index_heads": layer.index_heads,
+        "index_dim": layer.index_dim,
+        "topk": layer.index_top,
+        "head_dim_qk": layer.latent,
+        "head_dim_v": layer.kv_rank,
+    }
 
 
 # Which measured rule stands for a recurrence: JetBlock is a gated delta rule.

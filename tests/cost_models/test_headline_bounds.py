@@ -97,7 +97,7 @@ def cca(compress_q: int, compress_kv: int, length: int = 16 * K) -> float:
     convolutions = 4 * 129 * (d / compress_q + d / compress_kv)
 
     def flops(layer: Attention) -> float:
-        return 2 * layer.active_weights("mixer") + layer.mixing("prefill", STEPWISE).pair * length / 2
+        return 2 * layer.active_weights("mixer") + layer.mixing("prefill", STEPWISE)[0].pair * length / 2
 
     return flops(full) / (flops(small) + convolutions)
 

@@ -153,10 +153,10 @@ def vmoba_flops(tokens: int, kept: float = 1.0) -> float:
     """Wan-2.1-1.3B: self-attention over the full square, cross-attention to 300 text tokens, plain feed-forward."""
     d, text = 1536, 300
     attention, ffn = Attention(d, 12, 12, 128), FeedForward(d, 8960, gated=False)
-    square = attention.mixing("prefill", FULL).pair * tokens * tokens
+    square = attention.mixing("prefill", FULL)[0].pair * tokens * tokens
     scored = 0.0 if kept == 1.0 else 2.0 * tokens * d * sum((7, 40, 60)) / 3  # blocks of the three layouts
     own = 2 * tokens * attention.active_weights("mixer") + kept * square + scored
-    cross = 4 * d * d * (tokens + text) + attention.mixing("prefill", FULL).pair * tokens * text
+    cross = 4 * d * d * (tokens + text) + attention.mixing("prefill", FULL)[0].pair * tokens * text
     return own + cross + 2 * tokens * ffn.active_weights("ffn")
 
 

@@ -49,7 +49,11 @@ MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 10, "mamba_n_
 # Small configs: model_type, what differs from SMALL.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
+    "apertus": {},
     "arcee": {},
+    "glm": {"head_dim": 24},
+    "olmo": {},
+    "nemotron": {"norm_eps": 1e-5, "head_dim": 16},
     "granite": {"tie_word_embeddings": True},
     "helium": {"head_dim": 16},
     "mistral": {"head_dim": 20, "sliding_window": 5},
@@ -80,6 +84,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": 6, "head_dim": 24},
     "deepseek_v2": {**LATENT, **EXPERTS, "n_routed_experts": 6, "first_k_dense_replace": 2, "n_group": 1},
     "deepseek_v3": {**LATENT, **EXPERTS, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "q_lora_rank": None},
+    "deepseek_v32": {
+        **LATENT,
+        **EXPERTS,
+        "n_routed_experts": 8,
+        "index_n_heads": 6,
+        "index_head_dim": 10,
+        "index_topk": 4,
+        "first_k_dense_replace": 3,
+    },
+    "afmoe": {**EXPERTS, "num_experts": 6, "head_dim": 24, "num_dense_layers": 2},
     "kimi_linear": {**LATENT, **EXPERTS, "q_lora_rank": None, "num_experts": 6, "num_experts_per_token": 2},
     "longcat_flash": {**LATENT, "num_layers": 3, "ffn_hidden_size": 90, "expert_ffn_hidden_size": 20},
     "glm4": {"head_dim": 24},
@@ -97,6 +111,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 90, "intermediate_size": None, "word_embed_proj_dim": 64, "max_position_embeddings": 50},
     "bloom": {"n_layer": 3, "n_head": 4},
     "gpt_neox": {},
+    "gptj": {**GPT2, "rotary_dim": 8, "intermediate_size": None},
+    "gpt_bigcode": {**GPT2, "intermediate_size": None},
     "mamba": {"state_size": 6, "num_hidden_layers": 3},
     "falcon_mamba": {"state_size": 6, "num_hidden_layers": 3, "use_bias": True},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 10, "n_groups": 2, "expand": 2},
@@ -115,6 +131,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "jamba": {"mamba_dt_rank": 4, "num_experts": 6, "mamba_d_state": 6},
     "bamba": {**MAMBA2, "attn_layer_indices": [2, 5]},
+    "falcon_h1": {**MAMBA2, "mamba_d_ssm": 128},
     "granitemoehybrid": {**MAMBA2, "num_local_experts": 6, "shared_intermediate_size": 50},
     "lfm2": {"block_multiple_of": 8},
 }
@@ -145,11 +162,22 @@ def test_total_parameters_are_those_of_transformers(name: str) -> None:
     if name == "longcat_flash":  # the class allocates gate and up of the zero experts, which have none
         moe = next((layer, n) for layer, n in card if isinstance(layer, Experts))
         total -= moe[1] * moe[0].zero_experts * 2 * moe[0].d * moe[0].width
+    if name == "apertus":  # two scalars of the activation per layer are not counted
+        total -= 2 * SMALL["num_hidden_layers"]
     assert card.parameters().total == total
     assert card.notes == ()
     without = {k: v for k, v in config.items() if k not in LISTS}
     if name not in OWN_RULE:
         assert model_card(without).parameters().total == total
+
+
+def test_an_indexer_reads_all_keys_and_attention_the_best_of_them() -> None:
+    plain = CONFIGS["DeepSeek-V3"]
+    sparse = {**plain, "model_type": "deepseek_v32", "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+    dense, indexed = model_card(plain), model_card(sparse)
+    at_end = [card.flops("decode", 131_072).mixing / 61 for card in (dense, indexed)]
+    assert at_end == [2 * 128 * 1088 * 131_072, 2 * 128 * 1088 * 2048 + 2 * 64 * 128 * 131_072]
+    assert indexed.kv_bytes_per_token() - dense.kv_bytes_per_token() == 61 * 128 * 2
 
 
 def test_most_families_are_held_against_transformers() -> None:
@@ -280,7 +308,7 @@ def test_a_count_takes_less_than_fifty_microseconds_once_lambdified() -> None:
         start = time.perf_counter()
         card.decode_flops(32_768)
         best = min(best, time.perf_counter() - start)
-    assert best < 500e-6  # measured 20 us; the bound leaves room for a busy machine
+    assert best < 50e-6
 
 
 def test_aliases_lead_to_families() -> None:
