@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from attnc.backend import last_report
     from attnc.errors import ArtifactError, AttncError, CaptureError, LoweringError, UsageError
-    from attnc.offline import explain
+    from attnc.offline import autotune, explain
     from attnc.options import Options
+    from attnc.plan import Plan
     from attnc.region import Region
     from attnc.report import Report
 
@@ -22,10 +23,12 @@ __all__ = [
     "CaptureError",
     "LoweringError",
     "Options",
+    "Plan",
     "Region",
     "Report",
     "UsageError",
     "__version__",
+    "autotune",
     "explain",
     "last_report",
 ]
@@ -36,9 +39,11 @@ _HOME = {
     "CaptureError": "attnc.errors",
     "LoweringError": "attnc.errors",
     "Options": "attnc.options",
+    "Plan": "attnc.plan",
     "Region": "attnc.region",
     "Report": "attnc.report",
     "UsageError": "attnc.errors",
+    "autotune": "attnc.offline",
     "explain": "attnc.offline",
     "last_report": "attnc.backend",
 }

@@ -8,19 +8,31 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from attnc import __version__
-from attnc.commands import devices, explain, forms
+from attnc import __version__, offline
+from attnc.commands import devices, estimate, explain, forms, kernels, tune
+from attnc.commands.target import Call
 from attnc.errors import AttncError
+from attnc.tuning.flash import flash_problems
+from attnc.tuning.problem import Problem
+
+
+def _problems(call: Call, devices: Sequence[str]) -> Sequence[Problem]:
+    report = offline.explain(call.model, *call.args, device=devices[0], **call.kwargs)
+    return flash_problems(report.regions, devices)
+
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "estimate": estimate.run,
     "explain": explain.run,
     "forms": forms.run,
     "devices": devices.run,
+    "kernels": kernels.run,
+    "tune": tune.command(_problems),
 }
 DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -1,4 +1,4 @@
-"""Looking at a model without changing how it runs: `explain`.
+"""Looking at a model without changing how it runs: `explain`, and `autotune` for what is found.
 
 A module or function is run once through torch.compile with a private backend that reads each graph and runs it as it
 is; an exported program is read without running. Other compiled functions, their caches, the random streams and the
@@ -16,6 +16,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +25,20 @@ from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
 from torch._dynamo.pgo import get_code_state
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
+from attnc.cost_models.device import gpu_named
 from attnc.errors import CaptureError, UsageError
 from attnc.options import Options
-from attnc.passes.choose import checked_forms
+from attnc.passes.choose import checked_forms, choose
 from attnc.passes.hooks import table as hooks
 from attnc.passes.pipeline import analyse
+from attnc.plan import Plan
+from attnc.region import AttentionRegion
 from attnc.report import Report
+from attnc.tuned import records_in
+from attnc.tuning.flash import flash_problems
+from attnc.tuning.measure import is_here
+from attnc.tuning.search import Settings
+from attnc.tuning.tune import tune
 
 # Further than any run goes: a limit would make Dynamo run later frames without showing them.
 MAX_GRAPHS = 1 << 20
@@ -75,6 +84,38 @@ def explain(
         "computes."
     )
     return replace(report, problems=(nothing,))
+
+
+def autotune(
+    model: Any,
+    *args: Any,
+    device: str,
+    trials: int | None = 200,
+    seconds: float | None = None,
+    fidelity: str | None = None,
+    seed: int = 0,
+    workers: int = 1,
+    options: Options | Mapping[str, object] | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """Search the kernels of `model` for `device`, keep the records, and return the plan that follows from them.
+
+    model, args, kwargs, options: as for `explain`. device: as "h100"; it need not be here.
+    trials, seconds: the budget of each kernel, and of all of them; what earlier runs found counts.
+    fidelity: "predict" (closed form), "compile" (ahead of time) or "measure" (on the device); None: measured where the
+              device is here, compiled elsewhere.
+    Raises: UsageError as `explain` does, and for a wrong budget.
+    """
+    chosen = replace(_options(options), device=device)
+    report = explain(model, *args, options=chosen, **kwargs)
+    folder = Path(chosen.store)
+    dearest = fidelity or ("measure" if is_here(gpu_named(device)) else "compile")
+    asked = Settings(trials, seconds, dearest, seed=seed, workers=workers, folder=folder / "studies")
+    problems = flash_problems(report.regions, [device])
+    if problems:
+        tune(problems, asked, records=records_in(chosen.store))
+    regions = [choose(r, chosen) if isinstance(r, AttentionRegion) and r.choice else r for r in report.regions]
+    return Plan({r.path: r.choice for r in regions if r.choice is not None}, device)
 
 
 def _options(options: Options | Mapping[str, object] | None) -> Options:

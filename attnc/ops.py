@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import torch
 
+from attnc import op_flash
 from attnc.errors import UsageError
 from attnc.forms import Form, parse_form
 from attnc.forms.masked import scaled_rows, without_lost_rows
@@ -26,7 +27,8 @@ SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor[] captured, SymInt[] sizes, str spelling) "
     "-> (Tensor, Tensor)"
 )
-library = torch.library.Library("attnc", "DEF")
+GENERATED = op_flash.flash  # defines attnc::flash, which the form of that name calls
+library = torch.library.Library("attnc", "FRAGMENT")
 library.define(SCHEMA)
 
 

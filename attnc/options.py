@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import get_origin
+from typing import Any, Protocol, get_origin, runtime_checkable
 
 import torch
 
@@ -26,6 +26,16 @@ LOG_LEVELS = {
 }
 
 
+@runtime_checkable
+class Planned(Protocol):
+    """What the options need of a plan, which is made of what lies above them."""
+
+    @property
+    def choices(self) -> Mapping[str, Any]: ...
+    @property
+    def device(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of one compile; every field is checked when the object is built.
@@ -38,6 +48,7 @@ class Options:
     forms:    the only forms considered for rewriting; None means all of them.
     force:    a form's spelling, used wherever it applies whatever the cost rule says.
     device:   the GPU that choices are made for, as "h100" (`attnc devices` lists them); None: the one the model is on.
+    plan:     an `attnc.Plan`, whose choices are taken where they apply; regions it does not name are chosen as without.
     store:    directory of verdicts, records and kernels; ATTNC_STORE, else a per-user cache directory, when left out.
 
     Raises: UsageError for a value of the wrong type or range.
@@ -51,6 +62,7 @@ class Options:
     forms: tuple[str, ...] | None = None
     force: str | None = None
     device: str | None = None
+    plan: Planned | None = field(default=None, hash=False)
     store: str = field(default_factory=lambda: _directory(None))
 
     def __post_init__(self) -> None:
@@ -59,6 +71,7 @@ class Options:
         _check_flag("check", self.check)
         _check_force(self.force)
         _check_device(self.device)
+        _check_plan(self.plan)
         checked = {
             "inductor": _inductor_settings(self.inductor),
             "mode": _mode(self.mode),
@@ -172,9 +185,10 @@ def _check_device(value: object) -> None:
         raise _wrong_type("option device", value, "the name of a device or None", advice)
 
 
-def default_store() -> str:
-    """The store's directory where no option names one."""
-    return _directory(None)
+def _check_plan(value: object) -> None:
+    if value is not None and not isinstance(value, Planned):
+        advice = "Make one with attnc.autotune, or read one with attnc.Plan.from_json"
+        raise _wrong_type("option plan", value, "an attnc.Plan or None", advice)
 
 
 def _mode(value: object) -> str | None:

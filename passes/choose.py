@@ -17,8 +17,9 @@ from attnc.cost_models.attention import written_seconds
 from attnc.cost_models.device import Device, Gpu, device_from_torch_name, device_named
 from attnc.errors import UsageError
 from attnc.forms import FORMS, Form, form_named, parse_form
-from attnc.options import Options
+from attnc.options import Options, Planned
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice
+from attnc.tuned import tuned
 
 # A rewrite must be predicted this much faster: below it the prediction itself is not sure.
 GAIN = 0.95
@@ -37,23 +38,44 @@ def choose(region: AttentionRegion, options: Options) -> AttentionRegion:
         return replace(region, choice=Choice(AS_WRITTEN, str(exc).rstrip(".")))
     there = replace(region, device="cuda") if isinstance(device, Gpu) else region
     bare = replace(there, path="", node="")
-    return replace(there, choice=_choose(bare, options.forms, options.force, device))
+    planned = None if options.plan is None else _planned(there, options.plan)
+    if planned is not None:
+        return replace(there, choice=planned)
+    record = tuned(bare, device, options.store) if isinstance(device, Gpu) else None
+    return replace(there, choice=_choose(bare, options.forms, options.force, device, record))
+
+
+def _planned(region: AttentionRegion, plan: Planned) -> Choice | None:
+    """What the plan says of `region`, by its path or else its key; None where it says nothing."""
+    given = plan.choices.get(region.path) or plan.choices.get(region.key)
+    if given is None:
+        return None
+    reason = f"by the plan for {plan.device}: {given.reason}"
+    if given.form == AS_WRITTEN:
+        return replace(given, reason=reason)
+    why = _unfit(region) or parse_form(given.form).refuse(region)
+    if why is not None:
+        return Choice(AS_WRITTEN, f"the plan's {given.form} does not apply here: {why}", refused={given.name: why})
+    return replace(given, reason=reason)
 
 
 @lru_cache(maxsize=4096)
-def _choose(region: AttentionRegion, allowed: tuple[str, ...] | None, force: str | None, device: Device) -> Choice:
-    if region.rule.empty == "unknown":
-        why = "a row may lose all its keys as no form reproduces it (several masks, a clamp, a mask of run-time data)"
+def _choose(
+    region: AttentionRegion,
+    allowed: tuple[str, ...] | None,
+    force: str | None,
+    device: Device,
+    record: tuple[Form, float] | None,
+) -> Choice:
+    why = _unfit(region)
+    if why is not None:
         return Choice(AS_WRITTEN, why)
-    if region.rule.dropout:
-        return Choice(AS_WRITTEN, f"dropout {region.rule.dropout:g} is active, and its random stream must be kept")
-    if region.written == "flex_attention":
-        return Choice(AS_WRITTEN, "already written with FlexAttention")
-    if region.device not in DEVICES:
-        return Choice(AS_WRITTEN, f"no form is lowered for {region.device} yet, only for {', '.join(DEVICES)}")
     if force is not None:
         return _forced(region, parse_form(force))
     offers, refused = _offers(region, allowed, device)
+    if record is not None and (allowed is None or record[0].name in allowed):
+        offers = [(time, form) for time, form in offers if form.name != record[0].name]
+        offers.append((record[1], record[0]))
     written = written_seconds(region, device)
     if not offers:
         return Choice(AS_WRITTEN, "every form refuses", written_s=written, refused=refused)
@@ -66,8 +88,22 @@ def _choose(region: AttentionRegion, allowed: tuple[str, ...] | None, force: str
         figures = f"{_milliseconds(time)} against {_milliseconds(written)} as written"
         reason = f"{best.spell()} is not predicted to pay ({figures}){when}"
         return Choice(AS_WRITTEN, reason, written, written, refused, offered)
-    reason = f"predicted {written / time:.1f}x faster than as written on {device.name}"
+    by = "tuned, " if record is not None and best == record[0] else ""
+    reason = f"{by}predicted {written / time:.1f}x faster than as written on {device.name}"
     return Choice(best.spell(), reason, time, written, refused, offered)
+
+
+def _unfit(region: AttentionRegion) -> str | None:
+    """Why no form at all may replace `region`."""
+    if region.rule.empty == "unknown":
+        return "a row may lose all its keys as no form reproduces it (several masks, a clamp, a mask of run-time data)"
+    if region.rule.dropout:
+        return f"dropout {region.rule.dropout:g} is active, and its random stream must be kept"
+    if region.written == "flex_attention":
+        return "already written with FlexAttention"
+    if region.device not in DEVICES:
+        return f"no form is lowered for {region.device} yet, only for {', '.join(DEVICES)}"
+    return None
 
 
 def _milliseconds(seconds: float) -> str:

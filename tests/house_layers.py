@@ -24,6 +24,8 @@ LAYERS = {
     "attnc.op_recurrence": 5,
     "attnc.store": 5,
     "attnc.records": 5,
+    "attnc.op_flash": 5,
+    "attnc.tuned": 5,
     "attnc.folding": 5,
     "attnc.report": 5,
     "attnc.report_json": 5,

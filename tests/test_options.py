@@ -12,6 +12,7 @@ import torch
 
 from attnc.errors import AttncError, UsageError
 from attnc.options import Options, configure_logging
+from attnc.plan import Plan
 
 
 @pytest.fixture
@@ -49,12 +50,13 @@ def test_every_field_can_be_set_by_torch_compile(tmp_path):
         "forms": ["dense", "block_sparse"],
         "force": "block_sparse{provider=sdpa}",
         "device": "h100",
+        "plan": Plan(),
         "store": str(tmp_path),
     }
     built = Options.from_torch(asked)
     assert asked.keys() == {f.name for f in dataclasses.fields(Options)}
     assert built == Options(**{**asked, "forms": ("dense", "block_sparse")})
-    assert dataclasses.asdict(built) == {**asked, "forms": ("dense", "block_sparse")}
+    assert {f.name: getattr(built, f.name) for f in dataclasses.fields(built)} == {**asked, "forms": built.forms}
 
 
 def test_keywords_beside_the_options_are_options():
@@ -130,6 +132,7 @@ def test_options_must_be_a_dict(options):
         ("force", 3, "found int, allowed is a form's spelling or None"),
         ("force", "  ", "found an empty text"),
         ("device", 90, "found int, allowed is the name of a device"),
+        ("plan", {}, "allowed is an attnc.Plan or None"),
         ("store", 3, "found int, allowed is the path of a directory"),
         ("store", __file__, "found a file, allowed is a directory"),
         ("inductor", ["max_autotune"], "found list, allowed is a dict"),

@@ -8,8 +8,9 @@ from attnc.errors import UsageError, did_you_mean
 from attnc.forms.base import Form
 from attnc.forms.block_sparse import BlockSparse
 from attnc.forms.dense import Dense
+from attnc.forms.flash import Flash
 
-FORMS: tuple[type[Form], ...] = (Dense, BlockSparse)
+FORMS: tuple[type[Form], ...] = (Dense, BlockSparse, Flash)
 
 
 def form_named(name: str) -> type[Form]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from attnc.cost_models.device import device_named
+from attnc.cost_models.device import device_named, gpu_named
 from attnc.cost_models.roofline import seconds, written_cost
 from attnc.errors import UsageError
 from attnc.expr import TRUE
@@ -16,23 +16,34 @@ from attnc.forms.dense import causal_pairs, split_causal
 from attnc.region import AttentionRegion
 from attnc.rule_attention import AttentionRule, AttentionShape
 
-CPU = device_named("cpu", 2)
+CPU, H100 = device_named("cpu", 2), gpu_named("h100")
 
 
 def region(
     keep: str = "j - i <= 0 and i - j <= 511", L: int = 4096, score: str = "0.125 * s", **facts
 ) -> AttentionRegion:
     rule = AttentionRule.parse(f"score={score}" + (f"; keep={keep}" if keep else ""))
-    facts = {"written": "sdpa", **facts}
-    return AttentionRegion("layer", "sdpa", rule, AttentionShape(1, 8, 2, L, L, 64, 64), "float32", "cpu", **facts)
+    facts = {"written": "sdpa", "dtype": "float32", "device": "cpu", **facts}
+    return AttentionRegion("layer", "sdpa", rule, AttentionShape(1, 8, 2, L, L, 64, 64), **facts)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
-def test_every_setting_spells_and_parses(form) -> None:
+@pytest.mark.parametrize("device", [CPU, H100], ids=lambda d: d.name)
+def test_every_setting_spells_and_parses(form, device) -> None:
     assert form_named(form.name) is form
-    for setting in (form(), *form().space(region(), CPU)):
+    kind = "cpu" if device is CPU else "cuda"
+    where = region(device=kind, **({} if device is CPU else {"dtype": "bfloat16"}))
+    for setting in (form(), *form().space(where, device)):
         assert parse_form(setting.spell()) == setting
-        assert setting.refuse(region()) is None and setting.is_exact(region())
+    for setting in form().space(where, device):
+        assert setting.refuse(where) is None and setting.is_exact(where)
+        assert 0 < setting.seconds(where, device) < 1
+
+
+def test_each_device_has_forms_that_apply() -> None:
+    for device, kind in ((CPU, "cpu"), (H100, "cuda")):
+        where = region(device=kind, dtype="bfloat16")
+        assert len([form for form in FORMS if form().space(where, device)]) >= 2
 
 
 def test_left_out_knobs_keep_their_default() -> None:

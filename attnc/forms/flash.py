@@ -1,0 +1,287 @@
+"""Flash attention by generated Triton kernels: the mask, the score and the sink of the region are compiled into them.
+
+    o_i = softmax_j(score_ij where keep_ij) v_j,  tiles of keys one after another under a running maximum; tiles that
+    the mask empties are not visited, tiles that it keeps whole take no mask
+
+One skeleton for the forward, two for the backward; heads that share keys are never copied, E != Ev is allowed.
+
+Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691; Dong et al. 2024, "Flex Attention", arXiv:2412.05496.
+Exact:  always, for regions without active dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import ClassVar
+
+import torch
+
+from attnc.codegen.tiles import static_tiles
+from attnc.cost_models.cost import Cost
+from attnc.cost_models.device import Device, Gpu
+from attnc.cost_models.device_kinds import LAUNCH_S
+from attnc.cost_models.tile_counts import band_tiles
+from attnc.cost_models.tile_model import Band, FlashTiles, FlashWork, TileCount, fits, flash_seconds
+from attnc.errors import LoweringError
+from attnc.expr import TRUE, Expr
+from attnc.forms.base import Form, knob
+from attnc.forms.masked import SETTLED, settle_empty
+from attnc.predicate import distances
+from attnc.region import ITEM_BYTES, AttentionRegion
+from attnc.rule_attention import AttentionRule
+
+DTYPES = ("bfloat16", "float16", "float32")
+WIDEST = 256
+# Operations of a score beside its product, per pair: FP32 ones, exponentials.
+SCORE_WORK = {"tanh": (4.0, 2.0), "exp": (1.0, 1.0), "sigmoid": (2.0, 1.0), "load": (2.0, 0.0)}
+KERNELS = {"forward": "", "dq": "dq_", "dkv": "dkv_"}  # kernel -> prefix of its knobs
+TILES = ("block_m", "block_n", "warps", "stages")
+# What is tried where nothing was tuned: few, so that choosing takes milliseconds.
+QUICK = {
+    "forward": tuple(product((64, 128), (32, 64, 128), (4, 8), (2, 3))),
+    "dq": tuple(product((64, 128), (32, 64), (4, 8), (2,))),
+    "dkv": tuple(product((32, 64), (64, 128), (4, 8), (2,))),
+}
+SECTIONS = (1, 4)
+TABLE_LAUNCHES = 6  # small kernels that classify tiles and list them, before each run
+
+
+@dataclass(frozen=True)
+class Flash(Form):
+    """Tiles of `block_m` query rows and `block_n` keys; the same for dq (dq_) and for dk with dv (dkv_).
+
+    skip: tiles are skipped by ranges of the mask's bounds ("range"), or by tables of exact classes ("table").
+    section: heads that run side by side, block after block. xcds: dies over which programs are spread (MI300X: 8).
+    """
+
+    name: ClassVar[str] = "flash"
+    block_m: int = knob(128, 64, 32, 16, 256, unit="query rows")
+    block_n: int = knob(64, 128, 32, 16, 256, unit="keys")
+    warps: int = knob(4, 8, 2, 1, 16, unit="warps")
+    stages: int = knob(3, 2, 1, 4, 5, unit="tiles in flight")
+    dq_block_m: int = knob(64, 128, 32, 16, 256, unit="query rows")
+    dq_block_n: int = knob(64, 128, 32, 16, 256, unit="keys")
+    dq_warps: int = knob(4, 8, 2, 1, 16, unit="warps")
+    dq_stages: int = knob(2, 3, 1, 4, 5, unit="tiles in flight")
+    dkv_block_m: int = knob(64, 128, 32, 16, 256, unit="query rows")
+    dkv_block_n: int = knob(64, 128, 32, 16, 256, unit="keys")
+    dkv_warps: int = knob(4, 8, 2, 1, 16, unit="warps")
+    dkv_stages: int = knob(2, 3, 1, 4, 5, unit="tiles in flight")
+    skip: str = knob("range", "table")
+    section: int = knob(1, 2, 4, 8, unit="heads")
+    xcds: int = knob(1, 8, unit="dies")
+
+    def refuse(self, region: AttentionRegion) -> str | None:
+        if region.kind != "attention":
+            return f"flash computes attention, found a region of kind {region.kind}; leave it as written."
+        if region.device != "cuda":
+            return f"flash is a Triton kernel for GPUs, found a region on {region.device}; use dense or block_sparse."
+        if region.rule.dropout:
+            return (
+                f"flash keeps no random stream, found dropout {region.rule.dropout:g} active; "
+                "use model.eval() or dropout 0."
+            )
+        if region.dtype not in DTYPES:
+            return f"flash takes {', '.join(DTYPES)}, found {region.dtype}; use dense."
+        if max(region.shape.E, region.shape.Ev) > WIDEST:
+            return (
+                f"flash takes heads of up to {WIDEST}, found E={region.shape.E}, Ev={region.shape.Ev}; "
+                "use dense."
+            )
+        return None
+
+    def is_exact(self, region: AttentionRegion) -> bool:
+        return self.refuse(region) is None
+
+    def cost(self, region: AttentionRegion, device: Device) -> Cost:
+        raise LoweringError(f"predict {self.spell()} on {device.name}: flash is a Triton kernel for GPUs. Use dense.")
+
+    def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
+        listed = TABLE_LAUNCHES * LAUNCH_S * (3 if region.training else 1) if self.skip == "table" else 0.0
+        return listed + flash_seconds(work_of(region, self.skip), self.tiles, gpu)
+
+    @property
+    def tiles(self) -> FlashTiles:
+        """The knobs as the cost model takes them."""
+        one = {
+            kernel: FlashTiles(*(getattr(self, prefix + name) for name in TILES)) for kernel, prefix in KERNELS.items()
+        }
+        return replace(one["forward"], dq=one["dq"], dkv=one["dkv"])
+
+    def cpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence,
+        rule: AttentionRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gpu(query, key, value, captured, sizes, rule)  # Triton's interpreter, where it is switched on
+
+    def gpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence,
+        rule: AttentionRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        given = (query, key, value, captured, sizes, rule)
+        out, lse = torch.ops.attnc.flash(*given[:-1], f"{self.spell()} | {rule.spell()}")
+        if rule.sink is None and rule.empty in SETTLED:
+            out = settle_empty(out, lse > -torch.inf, *given)
+        return out, lse
+
+    def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
+        if not isinstance(device, Gpu) or self.refuse(region) is not None or self.skip not in skips(region.rule.keep):
+            return ()
+        start = default_for(replace(region, path="", node="", choice=None), device, self.skip)
+        return () if start is None else (start,)
+
+    def settings(self, region: AttentionRegion, gpu: Gpu, kernel: str = "forward") -> tuple[Form, ...]:
+        """Every setting of one kernel's knobs ("forward", "dq", "dkv") that fits `gpu`, this one first.
+
+        How tiles are skipped and the order of heads belong to the forward.
+        """
+        choices = [sorted(self.knobs()[KERNELS[kernel] + name].choices) for name in TILES]
+        work = work_of(region, self.skip)
+        around = product(skips(region.rule.keep), SECTIONS) if kernel == "forward" else [(self.skip, self.section)]
+        bases = [replace(self, skip=skip, section=section) for skip, section in around]
+        found: list[Form] = [self]
+        for values in product(*choices):
+            knobs = _named(kernel, values)
+            if _fits(replace(self, **knobs), work, gpu, kernel):
+                found += [form for form in (replace(base, **knobs) for base in bases) if form != self]
+        return tuple(found)
+
+
+def skips(keep: Expr) -> tuple[str, ...]:
+    """How tiles of a mask may be skipped: bounds alone where they say all, tables alone where tensors say it."""
+    if keep.has("load"):
+        return ("table",)
+    return ("range",) if keep == TRUE else ("range", "table")
+
+
+def _fits(form: Flash, work: FlashWork, gpu: Gpu, kernel: str) -> bool:
+    alone = form.tiles.of(kernel)
+    if kernel == "forward":
+        return fits(work, alone, gpu, backward=False) is None
+    good = FlashTiles(32, 32)
+    others = {name: alone if name == kernel else good for name in ("dq", "dkv")}
+    return fits(work, replace(good, **others), gpu, backward=True) is None
+
+
+@lru_cache(maxsize=512)
+def default_for(region: AttentionRegion, gpu: Gpu, skip: str = "range") -> Flash | None:
+    """The knobs the cost model picks among QUICK, kernel by kernel; None where none fits. Deterministic."""
+    work = work_of(region, skip)
+    form = Flash(skip=skip, xcds=8 if gpu.arch in ("gfx942", "gfx950") else 1)
+    for kernel in KERNELS if region.training else ("forward",):
+        tried = [replace(form, **_named(kernel, values)) for values in QUICK[kernel]]
+        fitting = [f for f in tried if _fits(f, work, gpu, kernel)]
+        offers = [(kernel_seconds(f, work, gpu, kernel), n, f) for n, f in enumerate(fitting)]
+        if not offers:
+            return None
+        form = min(offers)[2]
+    return form
+
+
+def _named(kernel: str, values: tuple[int, ...]) -> dict[str, int]:
+    return {KERNELS[kernel] + name: value for name, value in zip(TILES, values, strict=True)}
+
+
+def kernel_seconds(form: Flash, work: FlashWork, gpu: Gpu, kernel: str, compiled: object = None) -> float:
+    """Predicted time of one of the kernels alone."""
+    made = {} if compiled is None else {kernel: compiled}
+    forward = flash_seconds(replace(work, training=False), form.tiles, gpu, made if kernel == "forward" else {})
+    if kernel == "forward":
+        return forward
+    # The model gives forward, dq and dkv in one sum; what is not asked for is the same for all settings.
+    return flash_seconds(work, form.tiles, gpu, made) - forward
+
+
+@lru_cache(maxsize=512)
+def work_of(region: AttentionRegion, skip: str = "range") -> FlashWork:
+    """What the region has to compute, as the cost model takes it; skip: how tiles are skipped."""
+    s, rule = region.shape, region.rule
+    vector, exps = score_work(rule.score)
+    pair_bytes = sum(ITEM_BYTES.get(region.dtype, 4) for x in rule.score.walk() if x.op == "load" and _is_memory(x))
+    band = band_of(rule.keep)
+    work = FlashWork(
+        s.B,
+        s.Hq,
+        s.H,
+        s.L,
+        s.S,
+        s.E,
+        s.Ev,
+        region.dtype,
+        band=band,
+        training=region.training,
+        vector=vector,
+        exps=exps,
+        pair_bytes=float(pair_bytes),
+    )
+    if is_band(rule.keep):
+        return work
+    if skip == "table" and not rule.keep.has("load"):
+        return replace(work, counts=_Counted(rule.keep, s.L, s.S, region.sizes))
+    return replace(work, counts=_Bounded(band, s.L, s.S))  # what tensors empty is not known before the run
+
+
+def band_of(keep: Expr) -> Band:
+    """The keys around a row that the mask's bounds allow."""
+    least, most = distances(keep)
+    return Band(back=most, ahead=None if least is None else -least)
+
+
+def is_band(keep: Expr) -> bool:
+    """Whether the mask is its bounds and nothing else."""
+    parts = keep.args if keep.op == "and" else (keep,)
+    return keep == TRUE or all(part.op == "le" and distances(part) != (None, None) for part in parts)
+
+
+def score_work(score: Expr) -> tuple[float, float]:
+    """FP32 operations and exponentials of a score beside the product, per pair."""
+    found = [SCORE_WORK[x.op] for x in score.walk() if x.op in SCORE_WORK]
+    return sum(v for v, _ in found), sum(e for _, e in found)
+
+
+def _is_memory(load: Expr) -> bool:
+    """Whether a lookup reads another number for each pair: memory, not a register."""
+    return {"i", "j"} <= load.names()
+
+
+@dataclass(frozen=True)
+class _Bounded:
+    """Tiles within the mask's bounds, each with a mask."""
+
+    band: Band
+    L: int
+    S: int
+
+    def __call__(self, block_m: int, block_n: int) -> TileCount:
+        found = band_tiles(self.L, self.S, block_m, block_n, self.band)
+        return replace(found, masked=found.visited)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Exact tiles of a mask that is no band, classified once per tile size."""
+
+    keep: Expr
+    L: int
+    S: int
+    sizes: tuple[int, ...]
+
+    def __call__(self, block_m: int, block_n: int) -> TileCount:
+        tiles = static_tiles(self.keep, self.L, self.S, block_m, block_n, sizes=self.sizes)
+        rows = tiles.may.sum(-1).double()
+        return TileCount(
+            float(rows.sum(-1).mean()), float(tiles.partial.sum((-1, -2)).double().mean()), float(rows.max())
+        )

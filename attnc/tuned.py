@@ -1,0 +1,88 @@
+"""What tuning found for a region, read back: the knobs of each kernel from its record, and the time they were kept for.
+
+Source: shared vocabulary of DESIGN.md, section 2 (record).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache, lru_cache
+from pathlib import Path
+
+from attnc.codegen import derivative, gpu_flash, holes, ranges, triton_text
+from attnc.codegen.render import skeleton_text, source_hash
+from attnc.cost_models.device import Gpu
+from attnc.errors import UsageError
+from attnc.forms import parse_form
+from attnc.forms.flash import KERNELS, TILES, Flash, default_for, skips
+from attnc.records import Record, RecordKey, Records
+from attnc.region import AttentionRegion
+
+SOURCES = (derivative, gpu_flash, holes, ranges, triton_text)
+
+
+@cache
+def kernel_version() -> str:
+    """Hash of all that the source of a flash kernel comes from."""
+    written = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in SOURCES]
+    return source_hash("\n".join([skeleton_text("flash"), *written]))
+
+
+def record_key(region: AttentionRegion, gpu: Gpu, kernel: str) -> RecordKey:
+    """Where the record of one kernel ("forward", "dq", "dkv") of a region is kept."""
+    return RecordKey(f"{region.key}-{kernel}", gpu.name, region.dtype, kernel_version())
+
+
+def start_of(region: AttentionRegion, gpu: Gpu) -> Flash | None:
+    """The setting of Flash that tuning begins with, its way to skip tiles predicted fastest; None where none fits."""
+    bare = replace(region, path="", node="", choice=None, device="cuda")
+    if Flash().refuse(bare) is not None:
+        return None
+    found = [form for skip in skips(region.rule.keep) if (form := default_for(bare, gpu, skip)) is not None]
+    return min(found, key=lambda form: form.seconds(bare, gpu), default=None)
+
+
+def kernels_of(region: AttentionRegion) -> tuple[str, ...]:
+    """The kernels that a region runs."""
+    return tuple(KERNELS) if region.training else ("forward",)
+
+
+@lru_cache(maxsize=8)
+def records_in(store: str) -> Records:
+    """The records below a store's directory."""
+    return Records(Path(store) / "records")
+
+
+def tuned(region: AttentionRegion, gpu: Gpu, store: str) -> tuple[Flash, float] | None:
+    """The tuned setting of Flash and its seconds, at the dearest fidelity known; None where a kernel has no record."""
+    form, total = start_of(region, gpu), 0.0
+    if form is None:
+        return None
+    for kernel in kernels_of(region):
+        record = records_in(store).find(record_key(region, gpu, kernel))
+        best = None if record is None else _setting(record)
+        if record is None or best is None:
+            return None
+        form, total = with_kernel(form, best, kernel), total + _seconds(record)
+    return form, total
+
+
+def with_kernel(form: Flash, other: Flash, kernel: str) -> Flash:
+    """`form` with the knobs of one kernel taken from `other`; with the forward's go skipping and order of heads."""
+    names = [KERNELS[kernel] + name for name in TILES] + (["skip", "section", "xcds"] if kernel == "forward" else [])
+    return replace(form, **{name: getattr(other, name) for name in names})
+
+
+def _setting(record: Record) -> Flash | None:
+    try:
+        form = None if record.best is None else parse_form(record.best)
+    except UsageError:  # a record by hand: its key is right, its spelling is none
+        return None
+    return form if isinstance(form, Flash) else None
+
+
+def _seconds(record: Record) -> float:
+    assert record.best is not None
+    timing = record.timings[record.best]
+    found = [s for fidelity in ("measure", "compile", "predict") if (s := timing.at(fidelity)) is not None]
+    return found[0]

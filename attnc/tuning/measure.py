@@ -1,0 +1,126 @@
+"""A setting of Flash on the device that is here: first whether its numbers are right, then how long it takes.
+
+Source: the region's own reference (`attnc.forms.masked`) decides what is right, at a size that it can afford.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from attnc.cost_models.device import Gpu, device_from_torch_name
+from attnc.errors import UsageError
+from attnc.forms.base import Form
+from attnc.forms.flash import Flash
+from attnc.forms.masked import reference, settle_empty
+from attnc.region import AttentionRegion
+from attnc.tuning.bench import Clock, DeviceClock, measured
+from attnc.tuning.problem import Outcome
+
+# Scores up to which the reference, which keeps them all, is run: 1 GiB of float32 and a few copies.
+AFFORDABLE = 1 << 26
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Runs settings of one kernel of a region on the current device, which must be `gpu`."""
+
+    region: AttentionRegion
+    gpu: Gpu
+    part: str
+    start: Flash
+
+    def run(self, form: Form) -> Outcome:
+        """Seconds of the forward, or of the whole backward for its kernels; a failure where results are wrong."""
+        if not is_here(self.gpu):
+            return Outcome(failure=f"measure on {self.gpu.name}: found no such GPU here.")
+        try:
+            off = self._error(form)
+            if not off <= TOLERANCE[self.region.dtype]:
+                return Outcome(failure=f"{form.spell()}: off by {off:.1e} of the largest value from the reference.")
+            return measured(self._call(form), self._clock)
+        except RuntimeError as exc:  # out of shared memory, a refusal of the driver: this setting's fault
+            return Outcome(failure=f"{form.spell()}: {type(exc).__name__}: {str(exc).splitlines()[0][:200]}")
+
+    @cached_property
+    def _clock(self) -> Clock:
+        return DeviceClock()
+
+    @cached_property
+    def _inputs(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """query, key, value laid out as projections leave them, and captured tensors."""
+        return inputs_of(self.region, torch.device("cuda"))
+
+    def _spelled(self, form: Form) -> str:
+        return f"{form.spell()} | {self.region.rule.spell()}"
+
+    def _call(self, form: Form):
+        qkv, captured = self._inputs
+        sizes, spelling = list(self.region.sizes), self._spelled(form)
+        if self.part == "forward":
+            return lambda: torch.ops.attnc.flash(*qkv, captured, sizes, spelling)
+        out, lse = torch.ops.attnc.flash(*qkv, captured, sizes, spelling)
+        grad, needs = torch.randn_like(out), [t.is_floating_point() for t in captured]
+        return lambda: torch.ops.attnc.flash_backward(grad, *qkv, out, lse, captured, sizes, needs, spelling)
+
+    def _error(self, form: Form) -> float:
+        """Largest difference from the reference, over the largest value; few heads where scores are many."""
+        s, rule = self.region.shape, self.region.rule
+        fewer = s.B * s.Hq * s.L * s.S > AFFORDABLE
+        shape = replace(s, L=min(s.L, 1024), S=min(s.S, 1024)) if fewer and not self.region.captured else s
+        if fewer and shape is s:
+            return 0.0  # checked at its small sizes by translation validation
+        region = replace(self.region, shape=shape)
+        (query, key, value), captured = inputs_of(region, torch.device("cuda"))
+        leaves = [t.requires_grad_() for t in (query, key, value)]
+        out, lse = torch.ops.attnc.flash(query, key, value, captured, list(region.sizes), self._spelled(form))
+        if rule.sink is None:
+            out = settle_empty(out, lse > -torch.inf, query, key, value, captured, list(region.sizes), rule)
+        wide = [t.detach().float().requires_grad_() for t in leaves]
+        want, _ = reference(*wide, captured, list(region.sizes), rule)
+        pairs = [(out, want)]
+        if self.part != "forward":
+            grad = torch.randn_like(want)
+            got = torch.autograd.grad(out, leaves, grad.to(out.dtype))
+            pairs = list(zip(got, torch.autograd.grad(want, wide, grad), strict=True))
+        return max(float((a.float() - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)
+
+
+def is_here(gpu: Gpu) -> bool:
+    """Whether the current device of torch is `gpu`."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        return device_from_torch_name(torch.cuda.get_device_name(), torch.cuda.get_device_capability()) == gpu
+    except UsageError:  # a GPU that is not in the table
+        return False
+
+
+def inputs_of(region: AttentionRegion, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Random query, key and value, (B, L, heads, E) in memory, and captured tensors: ids in order, flags mostly set."""
+    s, generator = region.shape, torch.Generator(device).manual_seed(0)
+    dtype = getattr(torch, region.dtype)
+
+    def drawn(length: int, heads: int, width: int) -> torch.Tensor:
+        x = torch.randn(s.B, length, heads, width, generator=generator, device=device)
+        return x.to(dtype).transpose(1, 2)
+
+    qkv = [drawn(s.L, s.Hq, s.E), drawn(s.S, s.H, s.E), drawn(s.S, s.H, s.Ev)]
+    captured = []
+    for text in region.captured:
+        match = re.fullmatch(r"(\w+)\[(.*)\]", text)
+        assert match is not None, text
+        kind, sizes = getattr(torch, match[1]), [int(size) for size in match[2].split(",") if size.strip()]
+        if kind.is_floating_point:
+            captured.append(torch.randn(sizes, generator=generator, device=device).to(kind))
+        elif kind == torch.bool:
+            captured.append(torch.rand(sizes, generator=generator, device=device) < 0.9)
+        else:  # ids: four equal runs along the last dimension
+            length = sizes[-1] if sizes else 1
+            ids = torch.arange(length, device=device) * 4 // max(length, 1)
+            captured.append(ids.to(kind).expand(sizes).contiguous())
+    return qkv, captured
