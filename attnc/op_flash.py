@@ -154,7 +154,8 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Any) -> tuple[Any, ...]
         grad_out, query, key, value, out, lse, captured, ctx.sizes, needs, ctx.spelling
     )
     found = iter(learned)
-    return dq, dk, dv, [next(found) if need else None for need in needs], None, None
+    # torch takes an empty list of sizes for one of tensors
+    return dq, dk, dv, [next(found) if need else None for need in needs], None if ctx.sizes else [], None
 
 
 flash.register_autograd(_differentiate, setup_context=_remember)

@@ -290,19 +290,21 @@ def _add_sink_grads(buffers, delta, lse, query, captured, sizes, rule) -> None:
     slopes = lookup_slopes(rule.sink, slots)
     if not slopes:
         return
-    B, Hq = query.shape[:2]
-    axes: dict[str, Axis] = {name: span(name, 0, n, query.device) for name, n in (("b", B), ("h", Hq))}
+    (B, Hq, L, _), shape = query.shape, lse.shape
+    axes: dict[str, Axis] = {name: span(name, 0, n, query.device) for name, n in (("b", B), ("h", Hq), ("i", L))}
 
-    def over_heads(e) -> Tensor:
+    def over_rows(e) -> Tensor:
         value = torch.as_tensor(read(e, axes, captured, sizes), device=query.device)
-        return (value[..., 0, 0] if value.dim() == 4 else value).expand(B, Hq)
+        return value[..., 0] if value.dim() == 4 else value
 
-    share = torch.where(lse == -torch.inf, 0.0, (over_heads(rule.sink).float()[..., None] - lse).exp())
-    d_sink = -(share * delta).sum(-1)
+    share = torch.where(lse == -torch.inf, 0.0, (over_rows(rule.sink).float() - lse).exp())
+    d_sink = -(share * delta)
     for load, slope in slopes:
-        table = buffers[load.args[0]]
-        at = [over_heads(x).clamp(0, table.shape[d] - 1) for d, x in enumerate(load.args[1:])]
-        given = d_sink * over_heads(slope).float()
+        table, used = buffers[load.args[0]], {name for x in load.args[1:] for name in x.names()}
+        over = [d for d, name in enumerate("bhi") if name not in used]
+        given = (d_sink * over_rows(slope).float()).expand(shape)
+        given = given.sum(over, keepdim=True) if over else given
+        at = [over_rows(x).clamp(0, table.shape[d] - 1).expand(given.shape) for d, x in enumerate(load.args[1:])]
         if at:
             table.index_put_(at, given, accumulate=True)
         else:

@@ -218,7 +218,9 @@ def flash_forward(
                 acc_tail = tl.dot(p, v_tail, acc_tail * alpha[:, None], input_precision=PRECISION)
 
     some = total > 0.0
-    tl.store(p_lse + (b * Hq + h) * L + i_low + row, tl.where(some, (m + tl.log2(total)) * LN2, -INF), mask=m_row)
+    total = tl.where(some, total, 1.0)
+    lse = tl.where(some, (m + tl.log2(total)) * LN2, -INF)
+    tl.store(p_lse + (b * Hq + h) * L + i_low + row, lse, mask=m_row)
     share = tl.where(some, 1.0 / total, 0.0)[:, None]
     p_out += b * o_b + h * o_h + i_low.to(tl.int64) * o_l
     put(p_out, acc * share, row, o_l, o_e, m_row, 0, EV_MAIN, EV)
