@@ -170,7 +170,12 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_5_moe_text": QWEN3_NEXT,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
-    "gemma3_text": replace(GEMMA2, mixers=one_in("window", "full", "window_pattern", 6), fixed={"qk_norm": "head"}),
+    "gemma3_text": replace(
+        GEMMA2,
+        mixers=one_in("window", "full", "window_pattern", 6),
+        defaults={**GEMMA.defaults, "heads": 8, "kv_heads": 4, "vocab": 262208, "window": 4096},
+        fixed={"qk_norm": "head"},
+    ),
     "cohere": replace(LLAMA, norms=1, defaults={"tied": True}),
     "cohere2": replace(LLAMA, mixers=one_in("window", "full", "window_pattern", 4), norms=1, defaults={"tied": True}),
     "mixtral": replace(MIXTRAL, fixed=NO_BIAS),

@@ -31,6 +31,11 @@ PHASES = ("prefill", "decode", "train")
 ROLES = ("mixer", "ffn", "router")
 TRAIN_PASSES = 3  # forward, and a backward of twice its products
 LARGEST_LAYERS = 100_000
+# Keys of a config that change what a reader may expect of the counts.
+SAID = {
+    "num_nextn_predict_layers": "layers that predict further tokens (MTP) are not counted",
+    "quantization_config": "the config names a quantisation of its weights; bytes here follow the type asked for",
+}
 
 
 @dataclass(frozen=True)
@@ -229,6 +234,7 @@ def model_card(config: Mapping[str, Any], name: str | None = None) -> ModelCard:
     config = _text_part(config, notes)
     kind = _model_type(config)
     family = _family(kind, config, notes)
+    notes += [said for key, said in SAID.items() if config.get(key)]
     facts = Facts(config, family.defaults, family.fixed)
     plan = family.plan(facts)
     if len(plan) > LARGEST_LAYERS:

@@ -167,12 +167,10 @@ def _experts(layer: Experts, count: int, at: Setting) -> Call:
     return Call("experts", flops, moved, count, "moe", shape, _passes(at), at.dtype)
 
 
-def _mixing_flops(layer: Layer, at: Setting) -> float:
-    total, length = 0.0, Integer(at.context)
-    for mixing in layer.mixing(at.phase, at.how):
-        pairs = mixing.reach.keys(length) if at.phase == "decode" else mixing.reach.pairs("half", length)
-        total += mixing.pair * float(pairs) + mixing.token * at.new
-    return at.batch * total
+def _mixing_flops(layer: Layer, at: Setting, term: int = 0) -> float:
+    mixing, length = layer.mixing(at.phase, at.how)[term], Integer(at.context)
+    pairs = mixing.reach.keys(length) if at.phase == "decode" else mixing.reach.pairs("half", length)
+    return at.batch * (mixing.pair * float(pairs) + mixing.token * at.new)
 
 
 def _attention_call(
@@ -223,10 +221,10 @@ def _index(layer: LatentAttention, count: int, at: Setting) -> Iterator[Call]:
     """Scores of the indexer against every key, and the choice of the best."""
     shape = _sparse(layer, at)
     pairs = at.batch * at.context * (1 if at.phase == "decode" else at.context / 2)
-    flops = 2.0 * pairs * layer.index_heads * layer.index_dim
     moved = at.batch * at.context * layer.index_dim * at.kv_item + 4 * pairs
     passes = _passes(at)
     logits = "fp8" if at.dtype == "fp8" else at.dtype
+    flops = _mixing_flops(layer, at, 1)
     yield Call("attention", flops, moved, count, "dsa", {**shape, "stage": "index_logits"}, passes, logits)
     yield Call("attention", 0, 4 * pairs, count, "dsa", {**shape, "stage": "topk"}, passes)
 

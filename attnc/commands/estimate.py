@@ -106,11 +106,13 @@ def _phase(card: ModelCard, device: Device, at: Setting) -> dict[str, Any]:
     rows = step_time(card, device, at)
     total = rows.pop("total")
     flops = card.flops(at.phase, at.context, at.how).total
+    summed = {"flop_of_all_positions": at.batch * card.generation_flops(at.context, at.how)}
     slowest_first = sorted(rows.items(), key=lambda row: -row[1].seconds)
     return {
         "tokens": at.tokens,
         "flop_per_token": flops / at.new,
         "flop": at.batch * flops,
+        **(summed if at.phase == "decode" else {}),
         "memory": {
             "weights_bytes": needs.weights,
             "per_sequence_bytes": needs.per_sequence,
@@ -159,13 +161,20 @@ def _phase_lines(phase: str, figures: Mapping[str, Any]) -> list[str]:
     lines = [
         _line("memory", f"{_bytes(needs['needed_bytes'])}, of it {KEPT[phase]} {_bytes(needs['weights_bytes'])}"),
         _line("", f"{fits}{room}{most}"),
-        _line("FLOP per token", f"{figures['flop_per_token']:.3e}"),
+        _line("FLOP per token", f"{figures['flop_per_token']:.3e}{_summed(figures)}"),
         _line("time", f"{_time(figures)}, {figures['tokens_per_second']:,.0f} tokens/s"),
     ]
     return lines + [
         _line(f"  {name}", f"{_time(row)}, {row['seconds'] / figures['seconds']:.0%}")
         for name, row in figures["rows"].items()
     ]
+
+
+def _summed(figures: Mapping[str, Any]) -> str:
+    """Decode costs more with every position: say which one the figure is of."""
+    if "flop_of_all_positions" not in figures:
+        return ""
+    return f" at this position, {figures['flop_of_all_positions']:.3e} in all for a batch decoded up to it"
 
 
 def _line(name: str, value: str) -> str:

@@ -165,7 +165,7 @@ def test_total_parameters_are_those_of_transformers(name: str) -> None:
     if name == "apertus":  # two scalars of the activation per layer are not counted
         total -= 2 * SMALL["num_hidden_layers"]
     assert card.parameters().total == total
-    assert card.notes == ()
+    assert not any("not known" in note for note in card.notes)
     without = {k: v for k, v in config.items() if k not in LISTS}
     if name not in OWN_RULE:
         assert model_card(without).parameters().total == total
