@@ -1,0 +1,120 @@
+"""Launch the decode kernels: few query rows over many keys, split over the keys and merged.
+
+Runs as it is on CPU tensors under Triton's interpreter, eagerly on a GPU, and traced: nothing here depends on data.
+
+Source: Dao et al. 2023, "Flash-Decoding for long-context inference", pytorch.org/blog/flash-decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnc.codegen.gpu_flash import FLOAT8, empty_out, widths
+from attnc.codegen.holes import plain_scale
+from attnc.codegen.launch import launch, strides
+from attnc.codegen.tiles import blocks
+from attnc.errors import UsageError
+from attnc.rule_attention import AttentionRule
+
+ROWS = 16  # query rows up to which decoding pays
+KERNELS = ("flash_decode", "flash_combine")
+
+
+@dataclass(frozen=True)
+class DecodeKnobs:
+    """Schedule of the two kernels.
+
+    block_m: rows of all query heads of a key head in one tile. splits: parts of the keys.
+    precision: of float32 products, "ieee" or "tf32". dot8: multiply queries and keys of 8 bits as they are.
+    """
+
+    block_m: int = 16
+    block_n: int = 64
+    splits: int = 8
+    warps: int = 4
+    stages: int = 2
+    precision: str = "ieee"
+    dot8: bool = False
+
+
+def fair_splits(programs: int, key_blocks: int, sms: int, *, per_sm: int = 2, most: int = 128) -> int:
+    """Parts of the keys that fill `sms` multiprocessors `per_sm` times, at least two blocks of keys in each."""
+    wanted = -(-sms * per_sm // max(programs, 1))
+    return max(1, min(wanted, key_blocks // 2, most))
+
+
+def shares_latent(E: int, Ev: int, least: int = 16) -> bool:
+    """Whether a value that is the key's first Ev columns can be taken from the key's own tile."""
+    (main, _), (value_main, value_tail) = widths(E, least), widths(Ev, least)
+    return value_tail == 0 and value_main == main and Ev <= E
+
+
+def decode(
+    kernels: ModuleType,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captured: Sequence[Tensor],
+    sizes: Sequence[Any],
+    rule: AttentionRule,
+    knobs: DecodeKnobs,
+    *,
+    value_in_key: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """out and lse by the kernels rendered for `rule` from skeleton flash_decode.
+
+    value_in_key: the value is `key[..., :Ev]`, so that the key is read once (absorbed latent attention).
+    Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32.
+    Raises: UsageError for a value that cannot be taken from the key's tile.
+    """
+    B, Hq, L, E = query.shape
+    H, S, Ev, least = key.shape[1], key.shape[2], int(value.shape[3]), 32 if key.dtype in FLOAT8 else 16
+    if value_in_key and not shares_latent(int(E), Ev, least):
+        raise UsageError(
+            f"decode with the value inside the key: found widths {E} and {Ev}, allowed are values of the key's "
+            f"leading {widths(int(E), least)[0]} columns. Leave value_in_key out."
+        )
+    out, lse = empty_out(query, value)
+    parts = query.new_empty(knobs.splits, B, Hq, L, Ev, dtype=torch.float32)
+    part_lse = query.new_empty(knobs.splits, B, Hq, L, dtype=torch.float32)
+    group = int(Hq // H)
+    given = {
+        "p_q": query, "p_k": key, "p_v": key if value_in_key else value, "p_parts": parts, "p_lse": part_lse,
+        **strides("q", query), **strides("k", key), **strides("v", value),
+        "B": B, "H": H, "L": L, "S": S, "SPLITS": knobs.splits,
+        **constants_of(rule, key.dtype, group, int(E), Ev, knobs, value_in_key=value_in_key),
+    }  # fmt: skip
+    programs = blocks(group * L, knobs.block_m) * knobs.splits * B * H
+    resources = {"num_warps": knobs.warps, "num_stages": knobs.stages}
+    launch(kernels.flash_decode, programs, given, captured, sizes, **resources)
+    given = {
+        "p_parts": parts, "p_part_lse": part_lse, "p_out": out, "p_lse": lse, **strides("o", out),
+        "Hq": Hq, "L": L, "ROWS": B * Hq * L, "SPLITS": knobs.splits, **combine_constants(Ev),
+    }  # fmt: skip
+    launch(kernels.flash_combine, B * Hq * L, given, captured, sizes, num_warps=4, num_stages=1)
+    return out, lse
+
+
+def constants_of(
+    rule: AttentionRule, dtype: torch.dtype, group: int, E: int, Ev: int, knobs: DecodeKnobs, *, value_in_key: bool
+) -> dict[str, Any]:
+    """Constant parameters of flash_decode for keys of `dtype`; group: query heads per key head."""
+    least = 32 if dtype in FLOAT8 else 16
+    (e_main, e_tail), (ev_main, ev_tail) = widths(E, least), widths(Ev, least)
+    return {
+        "GROUP": group, "E": E, "E_MAIN": e_main, "E_TAIL": e_tail,
+        "EV": Ev, "EV_MAIN": ev_main, "EV_TAIL": ev_tail, "VALUE_IN_KEY": value_in_key,
+        "SCALE": plain_scale(rule), "PRECISION": knobs.precision, "DOT8": knobs.dot8,
+        "HEADS_ALIKE": "h" not in rule.keep.names(), "BLOCK_M": knobs.block_m, "BLOCK_N": knobs.block_n,
+    }  # fmt: skip
+
+
+def combine_constants(Ev: int) -> dict[str, Any]:
+    """Constant parameters of flash_combine."""
+    return {"EV": Ev, "BLOCK_EV": max(16, 1 << (Ev - 1).bit_length()), "BLOCK_P": 8}
