@@ -38,32 +38,33 @@ class TileCount:
 
 @lru_cache(maxsize=65536)
 def band_tiles(L: int, S: int, block_m: int, block_n: int, band: Band) -> TileCount:
-    """Exact number of visited tiles of a band; masked ones to within the corners."""
+    """Exact number of visited tiles of a band; a last block of rows that is not whole takes a mask everywhere."""
     rows = -(-L // block_m)
-    visited = masked = longest = 0.0
+    visited = whole = longest = 0
     # All blocks of rows but the last are whole; the last one may end early.
-    parts = [(0, rows - 1, block_m), (rows - 1, 1, L - (rows - 1) * block_m)]
-    for first, count, height in parts:
+    for first, count, height in ((0, rows - 1, block_m), (rows - 1, 1, L - (rows - 1) * block_m)):
         if count < 1:
             continue
         ahead = S if band.ahead is None else band.shift + height - 1 + band.ahead
         back = -S - L - abs(band.shift) if band.back is None else band.shift - band.back
         ends = _clipped(first, count, block_m, ahead, S - 1, block_n)
         starts = _clipped(first, count, block_m, back, S - 1, block_n)
-        seen = ends - starts
-        # Rows that see no key: their band ends before key 0 or begins beyond the last.
-        visited += seen + _meeting(first, count, block_m, back, ahead, S)
+        visited += ends - starts + _meeting(first, count, block_m, back, ahead, S)
         longest = max(longest, _longest(first, count, block_m, back, ahead, S, block_n))
-        edges = _edges(band, height, block_n)
-        masked += count * edges
-    ragged = rows if S % block_n else 0
-    return TileCount(visited, min(visited, masked + ragged), longest)
+        if height == block_m:
+            whole += _whole(first, count, block_m, block_n, S, band, back)
+    return TileCount(visited, max(0, visited - whole), longest)
 
 
-def _edges(band: Band, height: int, block_n: int) -> float:
-    """Tiles that the borders of the band cross, per block of rows."""
-    crossed = 1.0 + (height - 1) / block_n
-    return crossed * ((band.ahead is not None) + (band.back is not None))
+def _whole(first: int, count: int, block_m: int, block_n: int, S: int, band: Band, back: int) -> int:
+    """Tiles whose pairs are all kept: keys from where the last row begins to where the first row ends."""
+    low = back + block_m - 1
+    high = S if band.ahead is None else band.shift + band.ahead + 1
+    if band.back is not None and band.ahead is not None and high - low < block_n:
+        return 0
+    ends = _clipped(first, count, block_m, high, S, block_n)
+    starts = _clipped(first, count, block_m, low + block_n - 1, S + block_n - 1, block_n)
+    return max(0, ends - starts)
 
 
 def _longest(first: int, count: int, block_m: int, back: int, ahead: int, S: int, block_n: int) -> int:
