@@ -2,8 +2,8 @@
 
 12 attentions on 6 GPUs (`tests/tuning/landscapes.py`: tiles with occupancy cliffs, 128 to 10,440 valid settings), each
 sampler at two fidelities: the closed form alone, and the compile with the closed form below it, whose registers differ
-from what the closed form guesses. A space that is not solved within a tenth of its settings counts as missed. Writes
-results/cpu/search.json.
+from what the closed form guesses. A search ends at a tenth of the settings, or at 200; what it has not solved by then
+counts as missed. Writes results/cpu/search.json.
 
     python benchmarks/search.py [--samplers gp,tpe,random] [--fidelities predict,compile] [--seeds 1] [--every 1]
 """
@@ -17,16 +17,18 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from timing import print_environment, write_result
+from timing import print_environment, print_table, write_result
 
 from attnc.tuning.samplers import SAMPLERS
 from attnc.tuning.search import Progress, Search, Settings
 from tests.tuning.landscapes import CASES, CHIPS, Landscape
 
-WITHIN, SHARE, FEWEST = 1.02, 0.1, 300
+WITHIN, SHARE, MOST = 1.02, 0.1, 200
+FEWEST = 300  # settings of a space that the goal speaks of
 
 
 class Reached(Exception):
@@ -52,7 +54,7 @@ def best_seconds(problem: Landscape, fidelity: str) -> float:
     return min(problem.compile(form).seconds or float("inf") for form in problem.space())
 
 
-def row(problem: Landscape, fidelity: str, sampler: str, seed: int) -> dict[str, object]:
+def row(problem: Landscape, fidelity: str, sampler: str, seed: int) -> dict[str, Any]:
     """Trials until within 2% of the best; None where a tenth of the space did not suffice."""
     size, best = len(problem.space()), best_seconds(problem, fidelity)
     until = Until(WITHIN * best)
@@ -72,21 +74,19 @@ def row(problem: Landscape, fidelity: str, sampler: str, seed: int) -> dict[str,
     }  # fmt: skip
 
 
-def print_table(rows: list[dict[str, object]]) -> None:
+def summary(rows: list[dict[str, Any]]) -> list[list[object]]:
+    """A line per fidelity and sampler; what was missed counts as a tenth of the space."""
     groups = defaultdict(list)
     for found in rows:
         groups[found["fidelity"], found["sampler"]].append(found)
-    print(
-        f"{'fidelity':10}{'sampler':12}{'solved':>10}{'of >= 300':>12}{'median':>9}{'90th':>9}{'worst':>9}  missed count as 10%"
-    )
-    for (fidelity, sampler), group in groups.items():
+    lines: list[list[object]] = []
+    for names, group in groups.items():
         large = [r for r in group if r["settings"] >= FEWEST]
         shares = sorted(SHARE if r["share"] is None else r["share"] for r in group)
         solved = [f"{sum(r['trials'] is not None for r in part)}/{len(part)}" for part in (group, large)]
         figures = (statistics.median(shares), shares[int(0.9 * (len(shares) - 1))], shares[-1])
-        print(
-            f"{fidelity:10}{sampler:12}{solved[0]:>10}{solved[1]:>12}" + "".join(f"{100 * f:>8.2f}%" for f in figures)
-        )
+        lines.append([*names, *solved, *(f"{100 * f:.2f}%" for f in figures)])
+    return lines
 
 
 def main() -> None:
@@ -105,7 +105,7 @@ def main() -> None:
         for seed in range(args.seeds)
         for problem in problems
     ]
-    print_table(rows)
+    print_table(("fidelity", "sampler", "solved", f"of >= {FEWEST}", "median", "90th", "worst"), summary(rows))
     if args.every == 1:
         write_result("search", before, vars(args), rows)
 
