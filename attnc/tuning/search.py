@@ -27,10 +27,11 @@ from optuna.trial import FrozenTrial
 
 from attnc.errors import UsageError, did_you_mean
 from attnc.forms.base import Form
+from attnc.options import Options
 from attnc.records import LONGEST, SHORTEST, Timing, best_of
 from attnc.tuning.problem import FIDELITIES, Outcome, Problem
 from attnc.tuning.samplers import DEFAULT, SAMPLERS, USES_PRIOR, Known
-from attnc.tuning.storage import opened, quiet
+from attnc.tuning.storage import MEMORY, Opened, opened, quiet
 from attnc.tuning.surrogate import features
 from attnc.tuning.tree import tree_of
 from attnc.tuning.trials import Trial, Trials
@@ -62,7 +63,7 @@ class Settings:
     seed: int = 0
     workers: int = 1
     storage: str | None = None
-    folder: Path = Path("~/.cache/attnc/studies")
+    folder: Path = field(default_factory=lambda: Path(Options().store) / "studies")
 
     def __post_init__(self) -> None:
         for name, known in (("fidelity", FIDELITIES), ("sampler", tuple(SAMPLERS))):
@@ -167,19 +168,31 @@ class Search:
     def run(self) -> Found:
         """Search until trials, time or settings are used up. Finished trials survive whatever ends it."""
         settings = self.settings
-        with quiet(), opened(settings.storage, settings.folder.expanduser(), self.study) as storage:
-            trials = Trials(storage, self.study, self.tree, settings.fidelity)
-            self._take_up(trials.all())
-            self.earlier = len(self.tried)
-            while not self._over():
-                batch = self._batch(trials)
-                if not batch:
-                    break
-                self._try(trials, batch)
-                self._take_up(trials.all())
-            if settings.fidelity == "measure":
-                self._confirm()
+        with quiet():
+            try:
+                with opened(settings.storage, settings.folder, self.study) as storage:
+                    self._run(storage)
+            except BrokenPipeError:  # whoever was shown the progress is gone
+                raise
+            except OSError as exc:
+                log.warning("trials can no longer be written (%s): the search goes on in memory", exc)
+                # The same draws from the start; what is known already is not tried again.
+                with opened(MEMORY, settings.folder, self.study) as storage:
+                    self._run(storage)
+        if settings.fidelity == "measure":
+            self._confirm()
         return self.found()
+
+    def _run(self, storage: Opened) -> None:
+        trials = Trials(storage, self.study, self.tree, self.settings.fidelity)
+        self._take_up(trials.all())
+        self.earlier = len(self.tried)
+        while not self._over():
+            batch = self._batch(trials)
+            if not batch:
+                break
+            self._try(trials, batch)
+            self._take_up(trials.all())
 
     def found(self) -> Found:
         """What is known by now."""
@@ -298,7 +311,10 @@ class Search:
 
     def _predict(self, form: Form) -> Timing:
         self.used["predict"] += 1
-        seconds = self.problem.predict(form)
+        try:
+            seconds = self.problem.predict(form)
+        except Exception as exc:  # noqa: BLE001  # one setting must not end the search of the others
+            return Timing(failure=raised("predicting", self.problem, form, exc).failure)
         if SHORTEST <= seconds <= LONGEST:
             return Timing(predicted_s=float(seconds))
         return Timing(failure=f"{form.spell()}: predicted {seconds} s, allowed is a finite time. Left out.")

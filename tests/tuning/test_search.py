@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import signal
@@ -251,6 +252,35 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog)
     (tmp_path / "file").write_text("")
     found = search(Landscape(*SMALL), 3, storage=None, folder=tmp_path / "file" / "studies")
     assert len(found.order) == 3 and "starts anew" in caplog.text
+
+
+def test_a_disk_that_fills_up_costs_a_warning_and_no_trial(tmp_path: Path, caplog, monkeypatch) -> None:
+    problem, writes = Landscape(*SMALL), itertools.count()
+    written = JournalFileBackend.append_logs
+
+    def append(self: JournalFileBackend, logs: list) -> None:
+        if next(writes) > 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(self, logs)
+
+    monkeypatch.setattr(JournalFileBackend, "append_logs", append)
+    found = search(problem, 9, storage=None, folder=tmp_path)
+    assert found.order == search(Landscape(*SMALL), 9).order and "No space left" in caplog.text
+    assert len(problem.compiled) == 9, "nothing is compiled twice"
+
+
+def test_two_searches_at_once_share_their_trials(tmp_path: Path) -> None:
+    problem = Landscape(*SMALL)
+    found: list[Found] = []
+
+    def join(step: Progress) -> None:
+        if step.trials == 5 and not found:
+            found.append(search(problem, 10, storage=str(tmp_path / "trials.journal")))
+
+    settings = Settings(trials=12, storage=str(tmp_path / "trials.journal"))
+    first = Search(problem, settings, on_progress=join).run()
+    assert len(found[0].order) == 10 and set(found[0].order) < set(first.order) and len(first.order) == 12
+    assert len(problem.compiled) == 12
 
 
 # The rest.
