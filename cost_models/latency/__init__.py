@@ -9,6 +9,7 @@ Source: measurements of shared/measurements/README.md; the formulas cite theirs.
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,12 +85,8 @@ def encode(kind: str, shape: Mapping) -> tuple[str, tuple[float, ...]]:
         near = did_you_mean(kind, KINDS)
         raise UsageError(f"latency of {kind!r}: no such kind; known are {', '.join(KINDS)}.{near or ' Name one.'}")
     try:
-        if shape["dtype"] not in DTYPES:
-            raise UsageError(
-                f"{kind}: dtype: found {str(shape['dtype'])[:40]!r}, allowed are {', '.join(DTYPES)}. Name one of them."
-            )
         name, columns = known.encode(kind, shape)
-        if name in MODELS and min(columns) >= 0:
+        if name in MODELS and shape["dtype"] in DTYPES and min(columns[: len(columns) - MODELS[name].flags]) > 0:
             return name, columns
     except (KeyError, TypeError, ValueError):
         pass
@@ -104,6 +101,8 @@ def _complaint(kind: Kind, shape: Mapping) -> str:
             near = did_you_mean(column, [str(key) for key in shape])
             return f"{kind.name}: column {column!r} is missing; {needed}.{near or ' Add it.'}"
         value = shape[column]
+        if column == "dtype" and value not in DTYPES:
+            return f"{kind.name}: dtype: found {str(value)[:40]!r}, allowed are {', '.join(DTYPES)}. Name one of them."
         if column in ("dtype", "variant", "phase", "stage", "score_mode", "routing"):
             continue
         if isinstance(value, str) or value is None or value < (0 if column in ZERO_ALLOWED else 1):
@@ -145,7 +144,7 @@ def _prepare(name: str, device: Device | GpuFigures, dtype: str) -> _Prepared:
     figures = figures_of(device)
     stored = coefficients()[name]
     values = tuple(of_class(stored["coefficients"][c.name]["value"], figures.arch) for c in MODELS[name].coefficients)
-    interval = stored["interval"]
+    interval = stored["interval"]["seen" if figures.arch in stored["classes"] else "unseen"]
     made = _Prepared(
         device,
         scalar(name),
@@ -169,5 +168,7 @@ def predict(kind: str, device: Device | GpuFigures, shape: Mapping) -> Estimate:
     dtype = shape["dtype"]
     ready = _PREPARED.get((id(device), name, dtype)) or _prepare(name, device, dtype)
     seconds, fixed = ready.call(*columns, *ready.tail)
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{kind}: found {seconds} seconds for {dict(shape)}; sizes must be finite. Correct them.")
     regime = bisect_right(ready.edges, fixed / seconds)
     return Estimate(seconds, seconds * ready.low[regime], seconds * ready.high[regime])

@@ -90,6 +90,7 @@ def _prefill() -> Model:
         fixed,
         4 * work * pairs * head_dim,
         batch * seq * head_dim * (2 * q_heads + 2 * kv_heads) * 2,
+        flags=1,
     )
 
 
@@ -165,6 +166,7 @@ def _decode() -> Model:
         fixed,
         4 * batch * q_heads * reach * head_dim,
         cache,
+        flags=1,
     )
 
 

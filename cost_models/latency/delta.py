@@ -39,7 +39,7 @@ def _conv(name: str, calls: int, step: bool) -> Model:
     channels = 2 * k_heads * d_k + v_heads * d_v
     total = batch * channels * 2 * (2 * seq + (2 * d_conv if step else 0))
     fixed = calls * (C("launch") / clock + C("gap") * 1e-6)
-    seconds = fixed + traffic(total, total) + C("row") * batch * tiles(seq, 256) * tiles(channels, 256) / (sms * clock)
+    seconds = fixed + traffic(total, total, False) + C("row") * batch * tiles(seq, 256) * tiles(channels, 256) / (sms * clock)
     return Model(
         name,
         SHAPE,
@@ -67,7 +67,7 @@ def _staged() -> tuple:
     total = rows + heads * (seq * 2 * (d_k + d_v) * 2 * C("passes") + chunks * d_k * d_v * 4 * C("states"))
     fixed = C("launch") / clock
     fill = C("fill") * (1 - 1 / (1 + seq / 32)) / clock
-    return fixed, fixed + fill + chain + smooth_largest(products, traffic(total, total), 2.0)
+    return fixed, fixed + fill + chain + smooth_largest(products, traffic(total, total, False), 2.0)
 
 
 STAGED = (
@@ -103,7 +103,7 @@ def _recurrent(name: str) -> Model:
     heads = batch * v_heads
     total = heads * d_k * d_v * 8
     fixed = C("launch") / clock + C("gap") * 1e-6
-    seconds = fixed + traffic(total, total / 2) + C("block") * tiles(heads, sms) / clock
+    seconds = fixed + traffic(total, total / 2, False) + C("block") * tiles(heads, sms) / clock
     return Model(
         name,
         SHAPE,

@@ -27,13 +27,14 @@ from attnc.cost_models.latency.terms import (
     spill,
     sustained,
     symbol,
+    tensor_memory,
     tiles,
 )
 
 m, n, k, item = symbols("m n k item")
 C = symbol
 
-TILES = ((256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (32, 64), (16, 64), (16, 32))
+TILES = ((256, 256), (256, 128), (128, 128), (128, 64), (64, 128), (64, 64), (32, 64), (16, 64), (16, 32))
 SPLITS = (1, 2, 4, 8, 16)
 
 
@@ -47,8 +48,10 @@ def _gemm() -> Model:
         per_k = largest(2 * max(bm, 64) * bn / rate, (bm + bn) * item / near)
         for split in SPLITS if bm * bn <= 128 * 128 else (1,):
             waves = tiles(tiles(m, bm) * tiles(n, bn) * split, sms)
+            # 256 x 256 sums in float32 fill tensor memory; no register file holds them.
+            absent = (1 - tensor_memory) * 1e3 if bm * bn > 256 * 128 else 0
             merge = m * n * 4 * split / (sms * near) + C("merge") / clock if split > 1 else 0
-            candidates.append(waves * (tiles(k, 64 * split) * 64 * per_k + C("prologue") / clock) + merge)
+            candidates.append(waves * (tiles(k, 64 * split) * 64 * per_k + C("prologue") / clock) + merge + absent)
     products = least(*candidates)
     weights = n * k * item
     rest = m * k * item + m * n * 2

@@ -83,6 +83,7 @@ def _moe() -> Model:
         fixed,
         flops,
         weights,
+        flags=1,
     )
 
 

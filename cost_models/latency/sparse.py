@@ -31,7 +31,7 @@ batch, seq, prefix, heads, index_heads, index_dim, topk, d_qk, d_v, flat = symbo
     "batch seq prefix heads index_heads index_dim topk d_qk d_v flat"
 )
 C = symbol
-SHAPE = (batch, seq, prefix, heads, index_heads, index_dim, topk, d_qk, d_v, flat)
+SHAPE = (batch, seq, heads, index_heads, index_dim, topk, d_qk, d_v, prefix, flat)
 queries = batch * seq
 pairs = queries * (prefix + (seq + 1) / 2)
 
@@ -40,7 +40,7 @@ def _logits() -> Model:
     """Blocks of 4 queries (their heads fill 128 rows) walk over the keys of all sequences they touch."""
     rows = index_heads * 4
     blocks = largest(queries / 4, 1)
-    touched = largest(1, 4 / seq)
+    touched = largest(1, least(4 / seq, batch))
     keys = touched * (prefix + seq / 2 + C("pad_keys"))
     longest = touched * (prefix + seq + C("pad_keys"))
     key_s = 2 * rows * index_dim * sms / (C("efficiency") * peak)
@@ -66,6 +66,7 @@ def _logits() -> Model:
         fixed,
         2 * pairs * index_heads * index_dim,
         4 * pairs,
+        flags=2,
     )
 
 
@@ -96,6 +97,7 @@ def _topk() -> Model:
         fixed,
         0 * pairs,
         read,
+        flags=2,
     )
 
 
@@ -119,6 +121,7 @@ def _attention() -> Model:
         fixed,
         0 * chosen,
         queries * heads * (d_qk + d_v) * 2,
+        flags=2,
     )
 
 
@@ -130,12 +133,12 @@ def encode(kind: str, shape: Mapping) -> tuple[str, tuple[float, ...]]:
     return f"dsa.{shape['stage']}", (
         shape["batch"],
         shape["seq_q"],
-        shape["prefix"],
         shape["q_heads"],
         shape["index_heads"],
         shape["index_dim"],
         shape["topk"],
         shape["head_dim_qk"],
         shape["head_dim_v"],
+        shape["prefix"],
         1.0 if shape["score_mode"] == "flat" else 0.0,
     )

@@ -9,7 +9,7 @@ Source: Williams, Waterman, Patterson 2009, "Roofline", doi:10.1145/1498765.1498
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sympy import Expr, Function, Symbol, ceiling, symbols
 
@@ -60,6 +60,7 @@ class Model:
 
     columns: numeric columns of the shape, in order, as `encode` gives them. seconds: the formula; fixed: the part of
     it that stays when all sizes are one; flops, bytes: the work no kernel can avoid, for the roofs.
+    flags: how many columns at the end may be 0.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Model:
     fixed: Expr
     flops: Expr
     bytes: Expr
-    regimes: tuple[float, ...] = field(default=(0.5,))
+    flags: int = 0
 
     @property
     def floor(self) -> Expr:
@@ -114,13 +115,17 @@ def spill(footprint: Expr, kept: Expr) -> Expr:
     return ratio / (1 + ratio)
 
 
-def traffic(total: Expr, resident: Expr) -> Expr:
+def traffic(total: Expr, resident: Expr, streamed: bool = True) -> Expr:
     """Seconds to move `total` bytes of which `resident` are wanted again by the next call: from memory as far as L2
-    does not keep them, and all through L2. Coefficients: mem_share, kept, l2_rate."""
+    does not keep them, and all through L2. streamed: L2 is the only limit beside memory, and no L2 is slower than
+    memory; else instructions beside the loads are, by cycle. Coefficients: mem_share, kept, l2_rate."""
     dram = total / (symbol("mem_share") * mem) * spill(resident, symbol("kept") * l2 / l2_halves)
-    return smooth_largest(dram, total / (sms * clock * symbol("l2_rate")), 6.0)
+    rate = sms * clock * symbol("l2_rate")
+    return smooth_largest(dram, total / (largest(rate, L2_OVER_MEMORY * mem) if streamed else rate), 6.0)
 
 
+# A100 and H100 measure 1.6 and 1.7; H200 has the L2 of H100 and 1.43 times its memory rate.
+L2_OVER_MEMORY = 1.25
 TRAFFIC = (
     Coefficient("mem_share", 0.85, "1", "share of the memory's bandwidth", low=0.2, high=1.1, spread=0.15),
     Coefficient("kept", 0.8, "1", "share of one half of L2 that stays", low=0.05, high=3, spread=0.3),
