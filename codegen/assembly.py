@@ -1,8 +1,9 @@
 """What a compiled kernel does in its hottest loop, read from its assembly text.
 
-The hottest loop is the natural loop with the most matrix instructions that holds no smaller loop with any; without
-matrix instructions the one with the most exponentials, then the largest; without a loop the whole kernel. Blocks that
-the assembler has moved behind the end (spinning on a barrier) are found by following branches, not by spans of lines.
+The hottest loop is the natural loop with the most matrix instructions that holds no smaller loop with any, of equals
+the shortest: tiles without a mask. Without matrix instructions it is the one with the most exponentials, then the
+largest; without a loop the whole kernel. Blocks that the assembler has moved behind the end (spinning on a barrier) are
+found by following branches, not by spans of lines.
 
 Source: Aho, Lam, Sethi, Ullman 2006, "Compilers", section 9.6 (dominators, natural loops); mnemonics from NVIDIA,
 "CUDA Binary Utilities", and AMD, "CDNA3 Instruction Set Architecture".
@@ -132,7 +133,7 @@ def hottest_loop(code: Sequence[Instruction]) -> Mapping[str, int]:
     for body, kinds in matrix or loops:
         if any(other < body for other, _ in matrix):
             continue
-        rank = (sum(kinds[m] for m in MATRIX), kinds["exp2"], len(body))
+        rank = (sum(kinds[m] for m in MATRIX), kinds["exp2"], -len(body) if matrix else len(body))
         if best is None or rank > best[0]:
             best = rank, kinds
     counted = best[1] if best is not None else Counter(i.kind for i in code)

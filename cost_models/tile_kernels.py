@@ -77,7 +77,7 @@ def padded(width: int) -> int:
 class Tile:
     """One kernel's tile with its knobs. held, passed: rows that stay in the block, that pass by.
 
-    heads: widths E and Ev, padded. item: bytes of an element.
+    E, Ev: widths of a head, padded. item: bytes of an element. value_in_key: values are the keys' first columns.
     """
 
     kernel: str
@@ -89,6 +89,7 @@ class Tile:
     warps: int
     stages: int
     instruction: str
+    value_in_key: bool = False
 
     @cached_property
     def threads(self) -> int:
@@ -138,7 +139,7 @@ class Tile:
     @cached_property
     def passing_bytes(self) -> float:
         """Bytes of a tile that are loaded: keys and values, or queries and output gradients."""
-        return self.passed * (self.E + self.Ev) * self.item
+        return self.passed * (self.E + (0 if self.value_in_key else self.Ev)) * self.item
 
     @cached_property
     def shared_traffic(self) -> float:
@@ -194,16 +195,28 @@ class Tile:
         return max(32, 1 << (need - 1).bit_length())
 
 
-def tile_of(kernel: str, tiles: FlashTiles, E: int, Ev: int, dtype: str, device: Gpu) -> Tile:
+def tile_of(
+    kernel: str, tiles: FlashTiles, E: int, Ev: int, dtype: str, device: Gpu, value_in_key: bool = False
+) -> Tile:
     """The tile that a kernel's knobs make."""
     knobs = tiles.of(kernel)
-    return _tile(kernel, knobs.block_m, knobs.block_n, knobs.warps, knobs.stages, E, Ev, dtype, device.arch)
+    held, passed = (knobs.block_n, knobs.block_m) if kernel == "dkv" else (knobs.block_m, knobs.block_n)
+    return _tile(kernel, held, passed, E, Ev, dtype, knobs.warps, knobs.stages, device.arch, value_in_key)
 
 
 @lru_cache(maxsize=65536)
 def _tile(
-    kernel: str, block_m: int, block_n: int, warps: int, stages: int, E: int, Ev: int, dtype: str, arch: str
+    kernel: str,
+    held: int,
+    passed: int,
+    E: int,
+    Ev: int,
+    dtype: str,
+    warps: int,
+    stages: int,
+    arch: str,
+    value_in_key: bool,
 ) -> Tile:
-    held, passed = (block_n, block_m) if kernel == "dkv" else (block_m, block_n)
     item = max(ITEM[dtype], 2) if kernel != "forward" else ITEM[dtype]
-    return Tile(kernel, held, passed, padded(E), padded(Ev), item, warps, stages, matrix_class(arch, held, warps))
+    instruction = matrix_class(arch, held, warps)
+    return Tile(kernel, held, passed, padded(E), padded(Ev), item, warps, stages, instruction, value_in_key)

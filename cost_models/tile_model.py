@@ -12,7 +12,7 @@ Source: Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608; fitted o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from functools import lru_cache
 from importlib.resources import files
@@ -63,7 +63,8 @@ class FlashWork:
     as torch names it. band: which keys a row sees. documents: equal ones packed into a sequence. counts: exact tiles
     by (block_m, block_n) where the mask is no band; overrides both.
     training: the backward too. vector, exps: operations that the score adds to a pair (a softcap: 4 and 2).
-    pair_bytes: read of memory for each pair, such as a bias.
+    pair_bytes: read of memory for each pair, such as a bias. value_in_key: the value is the key's first Ev columns and
+    is not read again (absorbed latent attention).
     """
 
     B: int
@@ -81,6 +82,7 @@ class FlashWork:
     vector: float = 0.0
     exps: float = 0.0
     pair_bytes: float = 0.0
+    value_in_key: bool = False
 
     @property
     def kind(self) -> str:
@@ -103,9 +105,19 @@ class FlashWork:
         return document_tiles(self.L, self.S, block_m, block_n, self.band, self.documents)
 
 
-def fits(work: FlashWork, tiles: FlashTiles, device: Gpu, *, backward: bool | None = None) -> str | None:
-    """Why `tiles` make no kernel on `device`, as a sentence, or None. backward: also its kernels, as work.training."""
-    for kernel in _kernels(work if backward is None else FlashWork(**{**vars(work), "training": backward})):
+def fits(
+    work: FlashWork,
+    tiles: FlashTiles,
+    device: Gpu,
+    *,
+    backward: bool | None = None,
+    kernels: Sequence[str] | None = None,
+) -> str | None:
+    """Why `tiles` make no kernel on `device`, as a sentence, or None.
+
+    backward: whether also for dq and dkv, by default as work.training. kernels: these alone.
+    """
+    for kernel in kernels or _kernels(work.training if backward is None else backward):
         knobs = tiles.of(kernel)
         what = f"{kernel} with block_m={knobs.block_m}, block_n={knobs.block_n}, warps={knobs.warps}"
         for name in ("block_m", "block_n", "warps"):
@@ -113,7 +125,7 @@ def fits(work: FlashWork, tiles: FlashTiles, device: Gpu, *, backward: bool | No
             least = 1 if name == "warps" else 16
             if value < least or value & (value - 1):
                 return f"{what}: {name} is {value}, allowed are powers of two from {least}."
-        tile = tile_of(kernel, tiles, work.E, work.Ev, work.kind, device)
+        tile = _tile_of(work, kernel, tiles, device)
         if knobs.warps * 256 > tile.held * tile.passed:
             return f"{what}: a warp gets less than a 16 x 16 tile; use at most {tile.held * tile.passed // 256} warps."
         if tile.shared_bytes > device.shared_per_block:
@@ -146,16 +158,18 @@ def flash_seconds(
     tiles: FlashTiles,
     device: Gpu,
     compiled: Mapping[str, CompiledFigures] | CompiledFigures | None = None,
+    *,
+    kernels: Sequence[str] | None = None,
 ) -> float:
     """Predicted seconds of the attention with these knobs; inf where a block does not fit an SM.
 
-    compiled: of the forward, or by kernel ("forward", "dq", "dkv").
+    compiled: of the forward, or by kernel ("forward", "dq", "dkv"). kernels: the time of these alone.
     """
     made = compiled if isinstance(compiled, Mapping) else {"forward": compiled}
     sm = _sm_figures(device)
     total = 0.0
-    for kernel in _kernels(work):
-        tile = tile_of(kernel, tiles, work.E, work.Ev, work.kind, device)
+    for kernel in kernels or _kernels(work.training):
+        tile = _tile_of(work, kernel, tiles, device)
         constants = coefficients(tile.instruction)
         figures = _figures(work, tiles.of(kernel), tile, device, made.get(kernel))
         if figures is None:
@@ -164,15 +178,19 @@ def flash_seconds(
         if kernel == "dq":  # delta = do . o, a pass of its own
             read = 2 * work.B * work.Hq * work.L * work.Ev * max(ITEM[work.kind], 2)
             total += constants.launch + read / (device.bandwidth * constants.memory)
-    if tiles.splits > 1:
+    if tiles.pack or tiles.splits > 1:  # the parts are merged
         constants = coefficients("mma")
         partial = 2 * tiles.splits * work.B * work.Hq * work.L * (work.Ev + 1) * 4
         total += constants.launch + partial * min(1.0, partial / device.l2_bytes) / (device.bandwidth * 0.8)
     return total
 
 
-def _kernels(work: FlashWork) -> tuple[str, ...]:
-    return ("forward", "dq", "dkv") if work.training else ("forward",)
+def _tile_of(work: FlashWork, kernel: str, tiles: FlashTiles, device: Gpu) -> Tile:
+    return tile_of(kernel, tiles, work.E, work.Ev, work.kind, device, work.value_in_key)
+
+
+def _kernels(training: bool) -> tuple[str, ...]:
+    return ("forward", "dq", "dkv") if training else ("forward",)
 
 
 def _figures(
@@ -185,7 +203,7 @@ def _figures(
     grid, count = _grid(work, knobs, tile)
     resident = min(held.blocks, max(1, ceil(grid / device.sms)))
     pairs = tile.held * tile.passed
-    masked = count.masked / count.visited if count.visited else 0.0
+    masked = count.masked / count.visited if count.visited and not knobs.pack else float(knobs.pack)
     matrix, exps, vector, issue = _pipes(work, tile, device, masked)
     spilled = 8.0 * tile.threads * max(0, tile.registers - max_registers(device))
     if compiled is not None:
@@ -238,7 +256,7 @@ def _pipes(work: FlashWork, tile: Tile, device: Gpu, masked: float) -> tuple[flo
     old = OLD_RATE.get(device.arch, 1.0) if tile.instruction == "mma" else 1.0
     wide = "bf16" if work.kind == "fp8" else work.kind
     repeats = tile.repeats
-    matrix = first * repeats[0] / _rate(device, work.kind if tile.kernel == "forward" else wide)
+    matrix: float = first * repeats[0] / _rate(device, work.kind if tile.kernel == "forward" else wide)
     matrix = 2.0 * pairs * per_clock / old * (matrix + second * repeats[1] / _rate(device, wide))
     exps = tile.duplicates * pairs * (1.0 + work.exps)
     vector = tile.vector + tile.duplicates * pairs * (MASK_VECTOR * masked + work.vector)
@@ -272,13 +290,14 @@ def _traffic(
     """Bytes of memory: what has to be moved once, and what L2 could not keep between the blocks that read it."""
     item = ITEM[work.kind]
     rows = work.B * work.Hq * work.L * (work.E + work.Ev) * max(item, 2)
-    keys = work.B * work.H * work.keys_seen * (work.E + work.Ev) * item
+    width = work.E + (0 if work.value_in_key else work.Ev)
+    keys = work.B * work.H * work.keys_seen * width * item
     unique = rows + keys + work.B * work.Hq * work.L * 4
     if tile.kernel != "forward":
-        unique += rows + keys * 0.5
+        unique += rows + keys // 2
     blocks = ceil(work.L / knobs.block_m) * max(1, work.Hq // work.H)
     active = min(float(work.B * work.H), max(1.0, device.sms * resident / blocks))
-    footprint = active * work.keys_seen * (work.E + work.Ev) * item
+    footprint = active * work.keys_seen * width * item
     ratio = (footprint / (0.7 * device.l2_bytes)) ** 3
     together = max(1.0, min(float(device.sms * resident), blocks))
     again = max(0.0, tiles * tile.passing_bytes - keys) / together * ratio / (1 + ratio)

@@ -244,6 +244,14 @@ def test_the_inner_loop_is_hotter_than_the_outer_one() -> None:
     assert hottest_loop(code) == {"mma": 1, "branch": 1, "loops": 2}
 
 
+def test_of_two_loops_with_the_same_products_the_one_without_a_mask_is_counted() -> None:
+    names = ["ISETP", "FSEL", "HMMA", "BRA", "HMMA", "BRA", "EXIT"]
+    labels = {0: ("masked",), 4: ("full",)}
+    targets = {3: "masked", 5: "full"}
+    code = [Instruction(n, class_of(n, SASS_CLASSES), labels.get(k, ()), targets.get(k)) for k, n in enumerate(names)]
+    assert hottest_loop(code) == {"mma": 1, "branch": 1, "loops": 2}
+
+
 def test_without_a_loop_the_whole_kernel_is_counted() -> None:
     code = [Instruction(n, class_of(n, SASS_CLASSES)) for n in ("MUFU.EX2", "MUFU.RCP", "LDGSTS.E", "NOP", "DEPBAR.LE")]
     assert hottest_loop(code) == {"exp2": 1, "special": 1, "global": 1, "sync": 1, "loops": 0}

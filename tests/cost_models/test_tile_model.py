@@ -174,6 +174,24 @@ def test_decode_of_few_long_sequences_needs_splits() -> None:
     assert one < unpacked  # four heads read the same keys
 
 
+def test_a_value_inside_the_key_is_read_once() -> None:
+    device, tiles = gpu_named("h100"), FlashTiles(16, 32, 4, 2, splits=4, pack=True)
+    work = FlashWork(32, 128, 1, 1, 8192, 576, 512, band=Band.causal(1, 8192))
+    once = replace(work, value_in_key=True)
+    assert flash_seconds(once, tiles, device) < flash_seconds(work, tiles, device)
+    assert tile_of("forward", tiles, 576, 512, "bf16", device, True).passing_bytes == 32 * 576 * 2
+
+
+def test_kernels_are_timed_and_checked_alone() -> None:
+    device, work = gpu_named("h100"), causal(4, 32, 32, 4096, 64, training=True)
+    tiles = FlashTiles(64, 64, 4, 2)
+    parts = [flash_seconds(work, tiles, device, kernels=(k,)) for k in ("forward", "dq", "dkv")]
+    assert flash_seconds(work, tiles, device) == pytest.approx(sum(parts))
+    large = FlashTiles(128, 128, 4, 4)
+    wide = causal(4, 32, 32, 4096, 128)
+    assert (fits(wide, large, device, kernels=("dkv",)) or "").startswith("dkv")
+
+
 @dataclass(frozen=True)
 class Made:
     """What a compile says, see attnc.codegen.compile_stats."""
