@@ -77,8 +77,9 @@ def _slots(captured: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Slot, ...
 
 
 def _is_wide(x: Tensor) -> bool:
-    """Whether offsets into `x` leave 31 bits; under symbolic lengths a guard, passed once at most."""
-    return bool(sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True)) >= 1 << 31)
+    """Whether offsets into `x`, or into a gradient of its shape, leave 31 bits; under symbolic lengths a guard."""
+    extent = sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True))
+    return bool(extent >= 1 << 31) or bool(x.numel() >= 1 << 31)
 
 
 def _launch(

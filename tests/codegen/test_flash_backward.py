@@ -121,3 +121,12 @@ def test_a_compiler_takes_it_under_symbolic_lengths():
         one, two = (torch.autograd.grad(f(*given).sin().sum(), learned) for f in (fast, attend))
         assert all(error(a, b) <= 1e-6 for a, b in zip(one, two, strict=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("x", [Shape(0, 5), Shape(5, 0), Shape(3, 3, B=0)], ids=str)
+def test_nothing_to_attend_to_or_from(x, poisoned_memory):
+    call = call_of("sink", x)
+    for knobs in (SMALL, TABLE):
+        out, lse = call.run(knobs)
+        assert not out.abs().sum() and lse.shape == (x.B, x.Hq, x.L)
+        assert not any(g.abs().sum() for g in torch.autograd.grad(out.sum(), call.learned()))
