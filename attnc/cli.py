@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_type_hints
 
+import torch
 import typer
 
 from attnc import __version__, offline
@@ -22,7 +23,8 @@ from attnc.tuning.problem import Problem
 
 
 def _problems(call: Call, devices: Sequence[str]) -> Sequence[Problem]:
-    report = offline.explain(call.model, *call.args, device=devices[0], **call.kwargs)
+    with torch.set_grad_enabled(getattr(call.model, "training", False)):  # as --train says
+        report = offline.explain(call.model, *call.args, device=devices[0], **call.kwargs)
     return flash_problems(report.regions, devices)
 
 

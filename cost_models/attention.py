@@ -1,11 +1,10 @@
-"""Seconds of an attention through what torch offers: SDPA, FlexAttention, or the operations as written.
+"""Seconds of an attention through what torch offers: SDPA, or the operations as written.
 
 On the CPU from engines measured here (`cost_models.roofline`); on GPUs from the latency model fitted on measured
 libraries (`cost_models.latency`), and from datasheet roofs where no table covers the case: float32, masks in memory,
 scores kept in memory.
 
-Source: Dao 2023, arXiv:2307.08691, figures 4 to 7 (backward against forward); Dong et al. 2024, arXiv:2412.05496,
-figure 7 (FlexAttention against FlashAttention-2).
+Source: Dao 2023, arXiv:2307.08691, figures 4 to 7 (backward against forward).
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from attnc.region import ITEM_BYTES, AttentionRegion
 
 # Backward over forward in time: 2.5 times the FLOP at 63% of the peak instead of 73% (Dao 2023, A100, d = 128).
 BACKWARD_TIME = 2.9
-# FlexAttention reaches this share of FlashAttention-2 (Dong et al. 2024: 0.68 to 1.43 forward, the lower half of it).
-FLEX_SHARE = 0.85
 # A call with an additive mask in memory goes to a slower kernel of SDPA. Assumed, not measured.
 MASKED_SHARE = 0.5
 # float32 products outside the tensor cores reach this share of the datasheet's rate. Assumed, not measured.
@@ -35,8 +32,6 @@ def written_seconds(region: AttentionRegion, device: Device) -> float:
     if region.written == "composed":
         return composed_seconds(region, device)
     s = region.shape
-    if region.written == "flex_attention":
-        return flex_seconds(region, device, float(s.L * s.S))
     causal = region.written == "sdpa_causal"
     masked = not causal and (region.rule.keep != TRUE or region.rule.bias is not None)
     # Repeated heads are written and read again.
@@ -79,13 +74,6 @@ def _fp32_seconds(region: AttentionRegion, gpu: Gpu, pairs: float) -> float:
     heads, double = s.B * s.Hq, 2 if region.dtype == "float64" else 1
     products = 2 * heads * pairs * (s.E + s.Ev) * double / (FP32_SHARE * gpu.fp32_flops)
     return LAUNCH_S + max(products + heads * pairs / gpu.exp2_rate, region.bytes / (MEMORY_SHARE * gpu.bandwidth))
-
-
-def flex_seconds(region: AttentionRegion, gpu: Gpu, pairs: float) -> float:
-    """Predicted time of FlexAttention over `pairs` pairs per head and batch entry."""
-    s = region.shape
-    share = max(pairs / max(s.L * s.S, 1), 1e-6)
-    return LAUNCH_S + library_seconds(region, gpu, causal=False) * share / FLEX_SHARE
 
 
 def composed_seconds(region: AttentionRegion, gpu: Gpu) -> float:

@@ -13,7 +13,7 @@ Exact:  always, for regions without active dropout.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -23,14 +23,15 @@ from attnc.codegen.cpu_blocked import blocked, most_groups
 from attnc.codegen.cpu_flex import flex
 from attnc.codegen.cpu_groups import Group, grouped, is_run
 from attnc.codegen.tiles import blocks, visited
-from attnc.cost_models.attention import flex_seconds
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.roofline import attention_cost
+from attnc.cost_models.tile_model import FlashTiles, FlashWork, TileCount, fits, flash_seconds
 from attnc.errors import LoweringError
 from attnc.expr import TRUE
 from attnc.expr_text import spell
 from attnc.forms.base import Form, knob
+from attnc.forms.flash import work_of
 from attnc.forms.masked import SETTLED, axes_of, settle_empty
 from attnc.predicate import distances
 from attnc.reading import read
@@ -38,6 +39,13 @@ from attnc.region import ITEM_BYTES, AttentionRegion
 from attnc.rule_attention import AttentionRule, linear_score
 
 FLEX_DTYPES = ("float32", "bfloat16", "float16")
+# Tiles of FlexAttention's Triton kernel on a GPU, the first that fits; its time over ours with the same tiles (block
+# lists, a mask from Python's operators) is assumed, not measured.
+FLEX_TILES = (
+    FlashTiles(128, 64, 4, 3, dq=FlashTiles(64, 64, 4, 3), dkv=FlashTiles(64, 64, 4, 3)),
+    FlashTiles(64, 32, 4, 2),
+)
+FLEX_OVER = 1.1
 MOST_VISITED = 0.9  # share of the pairs above which nothing is gained by skipping
 
 
@@ -178,7 +186,10 @@ class BlockSparse(Form):
         return attention_cost(region, engine, pairs, mask=True, launches=8 * len(groups), extra_bytes=moved)
 
     def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
-        return flex_seconds(region, gpu, self._visits(region)[1])
+        whole = work_of(region, "table")
+        work = replace(whole, counts=_Blocks(whole, self.block_m, self.block_n))
+        fitting = [tiles for tiles in FLEX_TILES if fits(work, tiles, gpu) is None]
+        return FLEX_OVER * flash_seconds(work, fitting[0], gpu) if fitting else float("inf")
 
     def _copied(self, region: AttentionRegion, groups: Sequence[Group]) -> int:
         """Numbers written beside the products: gathered keys and values, query rows, masks, and rows put in order."""
@@ -244,6 +255,19 @@ class BlockSparse(Form):
             ]
         fits = [form for form in tried if form.refuse(region) is None]
         return tuple(sorted(fits, key=lambda form: form.seconds(region, device)))
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Tiles of FlexAttention's kernel: those of the blocks of its block mask."""
+
+    work: FlashWork
+    block_m: int
+    block_n: int
+
+    def __call__(self, block_m: int, block_n: int) -> TileCount:
+        found, each = self.work.tile_count(self.block_m, self.block_n), self.block_m * self.block_n / (block_m * block_n)
+        return TileCount(found.visited * each, found.masked * each, found.longest * self.block_n / block_n)
 
 
 def _band_of(rule: AttentionRule, length: int | torch.SymInt) -> tuple[int, int]:

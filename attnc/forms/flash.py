@@ -12,7 +12,7 @@ Exact:  always, for regions without active dropout.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
 from typing import ClassVar
@@ -73,6 +73,11 @@ class Flash(Form):
     skip: str = knob("range", "table")
     section: int = knob(1, 2, 4, 8, unit="heads")
     xcds: int = knob(1, 8, unit="dies")
+
+    def spell(self) -> str:
+        """One line: the forward's tile, and what is not the default."""
+        shown = [f.name for f in fields(self) if f.name in TILES or getattr(self, f.name) != f.default]
+        return f"{self.name}{{{','.join(f'{name}={getattr(self, name)}' for name in shown)}}}"
 
     def refuse(self, region: AttentionRegion) -> str | None:
         if region.kind != "attention":
