@@ -91,7 +91,7 @@ class FlashKnobs:
     def parse(cls, text: str) -> FlashKnobs:
         """The knobs that `text` spells; those left out have their defaults. Raises: UsageError if it is not one."""
         body = re.fullmatch(r"flash(?:\{([\w=,]*)\})?", text)
-        kinds = {f.name: type(f.default) for f in fields(cls)}
+        kinds = {f.name: str if f.type == "str" else int for f in fields(cls)}
         parts = [part.partition("=")[::2] for part in (body[1] or "").split(",") if part] if body else []
         wrong = [name for name, given in parts if name not in kinds or (kinds[name] is int and not given.isdecimal())]
         if body is None or wrong or len({name for name, _ in parts}) < len(parts):
@@ -99,7 +99,8 @@ class FlashKnobs:
                 f"parse the knobs {text!r}: found {wrong or 'no such spelling'}, allowed is flash{{name=value,...}} "
                 f"with each of {', '.join(kinds)} at most once, numbers as digits. Build it with FlashKnobs.spell()."
             )
-        knobs = cls(**{name: kinds[name](given) for name, given in parts})  # type: ignore[arg-type]
+        values: dict[str, Any] = {name: kinds[name](given) for name, given in parts}
+        knobs = cls(**values)
         if knobs.skip not in SKIPS or knobs.precision not in ("ieee", "tf32"):
             raise UsageError(
                 f"parse the knobs {text!r}: found skip={knobs.skip} and precision={knobs.precision}, allowed are skip "
