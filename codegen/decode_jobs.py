@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -30,10 +30,12 @@ def decode_jobs(
     *,
     cache_dtype: torch.dtype | None = None,
     value_in_key: bool = False,
+    ones: Collection[str] = ("L",),
 ) -> list[Job]:
     """The jobs of KERNELS for queries of `dtype` and keys and values of `cache_dtype`, each width contiguous.
 
-    group: query heads per key head. target: "cuda:90". Raises: LoweringError for a rule that kernels do not compute.
+    group: query heads per key head. target: "cuda:90". ones: which of COUNTS are 1, which Triton makes constants.
+    Raises: LoweringError for a rule that kernels do not compute.
     """
     cache = cache_dtype or dtype
     text = render_rule(
@@ -52,7 +54,7 @@ def decode_jobs(
         ("flash_combine", combine_constants(Ev), 4, 1),
     ):
         names = [arg.arg for arg in functions[kernel].args.args]
-        constants |= {name: 1 for name in names if _is_one(name, captured)}
+        constants |= {name: 1 for name in names if name in ones or _is_one(name, captured)}
         signature = {name: _type_of(name, types, captured) for name in names if name not in constants}
         jobs.append(Job(text, kernel, signature, constants, target, warps, stages))
     return jobs

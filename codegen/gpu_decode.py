@@ -91,8 +91,7 @@ def decode(
         **constants_of(rule, key.dtype, group, int(E), Ev, knobs, value_in_key=value_in_key),
     }  # fmt: skip
     programs = blocks(group * L, knobs.block_m) * knobs.splits * B * H
-    resources = {"num_warps": knobs.warps, "num_stages": knobs.stages}
-    launch(kernels.flash_decode, programs, given, captured, sizes, **resources)
+    launch(kernels.flash_decode, programs, given, captured, sizes, num_warps=knobs.warps, num_stages=knobs.stages)
     given = {
         "p_parts": parts, "p_part_lse": part_lse, "p_out": out, "p_lse": lse, **strides("o", out),
         "Hq": Hq, "L": L, "ROWS": B * Hq * L, "SPLITS": knobs.splits, **combine_constants(Ev),

@@ -19,12 +19,14 @@ def launch(
     captured: Sequence[Tensor] = (),
     sizes: Sequence[Any] = (),
     buffers: Mapping[int, Tensor] | None = None,
-    **resources: int,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
 ) -> None:
     """Run `kernel` on a grid of `programs`.
 
     given: arguments by parameter name; those that stand for captured tensors, sizes and gradient `buffers` (by slot)
-    are added. resources: num_warps and num_stages. Traceable: sizes and lengths may be symbolic.
+    are added. Traceable: sizes and lengths may be symbolic.
     Raises: LoweringError for CPU tensors without the interpreter.
     """
     names = kernel.arg_names
@@ -37,7 +39,7 @@ def launch(
             )
         kernel[(programs,)](**bound)  # the interpreter's function, which torch cannot wrap
     else:
-        wrap_triton(kernel)[(programs,)](**bound, **resources)
+        wrap_triton(kernel)[(programs,)](**bound, num_warps=num_warps, num_stages=num_stages)
 
 
 def named(

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from attnc.codegen.triton_text import captured_names, gradient_names
+from attnc.codegen.triton_text import captured_names
 from attnc.reading import Axis, span
 
 _NUMBERS = itertools.count()
@@ -65,22 +65,26 @@ def values_of(names: Sequence[str], captured: Sequence[torch.Tensor], sizes: Seq
     return found
 
 
-def over_pairs(body: str, score: torch.Tensor, captured, sizes, folder: Path, out: torch.dtype) -> torch.Tensor:
-    """The value of a hole's body at every (b, h, i, j) of `score` (B, Hq, L, S), computed by a kernel."""
+def kernel_over_pairs(body: str) -> str:
+    """A file with a kernel `run` that stores the value of a hole's body at every (b, h, i, j)."""
     names = captured_names([body])
     parameters = ", ".join(["s", "b", "h", "i", "j", "m_ok", *names])
     text = HEAD.format(parameters=parameters, body="    " + body.replace("\n", "\n    "))
-    text += OF_PAIRS.format(captured="".join(f"{name}, " for name in names), arguments=parameters)
+    return text + OF_PAIRS.format(captured="".join(f"{name}, " for name in names), arguments=parameters)
+
+
+def over_pairs(body: str, score: torch.Tensor, captured, sizes, folder: Path, out: torch.dtype) -> torch.Tensor:
+    """The value of a hole's body at every (b, h, i, j) of `score` (B, Hq, L, S), computed by a kernel."""
+    names = captured_names([body])
     B, Hq, L, S = score.shape
     result = torch.empty(score.shape, dtype=out)
     size = 1 << max(L, S, 2).bit_length()
-    imported(text, folder).run[B, Hq](score, result, L, S, *values_of(names, captured, sizes), N=size)
+    imported(kernel_over_pairs(body), folder).run[B, Hq](
+        score, result, L, S, *values_of(names, captured, sizes), N=size
+    )
     return result
 
 
 def axes(shape: Sequence[int]) -> dict[str, Axis]:
     """The coordinates of scores of this shape."""
     return {name: span(name, 0, n, torch.device("cpu")) for name, n in zip("bhij", shape, strict=True)}
-
-
-__all__ = ["axes", "gradient_names", "imported", "over_pairs", "values_of"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attnc.codegen.compile_stats import Compiled, compile_job
-from attnc.codegen.decode_jobs import decode_jobs
+from attnc.codegen.decode_jobs import COUNTS, decode_jobs
 from attnc.codegen.gpu_decode import KERNELS, DecodeKnobs, decode, fair_splits, shares_latent
 from attnc.codegen.render import render_rule, skeleton_text
 from attnc.codegen.triton_text import Slot, slot_of
@@ -184,8 +184,9 @@ def test_every_case_compiles_for_every_target(case: str, target: str, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_compiles(name: str, tmp_path: Path) -> None:
-    for target in ("cuda:90", "hip:gfx942"):
-        for job in decode_jobs(rule_of(name, Dims(1, 64)), SLOTS, torch.bfloat16, 4, 64, 64, DecodeKnobs(), target):
+    rule, knobs = rule_of(name, Dims(1, 64)), DecodeKnobs(splits=1)
+    for target, ones in (("cuda:90", COUNTS), ("cuda:80", ()), ("hip:gfx942", ("L",))):
+        for job in decode_jobs(rule, SLOTS, torch.bfloat16, 4, 64, 64, knobs, target, ones=ones):
             assert isinstance(found := compile_job(job, folder=tmp_path), Compiled), found
 
 

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnc import predicate
+from attnc.codegen.compile_stats import Compiled, compile_for
 from attnc.codegen.derivative import derivative, lookup_slopes
 from attnc.codegen.triton_text import Slot, captured_names, slot_of, text_of
 from attnc.errors import LoweringError
@@ -40,7 +41,7 @@ from attnc.expr import (
 )
 from attnc.expr_text import parse
 from attnc.reading import read
-from tests.codegen.kernels import axes, over_pairs
+from tests.codegen.kernels import axes, kernel_over_pairs, over_pairs
 from tests.tolerance import assert_close
 
 SHAPE = (2, 2, 3, 5)
@@ -191,6 +192,34 @@ def test_a_lookup_without_a_slot_is_refused() -> None:
         text_of(parse("t1[b]"), [Slot(torch.int64, 1)])
     with pytest.raises(LoweringError, match="is of rank 2"):
         text_of(parse("t0[b]"), [Slot(torch.int64, 2)])
+
+
+EVERY_OPERATION = (
+    "where(p4[b, j] or not (s <= 0.5), min(s, f2[h]), max(s, inf)) + exp(s) * tanh(s) + sigmoid(s) + sqrt(abs(s))",
+    "log(abs(s) + 1.0) + s % 1.5 + s // 0.5 + 1.0 / (f3[h, i, j] + 2.0) + float(trunc(s)) + float(n0)",
+    "float((i - j) // 3 + (i - j) % 3 + (i - j) // n1 + (i - j) % n1 + (i - j) // 4 + abs(i - j) + min(i, n0))",
+    "where(t0[b, j] == t1[i, j] and f2[h] == s and (n0 <= 5) and i * 100003 * j <= n1, 1.0, t0[b, 2 * i - j] * s)",
+)
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "hip:gfx942"])
+def test_every_operation_compiles_ahead_of_time(target: str, tmp_path: Path) -> None:
+    slots, types = [slot_of(t) for t in tables()], ("*i64", "*i32", "*fp32", "*bf16", "*i1")
+    for ones in ((), ("n0", "n1", "L")):  # Triton makes a constant of a 1
+        text, names = pairs_kernel(
+            " + ".join(f"({e})" for e in EVERY_OPERATION) if not ones else EVERY_OPERATION[2], slots
+        )
+        signature = {"p_s": "*fp32", "p_out": "*fp32", "L": "i32", "S": "i32"}
+        signature |= {n: types[int(n[1])] if len(n) == 2 and n[0] == "t" else "i32" for n in names}
+        constants = {"N": 16, **dict.fromkeys(ones, 1)}
+        signature = {n: kind for n, kind in signature.items() if n not in constants}
+        found = compile_for(text, "run", signature, constants, target, folder=tmp_path)
+        assert isinstance(found, Compiled), found
+
+
+def pairs_kernel(text: str, slots: list[Slot]) -> tuple[str, tuple[str, ...]]:
+    body = text_of(parse(text), slots)
+    return kernel_over_pairs(body), captured_names([body])
 
 
 SCORES = (
