@@ -24,7 +24,7 @@ from scipy.optimize import least_squares
 
 from attnc.cost_models.device import gpu_named
 from attnc.cost_models.tile_kernels import matrix_class, tile_of
-from attnc.cost_models.tile_model import Band, FlashTiles, FlashWork, _figures, _sm_figures, fits
+from attnc.cost_models.tile_model import Band, FlashTiles, FlashWork, fits, sm_figures, tile_figures
 from attnc.cost_models.tile_terms import Coefficients, SmFigures, TileFigures, seconds_expression
 
 OUT = Path(__file__).resolve().parent.parent / "cost_models" / "tile_model.json"
@@ -52,10 +52,14 @@ FITTED = ("mma", "wgmma")
 GUESSED = {
     "tcgen05": (
         "wgmma",
-        {"efficiency": 0.75, "serial": 0.45, "joule": 0.7},
-        "B200 matmul 78% of peak; serial: products run beside the warps; joule: 1000 W at that rate",
+        {"efficiency": 0.95, "serial": 0.45, "joule": 0.7},
+        "efficiency: of the best dense matmul; serial: products run beside the warps; joule: B200's at 1000 W",
     ),
-    "mfma": ("mma", {"efficiency": 0.6, "joule": 0.8}, "MI300X to MI355X matmul 51 to 62% of peak"),
+    "mfma": (
+        "mma",
+        {"efficiency": 0.85, "joule": 0.8},
+        "efficiency: of the best dense matmul; joule: of MI300X",
+    ),
 }
 
 
@@ -123,10 +127,10 @@ def cases(folder: Path) -> Cases:
                 if fits(work, tiles, device):
                     continue
                 tile = tile_of("forward", tiles, work.E, work.Ev, work.kind, device)
-                figures = _figures(work, tiles, tile, device, None)
+                figures = tile_figures(work, tiles, tile, device, None)
                 if figures is None:
                     continue
-                flat.append((*figures, *_sm_figures(device), beside_seconds(work, tiles, device)))
+                flat.append((*figures, *sm_figures(device), beside_seconds(work, tiles, device)))
                 row.append(len(measured))
                 kind.append(FITTED.index(matrix_class(device.arch, tile.held, tile.warps)))
             measured.append(r["latency_us"] * 1e-6)

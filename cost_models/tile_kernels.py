@@ -23,7 +23,8 @@ ITEM = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 KERNELS = ("forward", "dq", "dkv")
 # Rows of one instruction of a warp; fp32 operations on a pair beside the exponential, and those of its mask.
 ROWS = {"mma": 16, "wgmma": 16, "tcgen05": 32, "mfma": 32}
-VECTOR = {"forward": 3.5, "dq": 4.0, "dkv": 4.5}
+VECTOR = {"forward": 3.1, "dq": 3.0, "dkv": 3.0}
+PACKED = {"tcgen05": 0.7, "mfma": 0.7}  # two float32 operations in one instruction, where they pair up
 MASK_VECTOR = 2.5
 OTHER = 2.5  # conversions, addresses and moves on a pair
 MMA_FLOPS = 4096  # of one m16n8k16
@@ -134,7 +135,8 @@ class Tile:
     def vector(self) -> float:
         """FP32 operations of a tile without mask: on pairs, and on the accumulator's columns that are rescaled."""
         rescaled = self.Ev * self.held if self.kernel == "forward" else 0
-        return self.duplicates * (VECTOR[self.kernel] * self.held * self.passed + rescaled)
+        packed = PACKED.get(self.instruction, 1.0)
+        return self.duplicates * packed * (VECTOR[self.kernel] * self.held * self.passed + rescaled)
 
     @cached_property
     def passing_bytes(self) -> float:
@@ -159,7 +161,8 @@ class Tile:
         """Shared memory of a block."""
         held = self.held * (self.E if self.kernel == "forward" else self.E + self.Ev) * self.item
         if self.instruction in ("wgmma", "tcgen05"):
-            weights = 0 if self.kernel == "forward" else self.held * self.passed * self.item
+            stored = self.kernel != "forward" and self.instruction == "tcgen05"
+            weights = self.held * self.passed * self.item if stored else 0
             return ceil(self.stages * self.passing_bytes + held + weights)
         if self.stages == 1:
             return (

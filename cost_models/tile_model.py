@@ -35,7 +35,17 @@ from attnc.cost_models.tile_kernels import (
 )
 from attnc.cost_models.tile_terms import Coefficients, SmFigures, TileFigures, seconds_function
 
-__all__ = ["Band", "FlashTiles", "FlashWork", "TileCount", "fits", "flash_seconds", "kernel_occupancy"]
+__all__ = [
+    "Band",
+    "FlashTiles",
+    "FlashWork",
+    "TileCount",
+    "fits",
+    "flash_seconds",
+    "kernel_occupancy",
+    "sm_figures",
+    "tile_figures",
+]
 
 SPILL_ROOM = 1.6  # of the registers there are; beyond it a kernel moves its sums to and fro
 
@@ -166,20 +176,19 @@ def flash_seconds(
     compiled: of the forward, or by kernel ("forward", "dq", "dkv"). kernels: the time of these alone.
     """
     made = compiled if isinstance(compiled, Mapping) else {"forward": compiled}
-    sm = _sm_figures(device)
     total = 0.0
     for kernel in kernels or _kernels(work.training):
         tile = _tile_of(work, kernel, tiles, device)
-        constants = coefficients(tile.instruction)
-        figures = _figures(work, tiles.of(kernel), tile, device, made.get(kernel))
+        constants = coefficients(tile.instruction, device)
+        figures = tile_figures(work, tiles.of(kernel), tile, device, made.get(kernel))
         if figures is None:
             return float("inf")
-        total += seconds_function()(*figures, *sm, *_constants(tile.instruction))
+        total += seconds_function()(*figures, *_constants(tile.instruction, device))
         if kernel == "dq":  # delta = do . o, a pass of its own
             read = 2 * work.B * work.Hq * work.L * work.Ev * max(ITEM[work.kind], 2)
             total += constants.launch + read / (device.bandwidth * constants.memory)
     if tiles.pack or tiles.splits > 1:  # the parts are merged
-        constants = coefficients("mma")
+        constants = coefficients("mma", device)
         partial = 2 * tiles.splits * work.B * work.Hq * work.L * (work.Ev + 1) * 4
         total += constants.launch + partial * min(1.0, partial / device.l2_bytes) / (device.bandwidth * 0.8)
     return total
@@ -193,7 +202,7 @@ def _kernels(training: bool) -> tuple[str, ...]:
     return ("forward", "dq", "dkv") if training else ("forward",)
 
 
-def _figures(
+def tile_figures(
     work: FlashWork, knobs: FlashTiles, tile: Tile, device: Gpu, compiled: CompiledFigures | None
 ) -> tuple[float, ...] | None:
     """`TileFigures` of one kernel as a tuple, None where no block fits."""
@@ -304,8 +313,8 @@ def _traffic(
     return unique, again
 
 
-@lru_cache(maxsize=64)
-def _sm_figures(device: Gpu) -> tuple[float, ...]:
+def sm_figures(device: Gpu) -> tuple[float, ...]:
+    """`SmFigures` as a tuple."""
     figures = SmFigures(
         device.sms,
         device.tensor_clock_hz or device.clock_hz,
@@ -319,16 +328,28 @@ def _sm_figures(device: Gpu) -> tuple[float, ...]:
     return astuple(figures)
 
 
-@lru_cache(maxsize=16)
-def coefficients(instruction: str) -> Coefficients:
-    """The fitted coefficients of a class of matrix instruction."""
-    table = json.loads(files("attnc.cost_models").joinpath("tile_model.json").read_text(encoding="utf-8"))
-    return Coefficients(**{f.name: float(table["classes"][instruction][f.name]) for f in fields(Coefficients)})
+@lru_cache(maxsize=256)
+def coefficients(instruction: str, device: Gpu) -> Coefficients:
+    """The coefficients of a class of matrix instruction on a device.
+
+    Where no table shows the class, its efficiency is a share of what the best dense matmul reaches there.
+    """
+    table = _table()
+    found = {f.name: float(table["classes"][instruction][f.name]) for f in fields(Coefficients)}
+    if instruction in table["guessed"]:
+        found["efficiency"] *= device.matmul_share()
+    return Coefficients(**found)
 
 
-@lru_cache(maxsize=16)
-def _constants(instruction: str) -> tuple[float, ...]:
-    return astuple(coefficients(instruction))
+@lru_cache(maxsize=1)
+def _table() -> dict:
+    return json.loads(files("attnc.cost_models").joinpath("tile_model.json").read_text(encoding="utf-8"))
 
 
-assert len(fields(TileFigures)) == 18  # `_figures` gives them in this order
+@lru_cache(maxsize=256)
+def _constants(instruction: str, device: Gpu) -> tuple[float, ...]:
+    """The device's figures and the coefficients, as `seconds_function` takes them."""
+    return (*sm_figures(device), *astuple(coefficients(instruction, device)))
+
+
+assert len(fields(TileFigures)) == 18  # `tile_figures` gives them in this order

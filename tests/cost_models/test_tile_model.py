@@ -290,9 +290,11 @@ def test_widths_are_a_power_of_two_and_a_tail(E: int, wide: int) -> None:
     assert padded(E) == wide
 
 
-@pytest.mark.parametrize("instruction", ["mma", "wgmma", "tcgen05", "mfma"])
-def test_coefficients_are_physical(instruction: str) -> None:
-    found = coefficients(instruction)
+@pytest.mark.parametrize(
+    ("instruction", "name"), [("mma", "a100"), ("wgmma", "h100"), ("tcgen05", "b200"), ("mfma", "mi300x")]
+)
+def test_coefficients_are_physical(instruction: str, name: str) -> None:
+    found = coefficients(instruction, gpu_named(name))
     assert isinstance(found, Coefficients)
     assert 0.3 < found.efficiency <= 1 and 0 <= found.serial <= 1.5 and 0.5 < found.memory <= 1
     assert found.softmax >= 1 and found.launch >= 1e-6
