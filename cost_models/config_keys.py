@@ -95,15 +95,7 @@ class Facts:
         Raises: UsageError for anything else.
         """
         key, value = self.find(word)
-        if value is None:
-            return default
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not whole or not 0 <= value <= LARGEST:
-            raise UsageError(
-                f"config {key}={value!r}: found {type(value).__name__}, allowed is a whole number from 0 to "
-                f"{LARGEST}. Correct the config."
-            )
-        return int(value)
+        return default if value is None else int(_number(key, value, 0, whole=True))
 
     def need(self, word: str, default: int | None = None) -> int:
         """A positive whole number; without one, 1 stands in and the key is noted as missing."""
@@ -123,9 +115,26 @@ class Facts:
             raise UsageError(f"config {key}={value!r}: found {type(value).__name__}, allowed are true and false.")
         return value
 
-    def raw(self, *keys: str) -> Any:
-        """The first of these keys that is there and not null, as it is written."""
-        return next((self.config[k] for k in keys if self.config.get(k) is not None), None)
+    def raw(self, key: str) -> Any:
+        """The value of a key as it is written; None where it is absent."""
+        return self.config.get(key)
+
+    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number of at least `least` under a key that one family alone has; needed where there is no default.
+
+        Raises: UsageError for anything else.
+        """
+        value = self.config.get(key)
+        if value is not None:
+            return int(_number(key, value, least, whole=True))
+        if default is None:
+            self.missing.append(key)
+        return 1 if default is None else default
+
+    def ratio(self, key: str, default: float) -> float:
+        """A positive number. Raises: UsageError for anything else."""
+        value = self.config.get(key)
+        return default if value is None else _number(key, value, 1e-6, whole=False)
 
     def words(self, key: str, allowed: Mapping[str, str], count: int | None = None) -> list[str] | None:
         """A list (or a string of letters) under `key`, each entry through `allowed`; None where the key is absent."""
@@ -156,8 +165,20 @@ class Facts:
         return list(value)
 
     def inside(self, key: str) -> Facts:
-        """The facts of a dict nested under `key`, with nothing of this one's defaults."""
+        """The facts of a dict nested under `key`, without this one's defaults; what it lacks is missing here."""
         value = self.raw(key)
         if value is not None and not isinstance(value, Mapping):
             raise UsageError(f"config {key}: found {type(value).__name__}, allowed is a dict.")
-        return Facts(value or {}, {}, {})
+        inner = Facts(value or {}, {}, {})
+        inner.missing = self.missing
+        return inner
+
+
+def _number(key: str, value: object, least: float, *, whole: bool) -> float:
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= LARGEST
+    if not numeric or (whole and int(value) != value):  # type: ignore[call-overload]
+        raise UsageError(
+            f"config {key}={value!r:.60}: found {type(value).__name__}, allowed is a {'whole ' if whole else ''}number "
+            f"from {least:g} to {LARGEST}. Correct the config."
+        )
+    return value  # type: ignore[return-value]

@@ -19,7 +19,6 @@ from attnc.cost_models.mixers import (
     mamba2,
     short_conv,
 )
-from attnc.errors import UsageError
 
 Plan = list[tuple[str, ...]]
 
@@ -86,11 +85,8 @@ def _gdn(facts: Facts) -> Layer:
 
 def _kda(facts: Facts) -> Layer:
     inner = facts.inside("linear_attn_config")
-    heads = facts.size("k_heads") or inner.raw("num_heads")
-    dim = facts.size("k_dim") or inner.raw("head_dim")
-    if type(heads) is not int or type(dim) is not int:
-        facts.missing += ["linear_num_heads", "linear_head_dim"]
-        return FeedForward(1, 1)
+    heads = facts.size("k_heads") or inner.whole("num_heads")
+    dim = facts.size("k_dim") or inner.whole("head_dim")
     return kimi_delta(facts.need("d_model"), heads, dim, facts.size("conv") or inner.need("conv", 4))
 
 
@@ -121,12 +117,10 @@ def _mamba(facts: Facts) -> Layer:
 
 def _jet(facts: Facts) -> Layer:
     inner = facts.inside("efficient_attention_config").inside("jet")
-    found = [inner.raw(key) for key in ("num_heads", "head_dim", "expand_v", "conv_size", "dconv_generator_reduction")]
-    if not all(isinstance(value, (int, float)) and value > 0 for value in found):
-        facts.missing.append("efficient_attention_config.jet")
-        return FeedForward(1, 1)
-    heads, dim, expand, conv, reduction = found
-    return jet_block(facts.need("d_model"), heads, dim, round(dim * expand), conv, reduction)
+    heads, dim = inner.whole("num_heads"), inner.whole("head_dim")
+    values = max(1, round(dim * inner.ratio("expand_v", 2.0)))
+    conv, reduction = inner.whole("conv_size", 4), inner.whole("dconv_generator_reduction", 8)
+    return jet_block(facts.need("d_model"), heads, dim, values, conv, reduction)
 
 
 def _jet_window(facts: Facts) -> Layer:
@@ -146,8 +140,8 @@ def _dense(facts: Facts) -> Layer:
     word = "shared_width" if facts.fixed.get("dense_is_shared") else "d_ff"
     d_ff = facts.need(word, facts.fixed.get("d_ff_of_d", 0) * d or None)
     if facts.raw("block_auto_adjust_ff_dim"):  # LFM2 takes two thirds of it, rounded up to a multiple
-        step = facts.raw("block_multiple_of") or 1
-        d_ff = step * ceil(int(facts.raw("block_ffn_dim_multiplier") * (2 * d_ff // 3)) / step)
+        step = facts.whole("block_multiple_of", 256)
+        d_ff = step * ceil(int(facts.ratio("block_ffn_dim_multiplier", 1.0) * (2 * d_ff // 3)) / step)
     return FeedForward(d, d_ff, not facts.fixed.get("plain_ffn"), facts.flag("ffn_bias"))
 
 
@@ -253,9 +247,7 @@ def periodic(name: str, rare: str, often: str) -> Rule:
     """Jamba: `rare` where (i - offset) is a multiple of the period."""
 
     def rule(facts: Facts, layers: int) -> list[str]:
-        period, offset = facts.raw(f"{name}_period") or 1, facts.raw(f"{name}_offset") or 0
-        if type(period) is not int or type(offset) is not int or period < 1:
-            raise UsageError(f"config {name}_period={period!r}: allowed is a whole number of at least 1.")
+        period, offset = facts.whole(f"{name}_period"), facts.whole(f"{name}_offset", 0, least=0)
         return [rare if i % period == offset else often for i in range(layers)]
 
     return rule
@@ -265,32 +257,30 @@ def periodic(name: str, rare: str, often: str) -> Rule:
 
 
 def first_dense(facts: Facts, layers: int) -> list[str]:
-    """DeepSeek: the first layers dense, then experts, every moe_layer_freq layers."""
-    dense, step = facts.size("dense_first"), facts.raw("moe_layer_freq")
-    step = step if type(step) is int and step > 0 else 1
+    """DeepSeek: the first layers dense, then experts, every moe_layer_freq layers; a list of it names each layer."""
+    if isinstance(facts.raw("moe_layer_freq"), list):
+        return ["moe" if i else "dense" for i in facts.numbers("moe_layer_freq") or []]
+    dense, step = facts.size("dense_first"), facts.whole("moe_layer_freq", 1)
     return ["moe" if i >= dense and i % step == 0 else "dense" for i in range(layers)]
 
 
 def sparse_step(facts: Facts, layers: int) -> list[str]:
     """Qwen: every decoder_sparse_step-th layer has experts, but for mlp_only_layers."""
-    step, only = facts.raw("decoder_sparse_step") or 1, facts.numbers("mlp_only_layers") or []
-    if type(step) is not int or step < 1:
-        raise UsageError(f"config decoder_sparse_step={step!r}: allowed is a whole number of at least 1.")
+    step, only = facts.whole("decoder_sparse_step", 1), facts.numbers("mlp_only_layers") or []
     return ["dense" if i in only or (i + 1) % step else "moe" for i in range(layers)]
 
 
 def ernie_range(facts: Facts, layers: int) -> list[str]:
     """ERNIE: experts from moe_layer_start_index to moe_layer_end_index, every moe_layer_interval layers."""
-    names = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
-    start, end, step = (v if type(v := facts.raw(name)) is int else None for name in names)
-    end = layers - 1 if end is None or end < 0 else end
-    return ["moe" if (start or 0) <= i <= end and (i + 1) % max(1, step or 1) == 0 else "dense" for i in range(layers)]
+    start, step = facts.whole("moe_layer_start_index", 0, least=0), facts.whole("moe_layer_interval", 1)
+    end = facts.whole("moe_layer_end_index", -1, least=-1)
+    end = layers - 1 if end < 0 else end
+    return ["moe" if start <= i <= end and (i + 1) % step == 0 else "dense" for i in range(layers)]
 
 
 def llama4_experts(facts: Facts, layers: int) -> list[str]:
     """Llama 4: layers named in moe_layers, else every interleave_moe_layer_step-th."""
-    step = facts.raw("interleave_moe_layer_step")
-    step = step if type(step) is int and step > 0 else 1
+    step = facts.whole("interleave_moe_layer_step", 1)
     named = facts.numbers("moe_layers")
     named = list(range(step - 1, layers, step)) if named is None else named
     return ["moe" if i in named else "dense" for i in range(layers)]
