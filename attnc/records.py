@@ -1,7 +1,7 @@
 """Records: what tuning found, one JSON file per region, device, dtype and versions; the time of every setting tried.
 
-A file is read strictly and never executed; it is replaced in one step, under a lock that dies with its holder, and what
-two processes found for one key is merged. Nothing depends on clocks: `date` is for people.
+A file is read strictly and replaced in one step, under a lock that dies with its holder; what two processes found for
+one key is merged. Nothing depends on clocks: `date` is for people.
 """
 
 from __future__ import annotations
@@ -121,6 +121,11 @@ def _or(value: Any, other: Any) -> Any:
     return other if value is None else value
 
 
+def told(timing: Timing) -> dict[str, Any]:
+    """The timing as a table for a file, without what is unknown; `timing_of` reads it back."""
+    return {part: value for part, value in asdict(timing).items() if value is not None}
+
+
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -137,14 +142,15 @@ def best_of(timings: Mapping[str, Timing], default: str) -> str | None:
         if held is None and default in timings and not base.failure:
             continue
         times = sorted((s, name) for name, t in timings.items() if (s := t.at(fidelity)) is not None)
-        if times and held is None:
-            return times[0][1]
+        if held is None:
+            if times:
+                return times[0][1]
+            continue
         for seconds, name in times:
             spreads = (timings[name].error, base.error) if fidelity == "measure" else ()
             if seconds < held * (1 - min(1.0, math.hypot(*(_or(e, 0.0) for e in spreads)))):
                 return name
-        if times:
-            return default
+        return default
     return None
 
 
@@ -181,7 +187,7 @@ class Record:
             "date": self.date,
             "default": self.default,
             "best": self.best,
-            "timings": {n: {k: v for k, v in asdict(t).items() if v is not None} for n, t in self.timings.items()},
+            "timings": {n: told(t) for n, t in self.timings.items()},
         }
         return json.dumps(body, indent=1, allow_nan=False)
 
@@ -189,9 +195,6 @@ class Record:
     def from_json(cls, text: str | bytes, where: str = "a record") -> Record:
         """The record that `text` holds. Raises: ArtifactError if it holds none, or one of another version."""
         return _record(_Reader(where), text)
-
-
-# Reading.
 
 
 class _Reader:
@@ -295,9 +298,6 @@ def timing_of(body: object, place: str, reader: _Reader | None = None) -> Timing
     return Timing(**read)
 
 
-# Keeping.
-
-
 class Records:
     """A folder of records. Where it cannot be written, one warning, and results stay in this object."""
 
@@ -347,9 +347,8 @@ class Records:
             self._kept.pop(record.key, None)
         except OSError as exc:
             self._kept[record.key] = merged
-            if "unwritable" not in self._said:
-                self._said.add("unwritable")
-                log.warning("records are not written to %s (%s): they are kept in this process", self.directory, exc)
+            said = f"records are not written to {self.directory} ({exc}): they are kept in this process"
+            self._say(said, about="unwritable")
         return merged
 
     def _read(self, key: RecordKey, broken: Callable[[Path], None] | None = None) -> Record | None:
@@ -372,9 +371,9 @@ class Records:
         """A file that cannot be read is kept under another name, so that a new one can be written."""
         file.replace(file.with_suffix(".broken"))
 
-    def _say(self, sentence: str) -> None:
-        if sentence not in self._said:
-            self._said.add(sentence)
+    def _say(self, sentence: str, about: str = "") -> None:
+        if (about or sentence) not in self._said:
+            self._said.add(about or sentence)
             log.warning("%s", sentence)
 
 

@@ -59,10 +59,10 @@ def walk(tree: Branch | Form, choose: Callable[[str, tuple[Value, ...]], Any]) -
 def form_of(tree: Branch | Form, params: Mapping[str, Any]) -> Form | None:
     """The setting that `params` name; None where a parameter is missing or has another value."""
     while isinstance(tree, Branch):
-        value = params.get(tree.name)
-        if value not in tree.below:
+        below = tree.below.get(params[tree.name]) if tree.name in params else None
+        if below is None:
             return None
-        tree = tree.below[value]
+        tree = below
     return tree
 
 

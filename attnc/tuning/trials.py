@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import optuna
 from optuna.storages import BaseStorage
@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from attnc.errors import ArtifactError
 from attnc.forms.base import Form
-from attnc.records import Timing, timing_of
+from attnc.records import Timing, timing_of, told
 from attnc.tuning.samplers import Chooser
 from attnc.tuning.storage import Opened
 from attnc.tuning.tree import Branch, form_of
@@ -99,7 +99,7 @@ class Trials:
     def tell(self, trial: Trial, timing: Timing) -> None:
         """End a trial; one without a time at the study's fidelity failed or did not get that far."""
         at = self.storage.get_trial_id_from_study_id_trial_number(self._id, trial.number)
-        self.storage.set_trial_user_attr(at, TOLD, {k: v for k, v in asdict(timing).items() if v is not None})
+        self.storage.set_trial_user_attr(at, TOLD, told(timing))
         self._finish(trial.number, timing)
 
     def _finish(self, number: int, timing: Timing) -> None:
