@@ -106,6 +106,17 @@ def test_lengths_of_sequences_come_from_a_captured_tensor(folder: Path) -> None:
     check(rule, qkv, [lengths], [2], folder, DecodeKnobs(16, 32, 4))
 
 
+def test_what_lies_behind_a_sequence_in_the_cache_is_not_read(folder: Path) -> None:
+    (query, key, value), _ = drawn(Dims(1, 70, 4, 2, 16, 16, 2))
+    rule = AttentionRule.parse("score=0.25 * s; keep=j <= t0[b] - 1; empty=zero")
+    lengths = torch.tensor([41, 16])
+    behind = torch.arange(70)[None, None, :, None] >= lengths[:, None, None, None]
+    want, _ = reference(query.double(), key.double(), value.double(), [lengths], [], rule)
+    key, value = (t.masked_fill(behind, torch.nan) for t in (key, value))
+    module = imported(rendered(rule, (slot_of(lengths),)), folder)
+    assert_close(decode(module, query, key, value, [lengths], [], rule, SMALL)[0], want, torch.float32)
+
+
 def test_more_rows_than_a_tile(folder: Path) -> None:
     dims = Dims(7, 70, 12, 2)
     qkv, captured = drawn(dims)
