@@ -124,7 +124,9 @@ def main() -> None:
         )
     print(f"goals: right {GOALS['right']}, within 2x {GOALS['right_within_2x']}, lost {GOALS['slowdown']:.1%}")
     if not args.dry:
-        RESULT.write_text(json.dumps({k: {n: round(x, 5) for n, x in v.items()} for k, v in found.items()}, indent=1) + "\n")
+        RESULT.write_text(
+            json.dumps({k: {n: round(x, 5) for n, x in v.items()} for k, v in found.items()}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -99,9 +99,7 @@ def _encoder() -> Model:
     blocks = batch * q_heads * tiles(seq, 128)
     padded = tiles(seq, 64) * 64
     rate = C("efficiency") * peak
-    block_s = (
-        padded * (4 * 128 * wide * sms / rate + exponentials(128 * sms)) + C("prologue") / clock
-    )
+    block_s = padded * (4 * 128 * wide * sms / rate + exponentials(128 * sms)) + C("prologue") / clock
     products = blocks * block_s / sms
     power_s = sustained(4 * batch * q_heads * seq**2 * wide)
     qkv = 4 * batch * seq * head_dim * q_heads * 2
@@ -135,23 +133,31 @@ def _decode() -> Model:
     cache = batch * reach * kv_heads * head_dim * 2 * item
     rest = batch * head_dim * (2 * q_heads + 4 * kv_heads) * 2
     elements = batch * reach * kv_heads * head_dim * 2
+    # Tiles of 16 query heads and whole pages of keys.
     group = tiles(q_heads / kv_heads, 16) * 16
-    products = 4 * batch * kv_heads * group * reach * head_dim / (C("efficiency") * bf16)
-    softmax = batch * q_heads * reach / (sms * clock * exp2_rate) * C("exp_share")
+    visited = batch * kv_heads * group * (reach + C("pad_keys"))
+    products = 4 * visited * head_dim / (C("efficiency") * bf16)
+    softmax = visited / (sms * clock * exp2_rate) * C("exp_share")
     total = cache + rest
     moved = traffic(total, total)
     is_fp8 = 2 - item
     convert = is_fp8 * elements / (sms * clock * C("convert_rate"))
-    fixed = C("launch") * C("fp8_launch") ** is_fp8 * (1 + C("rare_launch") * rare) / clock
+    # Kernels for fp8 caches hold up to 8 query heads of a group in one warp; larger groups run another.
+    wide_group = 1 + C("wide_group") * is_fp8 / (1 + (12 * kv_heads / q_heads) ** 8)
+    fixed = C("launch") * C("fp8_launch") ** is_fp8 * (1 + C("rare_launch") * rare) * wide_group / clock
     chain = C("chain") * reach / (reach + C("split")) / clock
-    blocks = batch * kv_heads * C("block") / (sms * clock) * (1 + C("rare_loss") * rare)
+    rows = C("row") * q_heads / kv_heads
+    blocks = batch * kv_heads * (C("block") + rows) / (sms * clock) * (1 + C("rare_loss") * rare)
     seconds = fixed + chain + moved + products + softmax + convert + blocks
     return Model(
         "attn_decode",
         (batch, keys, q_heads, kv_heads, head_dim, window, item, rare),
         (
-            Coefficient("launch", 17000, "cycles", "launch, drain and the kernels beside", True, 100, class_spread=0.15),
+            Coefficient(
+                "launch", 17000, "cycles", "launch, drain and the kernels beside", True, 100, class_spread=0.15
+            ),
             Coefficient("fp8_launch", 1.0, "1", "the same with an fp8 cache", True, 0.3, 2, 0.3, 0.3),
+            Coefficient("wide_group", 0.2, "1", "what they take longer for groups above 8 heads", low=0.01, high=2),
             Coefficient("rare_launch", 0.15, "1", "what they take longer where few libraries have a kernel", low=0.01),
             Coefficient("rare_loss", 0.1, "1", "what its blocks take longer", low=0.001),
             Coefficient("chain", 5000, "cycles", "sequential part of a long cache: splits and their merge", low=10),
@@ -160,6 +166,8 @@ def _decode() -> Model:
             Coefficient("efficiency", 0.4, "1", "share of the matrix peak", True, 0.02, 1.2),
             Coefficient("exp_share", 0.5, "1", "exponentials not hidden", low=0.01, high=10),
             Coefficient("convert_rate", 64, "1/cycle/SM", "fp8 elements widened", True, 4, 2000, 0.7, 0.5),
+            Coefficient("pad_keys", 32, "keys", "keys visited beyond those asked", low=1, high=256),
+            Coefficient("row", 100, "cycles", "start and end of one query head", low=1, high=2000),
             Coefficient("block", 500, "cycles", "start and end of a block", low=1, high=20000),
         ),
         seconds,

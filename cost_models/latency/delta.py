@@ -39,7 +39,9 @@ def _conv(name: str, calls: int, step: bool) -> Model:
     channels = 2 * k_heads * d_k + v_heads * d_v
     total = batch * channels * 2 * (2 * seq + (2 * d_conv if step else 0))
     fixed = calls * (C("launch") / clock + C("gap") * 1e-6)
-    seconds = fixed + traffic(total, total, False) + C("row") * batch * tiles(seq, 256) * tiles(channels, 256) / (sms * clock)
+    seconds = (
+        fixed + traffic(total, total, False) + C("row") * batch * tiles(seq, 256) * tiles(channels, 256) / (sms * clock)
+    )
     return Model(
         name,
         SHAPE,

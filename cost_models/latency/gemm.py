@@ -72,7 +72,9 @@ def _gemm() -> Model:
             Coefficient("fp8_share", 0.9, "1", "the same of fp8 over bf16", low=0.3, high=1.2, spread=0.2),
             Coefficient("prologue", 1500, "cycles", "filling the pipeline and writing out a tile", low=10),
             Coefficient("merge", 2000, "cycles", "merging the parts of a split", low=10),
-            Coefficient("multicast", 0.35, "1", "operands that clusters do not draw twice", low=0.05, high=0.5, spread=0.1),
+            Coefficient(
+                "multicast", 0.35, "1", "operands that clusters do not draw twice", low=0.05, high=0.5, spread=0.1
+            ),
             Coefficient("l2_rate", 40, "B/cycle/SM", "bytes through L2", low=2, high=200),
             Coefficient("mem_share", 0.85, "1", "share of the memory's bandwidth", low=0.3, high=1.1, spread=0.15),
             Coefficient("kept", 0.8, "1", "share of L2 that keeps data between calls", low=0.05, high=3),

@@ -47,9 +47,7 @@ def _moe() -> Model:
     for bm in ROW_TILES:
         blocks = (1 - skew) * used * tiles(rows / used, bm) + skew * (rows / bm + C("part_tile") * used)
         width = (matrices - 1) * d_ff / 128 * d_model + d_model / 128 * d_ff
-        per_k = largest(
-            2 * max(bm, 32) * 128 / (rate * bm / (bm + C("small_tile"))), (bm + 128) * item / near
-        )
+        per_k = largest(2 * max(bm, 32) * 128 / (rate * bm / (bm + C("small_tile"))), (bm + 128) * item / near)
         candidates.append(blocks * width * per_k / sms)
     products = least(*candidates)
     dram = weights / (C("mem_share") * mem) * spill(weights, C("kept") * l2)
@@ -71,7 +69,9 @@ def _moe() -> Model:
             Coefficient("small_tile", 16, "rows", "rows at which a tile reaches half of the rate", low=1, high=200),
             Coefficient("part_tile", 0.5, "1", "padding, tiles an expert", low=0.1, high=1.2, spread=0.3),
             Coefficient("skew_idle", 0.1, "1", "experts that skewed routing leaves out", low=0.01, high=0.8),
-            Coefficient("multicast", 0.35, "1", "operands that clusters do not draw twice", low=0.05, high=0.5, spread=0.1),
+            Coefficient(
+                "multicast", 0.35, "1", "operands that clusters do not draw twice", low=0.05, high=0.5, spread=0.1
+            ),
             Coefficient("l2_rate", 40, "B/cycle/SM", "bytes through L2", low=2, high=200),
             Coefficient("mem_share", 0.85, "1", "share of the memory's bandwidth", low=0.3, high=1.1, spread=0.15),
             Coefficient("kept", 0.8, "1", "share of L2 that keeps data between calls", low=0.05, high=3),
