@@ -87,9 +87,8 @@ def render(
     source = _read(skeleton)
     for name, body in holes.items():
         _check_hole(source, name, body, len(captured))
-    own = {name: holes.get(name) or "\n".join(map(ast.unparse, f.body)) for name, f in source.functions.items()}
-    needs = {word: _needs(source, own, word) for word in EXPANDED}
-    edits = [edit for word in EXPANDED for edit in _expansions(source, holes, word, needs[word])]
+    needs = {word: _needs(source, holes, word) for word in EXPANDED}
+    edits = list(_expansions(source, holes, needs))
     edits += [_body_edit(source, name, body) for name, body in holes.items()]
     edits += _leave_out(source, holes, kernels)
     text = _header(skeleton, spelling, device) + _shortened(_apply(skeleton, edits))
@@ -108,16 +107,28 @@ def render(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+Span = tuple[int, int]  # from character, to character
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One spot where `word` stands: a parameter of `function` (no callee), or an argument of a call in it."""
+
+    function: str
+    word: str
+    callee: str | None
+    is_keyword: bool
+    span: Span
+
+
 @dataclass(frozen=True)
 class _Source:
     text: str
-    tree: ast.Module
     holes: tuple[str, ...]
     functions: Mapping[str, ast.FunctionDef]
-
-    def called(self, text: str) -> set[str]:
-        """Functions of the skeleton that a body names."""
-        return {n.id for n in ast.walk(_parsed(text)) if isinstance(n, ast.Name) and n.id in self.functions}
+    constants: Mapping[str, ast.stmt]
+    uses: Mapping[str, frozenset[str]]  # function or constant -> names that it reads
+    places: tuple[_Place, ...]
 
 
 def _parsed(body: str) -> ast.Module:
@@ -141,7 +152,40 @@ def _read(skeleton: str) -> _Source:
         raise LoweringError(
             f"read a skeleton: found {found}, allowed is HOLES with the names of functions. Correct the skeleton."
         )
-    return _Source(skeleton, tree, holes, functions)
+    constants = _constants(tree)
+    uses = {name: _names_in(node) for name, node in (*functions.items(), *constants.items())}
+    places = tuple(place for function in functions.values() for place in _places(skeleton, function, functions))
+    return _Source(skeleton, holes, functions, constants, uses, places)
+
+
+def _names_in(node: ast.AST) -> frozenset[str]:
+    return frozenset(n.id for n in ast.walk(node) if isinstance(n, ast.Name))
+
+
+def _places(text: str, function: ast.FunctionDef, functions: Mapping[str, ast.FunctionDef]) -> Iterator[_Place]:
+    """Where a function takes and hands on the words that are expanded.
+
+    Raises: LoweringError for any other use of such a word.
+    """
+    for parameter in function.args.args:
+        if parameter.arg in EXPANDED:
+            yield _Place(function.name, parameter.arg, None, False, _span(text, parameter))
+    handed = set()
+    nodes = list(ast.walk(function))
+    for call in (n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)):
+        callee = call.func.id  # type: ignore[attr-defined]
+        if callee not in functions:
+            continue
+        for given, value in [*((a, a) for a in call.args), *((k, k.value) for k in call.keywords)]:
+            if isinstance(value, ast.Name) and value.id in EXPANDED:
+                handed.add(value)
+                yield _Place(function.name, value.id, callee, given is not value, _span(text, given))
+    for n in nodes:
+        if isinstance(n, ast.Name) and n.id in EXPANDED and n not in handed:
+            raise LoweringError(
+                f"render a skeleton: line {n.lineno} uses {n.id!r} in another way than as an argument of a function "
+                "of the skeleton. Correct the skeleton."
+            )
 
 
 def _parameters(function: ast.FunctionDef) -> tuple[str, ...]:
@@ -166,9 +210,7 @@ def _check_hole(source: _Source, name: str, body: str, tensors: int) -> None:
         raise LoweringError(f"fill the hole {name!r}: its body is no Python, {exc}. It reads: {body!r}.") from exc
     names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
     known = {n.id for n in names if isinstance(n.ctx, ast.Store)} | set(found) | set(source.functions)
-    known |= {"tl", "triton", *captured_names([body]), *gradient_names([body]), *_constants(source)} | set(
-        dir(builtins)
-    )
+    known |= {"tl", "triton", *captured_names([body]), *gradient_names([body]), *source.constants} | set(dir(builtins))
     strange = sorted({n.id for n in names} - known)
     beyond = [t for t in captured_names([body]) if t[0] == "t" and int(t[1:].partition("_")[0]) >= tensors]
     if strange or beyond:
@@ -178,14 +220,13 @@ def _check_hole(source: _Source, name: str, body: str, tensors: int) -> None:
         )
 
 
-def _constants(source: _Source) -> dict[str, ast.stmt]:
+def _constants(tree: ast.Module) -> dict[str, ast.stmt]:
     """Module-level names that are no functions."""
     found: dict[str, ast.stmt] = {}
-    for node in source.tree.body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        found.update({n.id: node for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)})
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found.update({n.id: node for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)})
     return found
 
 
@@ -196,48 +237,29 @@ def _constants(source: _Source) -> dict[str, ast.stmt]:
 Edit = tuple[int, int, str]  # from character, to character, new text
 
 
-def _needs(source: _Source, own: Mapping[str, str], word: str) -> dict[str, tuple[str, ...]]:
-    """The names that `word` stands for in each function: its own, and those of the functions it hands `word` to."""
-    takes = {name for name, function in source.functions.items() if word in _parameters(function)}
-    calls = {name: source.called(own[name]) & takes for name in takes}
-    found = {name: set(EXPANDED[word]([own[name]])) if name in source.holes else set() for name in takes}
+def _needs(source: _Source, holes: Mapping[str, str], word: str) -> dict[str, tuple[str, ...]]:
+    """The names that `word` stands for in each function: a hole's own, else those of what it hands `word` to."""
+    takes = {place.function for place in source.places if place.word == word and place.callee is None}
+    found = {name: set(EXPANDED[word]([holes[name]])) if name in holes else set() for name in takes}
+    hands = [p for p in source.places if p.word == word and p.callee in takes and p.function not in holes]
     for _ in takes:  # as deep as calls can go
-        for name in takes:
-            found[name].update(*(found[callee] for callee in calls[name]))
-    return {name: EXPANDED[word](sorted(names)) for name, names in found.items()}
+        for place in hands:
+            found[place.function] |= found[place.callee]  # type: ignore[index]
+    return {name: EXPANDED[word](names) for name, names in found.items()}
 
 
 def _expansions(
-    source: _Source, holes: Mapping[str, str], word: str, needs: Mapping[str, tuple[str, ...]]
+    source: _Source, holes: Mapping[str, str], needs: Mapping[str, Mapping[str, tuple[str, ...]]]
 ) -> Iterator[Edit]:
-    for name, function in source.functions.items():
-        for parameter in function.args.args:
-            if parameter.arg == word:
-                yield _replaced(source.text, parameter, ", ".join(needs[name]))
-        if name in holes:
-            continue  # its body is replaced as a whole
-        handed: set[ast.expr] = set()
-        for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
-            callee = needs.get(ast.unparse(call.func))
-            if callee is None:
-                continue
-            for arg in call.args:
-                if isinstance(arg, ast.Name) and arg.id == word:
-                    handed.add(arg)
-                    yield _replaced(source.text, arg, ", ".join(callee))
-            for given in call.keywords:
-                if given.arg == word and isinstance(given.value, ast.Name):
-                    handed.add(given.value)
-                    yield _replaced(source.text, given, ", ".join(f"{x}={x}" for x in callee))
-        read = {n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == word}
-        if read - handed:
-            raise LoweringError(
-                f"render a skeleton: line {min(n.lineno for n in read - handed)} uses {word!r} in another way than as "
-                "an argument of a function of the skeleton. Correct the skeleton."
-            )
+    for place in source.places:
+        if place.callee is None:
+            yield _replaced(source.text, place.span, ", ".join(needs[place.word][place.function]))
+        elif place.function not in holes:  # else its body is replaced as a whole
+            names = needs[place.word].get(place.callee, ())
+            yield _replaced(source.text, place.span, ", ".join(f"{n}={n}" if place.is_keyword else n for n in names))
 
 
-def _span(text: str, node: ast.AST) -> tuple[int, int]:
+def _span(text: str, node: ast.AST) -> Span:
     starts = _line_starts(text)
     lines = text.splitlines()
 
@@ -255,9 +277,9 @@ def _line_starts(text: str) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def _replaced(text: str, node: ast.AST, new: str) -> Edit:
-    """`node` of a comma list replaced; with its comma where nothing comes in its place."""
-    first, end = _span(text, node)
+def _replaced(text: str, span: Span, new: str) -> Edit:
+    """One of a comma list replaced; with its comma where nothing comes in its place."""
+    first, end = span
     if new:
         return first, end, new
     behind = re.match(r"\s*,[^\S\n]*", text[end:])
@@ -284,18 +306,15 @@ def _leave_out(source: _Source, holes: Mapping[str, str], kernels: Sequence[str]
     absent = [name for name in kernels or () if name not in source.functions]
     if absent:
         raise LoweringError(f"render the kernels {', '.join(absent)}: the skeleton has {', '.join(source.functions)}.")
-    constants, reached = _constants(source), set()
+    reached: set[str] = set()
     waiting = list(source.functions if kernels is None else kernels)
     while waiting:
         name = waiting.pop()
         if name not in reached:
             reached.add(name)
-            node = source.functions.get(name) or constants.get(name)
-            assert node is not None, name
-            parts = [_parsed(holes[name]), node.args] if name in holes else [node]  # type: ignore[attr-defined]
-            used = {n.id for part in parts for n in ast.walk(part) if isinstance(n, ast.Name)}
-            waiting += used & (source.functions.keys() | constants.keys())
-    for name, node in (*source.functions.items(), *constants.items()):
+            used = _names_in(_parsed(holes[name])) if name in holes else source.uses[name]
+            waiting += used & source.uses.keys()
+    for name, node in (*source.functions.items(), *source.constants.items()):
         if name not in reached:
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
             starts = _line_starts(source.text)
