@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import torch
 
-from attnc import op_flash
+from attnc import op_decode, op_flash
 from attnc.errors import UsageError
 from attnc.forms import Form, parse_form
 from attnc.forms.masked import scaled_rows, without_lost_rows
@@ -27,7 +27,7 @@ SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor[] captured, SymInt[] sizes, str spelling) "
     "-> (Tensor, Tensor)"
 )
-GENERATED = op_flash.flash  # defines attnc::flash, which the form of that name calls
+GENERATED = (op_flash.flash, op_decode.flash_decode)  # the operators that the forms of these names call
 library = torch.library.Library("attnc", "FRAGMENT")
 library.define(SCHEMA)
 

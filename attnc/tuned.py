@@ -9,23 +9,25 @@ from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 
-from attnc.codegen import derivative, gpu_flash, holes, ranges, triton_text
+from attnc.codegen import derivative, gpu_decode, gpu_flash, holes, ranges, triton_text
 from attnc.codegen.render import skeleton_text, source_hash
 from attnc.cost_models.device import Gpu
 from attnc.errors import UsageError
 from attnc.forms import parse_form
 from attnc.forms.flash import KERNELS, TILES, Flash, default_for, skips
+from attnc.forms.flash_decode import FlashDecode, decode_default
 from attnc.records import Record, RecordKey, Records
 from attnc.region import AttentionRegion
 
-SOURCES = (derivative, gpu_flash, holes, ranges, triton_text)
+SOURCES = (derivative, gpu_decode, gpu_flash, holes, ranges, triton_text)
+Generated = Flash | FlashDecode  # forms whose kernels are rendered here
 
 
 @cache
 def kernel_version() -> str:
     """Hash of all that the source of a flash kernel comes from."""
     written = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in SOURCES]
-    return source_hash("\n".join([skeleton_text("flash"), *written]))
+    return source_hash("\n".join([skeleton_text("flash"), skeleton_text("flash_decode"), *written]))
 
 
 def record_key(region: AttentionRegion, gpu: Gpu, kernel: str) -> RecordKey:
@@ -33,17 +35,21 @@ def record_key(region: AttentionRegion, gpu: Gpu, kernel: str) -> RecordKey:
     return RecordKey(f"{region.key}-{kernel}", gpu.name, region.dtype, kernel_version())
 
 
-def start_of(region: AttentionRegion, gpu: Gpu) -> Flash | None:
-    """The setting of Flash that tuning begins with, its way to skip tiles predicted fastest; None where none fits."""
+def start_of(region: AttentionRegion, gpu: Gpu) -> Generated | None:
+    """The setting that tuning begins with, its way to skip tiles predicted fastest; None where none fits."""
     bare = replace(region, path="", node="", choice=None, device="cuda")
+    if FlashDecode().refuse(bare) is None:
+        return decode_default(bare, gpu)
     if Flash().refuse(bare) is not None:
         return None
     found = [form for skip in skips(region.rule.keep) if (form := default_for(bare, gpu, skip)) is not None]
     return min(found, key=lambda form: form.seconds(bare, gpu), default=None)
 
 
-def kernels_of(region: AttentionRegion) -> tuple[str, ...]:
-    """The kernels that a region runs."""
+def kernels_of(start: Generated, region: AttentionRegion) -> tuple[str, ...]:
+    """The kernels that are tuned apart."""
+    if isinstance(start, FlashDecode):
+        return ("decode",)
     return tuple(KERNELS) if region.training else ("forward",)
 
 
@@ -53,17 +59,18 @@ def records_in(store: str) -> Records:
     return Records(Path(store) / "records")
 
 
-def tuned(region: AttentionRegion, gpu: Gpu, store: str) -> tuple[Flash, float] | None:
-    """The tuned setting of Flash and its seconds, at the dearest fidelity known; None where a kernel has no record."""
+def tuned(region: AttentionRegion, gpu: Gpu, store: str) -> tuple[Generated, float] | None:
+    """The tuned setting and its seconds, at the dearest fidelity known; None where a kernel has no record."""
     form, total = start_of(region, gpu), 0.0
     if form is None:
         return None
-    for kernel in kernels_of(region):
+    for kernel in kernels_of(form, region):
         record = records_in(store).find(record_key(region, gpu, kernel))
         best = None if record is None else _setting(record)
-        if record is None or best is None:
+        if record is None or type(best) is not type(form):
             return None
-        form, total = with_kernel(form, best, kernel), total + _seconds(record)
+        form = with_kernel(form, best, kernel) if isinstance(form, Flash) and isinstance(best, Flash) else best
+        total += _seconds(record)
     return form, total
 
 
@@ -73,12 +80,12 @@ def with_kernel(form: Flash, other: Flash, kernel: str) -> Flash:
     return replace(form, **{name: getattr(other, name) for name in names})
 
 
-def _setting(record: Record) -> Flash | None:
+def _setting(record: Record) -> Generated | None:
     try:
         form = None if record.best is None else parse_form(record.best)
     except UsageError:  # a record by hand: its key is right, its spelling is none
         return None
-    return form if isinstance(form, Flash) else None
+    return form if isinstance(form, Flash | FlashDecode) else None
 
 
 def _seconds(record: Record) -> float:

@@ -25,6 +25,7 @@ LAYERS = {
     "attnc.store": 5,
     "attnc.records": 5,
     "attnc.op_flash": 5,
+    "attnc.op_decode": 5,
     "attnc.tuned": 5,
     "attnc.folding": 5,
     "attnc.report": 5,

@@ -9,8 +9,9 @@ from attnc.forms.base import Form
 from attnc.forms.block_sparse import BlockSparse
 from attnc.forms.dense import Dense
 from attnc.forms.flash import Flash
+from attnc.forms.flash_decode import FlashDecode
 
-FORMS: tuple[type[Form], ...] = (Dense, BlockSparse, Flash)
+FORMS: tuple[type[Form], ...] = (Dense, BlockSparse, Flash, FlashDecode)
 
 
 def form_named(name: str) -> type[Form]:

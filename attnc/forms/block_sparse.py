@@ -266,7 +266,8 @@ class _Blocks:
     block_n: int
 
     def __call__(self, block_m: int, block_n: int) -> TileCount:
-        found, each = self.work.tile_count(self.block_m, self.block_n), self.block_m * self.block_n / (block_m * block_n)
+        found = self.work.tile_count(self.block_m, self.block_n)
+        each = self.block_m * self.block_n / (block_m * block_n)
         return TileCount(found.visited * each, found.masked * each, found.longest * self.block_n / block_n)
 
 

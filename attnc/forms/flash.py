@@ -24,7 +24,15 @@ from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.device_kinds import LAUNCH_S
 from attnc.cost_models.tile_counts import band_tiles
-from attnc.cost_models.tile_model import Band, FlashTiles, FlashWork, TileCount, fits, flash_seconds
+from attnc.cost_models.tile_model import (
+    Band,
+    CompiledFigures,
+    FlashTiles,
+    FlashWork,
+    TileCount,
+    fits,
+    flash_seconds,
+)
 from attnc.errors import LoweringError
 from attnc.expr import TRUE, Expr
 from attnc.forms.base import Form, knob
@@ -173,12 +181,7 @@ def skips(keep: Expr) -> tuple[str, ...]:
 
 
 def _fits(form: Flash, work: FlashWork, gpu: Gpu, kernel: str) -> bool:
-    alone = form.tiles.of(kernel)
-    if kernel == "forward":
-        return fits(work, alone, gpu, backward=False) is None
-    good = FlashTiles(32, 32)
-    others = {name: alone if name == kernel else good for name in ("dq", "dkv")}
-    return fits(work, replace(good, **others), gpu, backward=True) is None
+    return fits(work, form.tiles, gpu, kernels=(kernel,)) is None
 
 
 @lru_cache(maxsize=512)
@@ -200,14 +203,11 @@ def _named(kernel: str, values: tuple[int, ...]) -> dict[str, int]:
     return {KERNELS[kernel] + name: value for name, value in zip(TILES, values, strict=True)}
 
 
-def kernel_seconds(form: Flash, work: FlashWork, gpu: Gpu, kernel: str, compiled: object = None) -> float:
-    """Predicted time of one of the kernels alone."""
-    made = {} if compiled is None else {kernel: compiled}
-    forward = flash_seconds(replace(work, training=False), form.tiles, gpu, made if kernel == "forward" else {})
-    if kernel == "forward":
-        return forward
-    # The model gives forward, dq and dkv in one sum; what is not asked for is the same for all settings.
-    return flash_seconds(work, form.tiles, gpu, made) - forward
+def kernel_seconds(
+    form: Flash, work: FlashWork, gpu: Gpu, kernel: str, compiled: CompiledFigures | None = None
+) -> float:
+    """Predicted time of one of the kernels alone; compiled: what the compiler made of it."""
+    return flash_seconds(work, form.tiles, gpu, {} if compiled is None else {kernel: compiled}, kernels=(kernel,))
 
 
 @lru_cache(maxsize=512)

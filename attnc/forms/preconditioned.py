@@ -75,7 +75,8 @@ def reflected_scores(
     parts: list[Tensor] = []
     for low in range(start, stop, block):
         high = min(low + block, stop)
-        moved, scores = query[:, :, low:high], []
+        moved = query[:, :, low:high]
+        scores: list[Tensor] = []
         edges = [*range(0, low, block), low]
         for first, last in [(low, high), *reversed(list(pairwise(edges)))]:
             within = first == low

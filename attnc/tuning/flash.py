@@ -1,40 +1,45 @@
 """The kernels of an attention as problems to search: their knobs on one device.
 
 Forward, dq, and dk with dv are searched apart: each has its own tile, warps and stages, and their times add up.
+Decoding is one search, over the parts of the keys too.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
 
-from attnc.codegen.compile_stats import Failure, compile_job
+from attnc.codegen.compile_stats import Compiled, Failure, Job, compile_job
+from attnc.codegen.decode_jobs import decode_jobs
 from attnc.codegen.flash_jobs import KERNELS as COMPILED
 from attnc.codegen.flash_jobs import flash_job
+from attnc.codegen.gpu_decode import DecodeKnobs
 from attnc.codegen.gpu_flash import FlashKnobs
 from attnc.codegen.triton_text import Slot
 from attnc.cost_models.device import Gpu, gpu_named
+from attnc.cost_models.tile_model import flash_seconds
 from attnc.errors import LoweringError
 from attnc.forms.base import Form
 from attnc.forms.flash import KERNELS, Flash, kernel_seconds, work_of
+from attnc.forms.flash_decode import FlashDecode
 from attnc.region import AttentionRegion, Region
-from attnc.tuned import kernel_version, kernels_of, record_key, start_of
+from attnc.tuned import Generated, kernel_version, kernels_of, record_key, start_of
 from attnc.tuning.measure import Bench
 from attnc.tuning.problem import Outcome
 
 
 @dataclass(frozen=True)
 class FlashProblem:
-    """One kernel ("forward", "dq", "dkv") of a region on a device. start: the setting that all others vary."""
+    """One kernel ("forward", "dq", "dkv", "decode") of a region on a device. start: the setting that others vary."""
 
     region: AttentionRegion
     gpu: Gpu
     part: str
-    start: Flash
+    start: Generated
 
     @property
     def key(self) -> str:
@@ -64,31 +69,42 @@ class FlashProblem:
         return self.start.settings(self.region, self.gpu, self.part)
 
     def predict(self, form: Form) -> float:
+        return self._seconds(form, None)
+
+    def _seconds(self, form: Form, made: Compiled | None) -> float:
+        if isinstance(form, FlashDecode):
+            return flash_seconds(work_of(self.region), form.tiles, self.gpu, made)
         assert isinstance(form, Flash)
-        return kernel_seconds(form, work_of(self.region, form.skip), self.gpu, self.part)
+        return kernel_seconds(form, work_of(self.region, form.skip), self.gpu, self.part, made)
 
     def compile(self, form: Form) -> Outcome:
-        assert isinstance(form, Flash)
         if self.gpu.target is None:
             return Outcome(failure=f"compile for {self.gpu.name}: {self.gpu.no_target}")
-        s, kernel = self.region.shape, COMPILED[list(KERNELS).index(self.part)]
-        knobs, slots = FlashKnobs.parse(form.spell()), slots_of(self.region, self.part)
-        dtype = getattr(torch, self.region.dtype)
         try:
-            job = flash_job(kernel, self.region.rule, slots, dtype, s.group, s.E, s.Ev, knobs, self.gpu.target)
+            made = [compile_job(job) for job in self._jobs(form, self.gpu.target)]
         except LoweringError as exc:
             return Outcome(failure=str(exc))
-        made = compile_job(job)
-        if isinstance(made, Failure):
-            return Outcome(failure=made.sentence)
-        return Outcome(kernel_seconds(form, work_of(self.region, form.skip), self.gpu, self.part, made))
+        for one in made:
+            if isinstance(one, Failure):
+                return Outcome(failure=one.sentence)
+        assert isinstance(made[0], Compiled)
+        return Outcome(self._seconds(form, made[0]))
+
+    def _jobs(self, form: Form, target: str) -> list[Job]:
+        s, slots, dtype = self.region.shape, slots_of(self.region, self.part), getattr(torch, self.region.dtype)
+        if isinstance(form, FlashDecode):
+            knobs = DecodeKnobs(**{f.name: getattr(form, f.name) for f in fields(form)})
+            return decode_jobs(self.region.rule, slots, dtype, s.group, s.E, s.Ev, knobs, target)
+        kernel = COMPILED[list(KERNELS).index(self.part)]
+        spelled = FlashKnobs.parse(form.spell())
+        return [flash_job(kernel, self.region.rule, slots, dtype, s.group, s.E, s.Ev, spelled, target)]
 
     def measure(self, form: Form) -> Outcome:
         return self._bench.run(form)
 
     @cached_property
     def _bench(self) -> Bench:
-        return Bench(self.region, self.gpu, self.part, self.start)
+        return Bench(self.region, self.gpu, self.part)
 
 
 def slots_of(region: AttentionRegion, part: str) -> tuple[Slot, ...]:
@@ -113,5 +129,5 @@ def flash_problems(regions: Iterable[Region], devices: Iterable[str]) -> list[Fl
                 continue
             start = start_of(region, gpu)
             if start is not None:
-                problems += [FlashProblem(region, gpu, part, start) for part in kernels_of(region)]
+                problems += [FlashProblem(region, gpu, part, start) for part in kernels_of(start, region)]
     return problems

@@ -14,7 +14,7 @@ import torch
 from attnc.cost_models.device import Gpu, device_from_torch_name
 from attnc.errors import UsageError
 from attnc.forms.base import Form
-from attnc.forms.flash import Flash
+from attnc.forms.flash_decode import FlashDecode
 from attnc.forms.masked import reference, settle_empty
 from attnc.region import AttentionRegion
 from attnc.tuning.bench import Clock, DeviceClock, measured
@@ -32,7 +32,6 @@ class Bench:
     region: AttentionRegion
     gpu: Gpu
     part: str
-    start: Flash
 
     def run(self, form: Form) -> Outcome:
         """Seconds of the forward, or of the whole backward for its kernels; a failure where results are wrong."""
@@ -61,8 +60,9 @@ class Bench:
     def _call(self, form: Form):
         qkv, captured = self._inputs
         sizes, spelling = list(self.region.sizes), self._spelled(form)
-        if self.part == "forward":
-            return lambda: torch.ops.attnc.flash(*qkv, captured, sizes, spelling)
+        if self.part in ("forward", "decode"):
+            run = torch.ops.attnc.flash_decode if isinstance(form, FlashDecode) else torch.ops.attnc.flash
+            return lambda: run(*qkv, captured, sizes, spelling)
         out, lse = torch.ops.attnc.flash(*qkv, captured, sizes, spelling)
         grad, needs = torch.randn_like(out), [t.is_floating_point() for t in captured]
         return lambda: torch.ops.attnc.flash_backward(grad, *qkv, out, lse, captured, sizes, needs, spelling)
@@ -77,13 +77,14 @@ class Bench:
         region = replace(self.region, shape=shape)
         (query, key, value), captured = inputs_of(region, torch.device("cuda"))
         leaves = [t.requires_grad_() for t in (query, key, value)]
-        out, lse = torch.ops.attnc.flash(query, key, value, captured, list(region.sizes), self._spelled(form))
+        run = torch.ops.attnc.flash_decode if isinstance(form, FlashDecode) else torch.ops.attnc.flash
+        out, lse = run(query, key, value, captured, list(region.sizes), self._spelled(form))
         if rule.sink is None:
             out = settle_empty(out, lse > -torch.inf, query, key, value, captured, list(region.sizes), rule)
         wide = [t.detach().float().requires_grad_() for t in leaves]
         want, _ = reference(*wide, captured, list(region.sizes), rule)
         pairs = [(out, want)]
-        if self.part != "forward":
+        if self.part in ("dq", "dkv"):
             grad = torch.randn_like(want)
             got = torch.autograd.grad(out, leaves, grad.to(out.dtype))
             pairs = list(zip(got, torch.autograd.grad(want, wide, grad), strict=True))

@@ -1,0 +1,94 @@
+"""The operator `attnc::flash_decode`: few query rows over many keys, by generated Triton kernels; no gradient.
+
+    flash_decode(query, key, value, captured, sizes, spelling) -> (out, lse)
+    spelling = KNOBS | RULE        e.g. "flash_decode{splits=8} | score=0.125 * s; empty=never"
+
+Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32. lse is
+natural and holds the sink. On a GPU compilers see the kernels; on CPU, where Triton's interpreter runs them, one opaque
+operator.
+
+Source: Dao et al. 2023, "Flash-Decoding for long-context inference", pytorch.org/blog/flash-decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from attnc.codegen import gpu_decode, gpu_flash
+from attnc.codegen.gpu_decode import KERNELS, DecodeKnobs
+from attnc.codegen.load import kernel_folder, load
+from attnc.codegen.render import render_rule, skeleton_text
+from attnc.codegen.triton_text import Slot, slot_of
+from attnc.errors import UsageError
+from attnc.forms import parse_form
+from attnc.forms.flash_decode import FlashDecode
+from attnc.options import Options
+from attnc.rule_attention import AttentionRule
+
+library = torch.library.Library("attnc", "FRAGMENT")
+library.define(
+    "flash_decode_interpreted(Tensor query, Tensor key, Tensor value, Tensor[] captured, SymInt[] sizes, str spelling) "
+    "-> (Tensor, Tensor)"
+)
+
+
+@lru_cache(maxsize=1024)
+def parse_decode(spelling: str) -> tuple[DecodeKnobs, AttentionRule]:
+    """The knobs and the rule of a spelling. Raises: UsageError if it is not one."""
+    form, bar, rule = spelling.partition(" | ")
+    found = parse_form(form) if bar else None
+    if not isinstance(found, FlashDecode):
+        raise UsageError(
+            f"parse the spelling {spelling!r} of attnc::flash_decode: allowed is 'flash_decode{{knobs}} | RULE'. Build "
+            "it from a FlashDecode and a rule."
+        )
+    return DecodeKnobs(**{f.name: getattr(found, f.name) for f in fields(found)}), AttentionRule.parse(rule)
+
+
+@lru_cache(maxsize=1024)
+def kernels_of(rule: str, slots: tuple[Slot, ...], device: str) -> ModuleType:
+    """The loaded module for a spelled rule; knobs are arguments of a launch, not of the source."""
+    text = render_rule(
+        skeleton_text("flash_decode"),
+        AttentionRule.parse(rule),
+        slots,
+        spelling="flash_decode",
+        device=device,
+        kernels=KERNELS,
+    )
+    return load(text, kernel_folder(Options().store))
+
+
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], sizes: Sequence[int], spelling: str
+) -> tuple[Tensor, Tensor]:
+    knobs, rule = parse_decode(spelling)
+    slots = tuple(slot_of(t, needs_grad=False) for t in captured)
+    kernels = kernels_of(rule.spell(), slots, query.device.type)
+    return gpu_decode.decode(kernels, query, key, value, captured, sizes, rule, knobs)
+
+
+def _fake(query: Tensor, key: Tensor, value: Tensor, captured: Any, sizes: Any, spelling: str) -> tuple[Tensor, Tensor]:
+    return gpu_flash.empty_out(query, value)
+
+
+library.impl("flash_decode_interpreted", _launch, "CPU")
+torch.library.register_fake("attnc::flash_decode_interpreted", _fake, lib=library)
+
+
+@triton_op("attnc::flash_decode", mutates_args=())
+def flash_decode(
+    query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], sizes: Sequence[int], spelling: str
+) -> tuple[Tensor, Tensor]:
+    """out and lse of the spelled attention."""
+    if query.device.type == "cpu":
+        return torch.ops.attnc.flash_decode_interpreted(query, key, value, captured, sizes, spelling)
+    return _launch(query, key, value, captured, sizes, spelling)
