@@ -24,7 +24,7 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
     """The captured graph with its chosen forms in place; None if nothing is rewritten (use the original graph)."""
     assert analysis.gm is not None
     store = Store(options.store)
-    changed = False
+    changed = bool(analysis.reordered)
     for position, found in enumerate(analysis.found):
         choice = found.region.choice
         if choice is None or not choice.rewrites or found.match is None or found.facts is None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import fx
 
 from attnc.errors import CaptureError
 from attnc.options import Options
+from attnc.passes.attention.absorb import keep_latent
 from attnc.passes.attention.extent import cut_gradient, inside, leaves_of
 from attnc.passes.attention.factors import settle
 from attnc.passes.attention.flex import flex_regions
@@ -21,7 +23,7 @@ from attnc.passes.attention.repeats import Repeats
 from attnc.passes.attention.rules import label
 from attnc.passes.attention.shared import own_weights
 from attnc.passes.capture import capture
-from attnc.passes.choose import choose
+from attnc.passes.choose import choose, target_device
 from attnc.passes.dead import dead_ends
 from attnc.passes.ffn.lift import ffns
 from attnc.passes.found import Found, missed
@@ -52,6 +54,7 @@ class Analysis:
     unmatched: list[Unmatched] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    reordered: list[str] = field(default_factory=list)  # what was rewritten before it was lifted, a sentence each
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -86,6 +89,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         return analysis
     for part in bodies(analysis.gm):
         _analyse_part(part, analysis, options)
+    analysis.notes += analysis.reordered
     return analysis
 
 
@@ -101,6 +105,7 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
     with analysis.timed("normalize"):
         normalize(gm)
         own_weights(gm.graph)
+        analysis.reordered += keep_latent(gm.graph, partial(target_device, options.device))
         facts = GraphFacts(gm.graph)
     with analysis.timed("lift"):
         analysis.found += [Found(region) for region in flex_regions(gm.graph)]

@@ -74,8 +74,7 @@ def join(
     further: Sequence[tuple[Product, Index, float]],
     pair: tuple[Operand, Operand],
     rename: Callable[[Expr], Expr],
-    query_roles: Roles,
-    key_roles: Roles,
+    both: tuple[Roles, Roles],
     names: Ranges,
     end: fx.Node,
 ) -> tuple[Operand, Operand] | NoMatch:
@@ -88,7 +87,7 @@ def join(
         ranges.box = dict(names.box)
         ranges.declare("e", width)
         traced = []
-        for side, node, roles in (("left", product.left, query_roles), ("right", product.right, key_roles)):
+        for side, node, roles in (("left", product.left, both[0]), ("right", product.right, both[1])):
             at = tuple(map(rename, product.index(side, index, roles.width)))
             own = replace(roles, extents=(*roles.extents[:2], width))
             operand = trace_operand(facts, node, at, own, ranges, end)

@@ -52,6 +52,7 @@ class Match:
     repeats_heads: bool = False
     row_factor: Expr | None = None
     readers: list[fx.Node] = field(default_factory=list)  # what else reads the weights, which must then stay
+    products: tuple[Product, Product] | None = None  # of the scores and with the values, where they are written out
 
 
 def anchors(graph: fx.Graph) -> list[fx.Node]:
@@ -201,14 +202,15 @@ def _assemble(facts, anchor, weights, pulling, value, sink, kept, found, row, co
         (score_product.right, tuple(map(rename, k_index))),
         (final.right, tuple(map(rename, final.index("right", outer, J)))),
     )
-    names = _named(batch_size, const(q_heads), *lengths, widths[0])
+    names = named(batch_size, const(q_heads), *lengths, widths[0])
     operands = _operands(facts, sides, (batch_size, q_heads, lengths, widths), names, final.node)
     if isinstance(operands, NoMatch):
         return operands
     query, key, value_operand = operands
     further = [(*part, weigh) for part, weigh in zip(found[1:], weighs[1:], strict=True)]
-    roles = [Roles(at, var("e"), q_heads, (batch_size, n, widths[0])) for at, n in zip((I, J), lengths, strict=True)]
-    pair = join(facts, further, (query, key), rename, *roles, names, final.node)
+    rows, columns = ((batch_size, length, widths[0]) for length in lengths)
+    roles = Roles(I, var("e"), q_heads, rows), Roles(J, var("e"), q_heads, columns)
+    pair = join(facts, further, (query, key), rename, roles, names, final.node)
     if isinstance(pair, NoMatch):
         return pair
     query, key = pair
@@ -226,6 +228,7 @@ def _assemble(facts, anchor, weights, pulling, value, sink, kept, found, row, co
         lengths, (sum(width_of(part) for part, _ in found), int(widths[1].value)), layout,
         sink=None if sink is None else sub(rename(sink), masked.shift), dropout=weights.dropout,
         repeats_heads=_heads_of(score_product.right) > key.heads(q_heads), readers=weights.readers,
+        products=(score_product, final),
     )
 
 
@@ -249,7 +252,7 @@ def _of_parameters(node: fx.Node) -> bool:
     return False
 
 
-def _named(batch: Expr, heads: Expr, length_q: Expr, length_k: Expr, width: Expr) -> Ranges:
+def named(batch: Expr, heads: Expr, length_q: Expr, length_k: Expr, width: Expr) -> Ranges:
     """The ranges of b, h, i, j and e."""
     ranges = Ranges()
     for name, extent in (("b", batch), ("h", heads), ("i", length_q), ("j", length_k), ("e", width)):
@@ -320,7 +323,7 @@ def _lift_sdpa(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
         return NoMatch("the number of heads is symbolic", anchor)
     q_heads, k_heads = int(heads.value), int(shapes[1][-3].value)
     lengths = (shapes[0][-2], shapes[1][-2])
-    ranges = _named(batch, heads, *lengths, shapes[0][-1])
+    ranges = named(batch, heads, *lengths, shapes[0][-1])
     sides = []
     for node, position, shape in ((query, I, shapes[0]), (key, J, shapes[1]), (value, J, shapes[2])):
         # Keys and values may be repeated each by its own factor.

@@ -148,4 +148,5 @@ def _moved(match: Match, image: Mapping[fx.Node, fx.Node]) -> Match:
         key=match.key.moved(image),
         value=match.value.moved(image),
         captured=[image[node] for node in match.captured],
+        products=None,
     )
