@@ -294,8 +294,10 @@ def flash_dq(
             if EV_TAIL > 0:
                 v_tail = tile(p_vj, column, v_l, v_e, m_column, EV_MAIN, EV_TAIL, EV, whole == 0).to(do.dtype)
                 dp = tl.dot(do_tail, tl.trans(v_tail), dp, input_precision=PRECISION)
-            x = logits(s, b, h, i, j, m_ok, captured, SCALE, whole == 0)
-            d_score = tl.exp2(x * FACTOR - lse) * (dp - delta)
+            p = tl.exp2(logits(s, b, h, i, j, m_ok, captured, SCALE, False) * FACTOR - lse)
+            if whole == 0:
+                p = tl.where(m_ok & keep(b, h, i, j, m_ok, captured), p, 0.0)
+            d_score = p * (dp - delta)
             add_grads(d_score, s, b, h, i, j, m_ok, captured, captured_grads)
             ds = slopes(d_score, s, b, h, i, j, m_ok, captured, SCALE, whole == 0).to(do.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
@@ -376,8 +378,9 @@ def flash_dkv(
                 if EV_TAIL > 0:
                     do_tail = tile(p_doi, row, o_l, o_e, m_row, EV_MAIN, EV_TAIL, EV, whole == 0)
                     dp = tl.dot(v_tail, tl.trans(do_tail), dp, input_precision=PRECISION)
-                x = logits(s, b, h, i, j, m_ok, captured, SCALE, whole == 0)
-                p = tl.exp2(x * FACTOR - lse[None, :])
+                p = tl.exp2(logits(s, b, h, i, j, m_ok, captured, SCALE, False) * FACTOR - lse[None, :])
+                if whole == 0:
+                    p = tl.where(m_ok & keep(b, h, i, j, m_ok, captured), p, 0.0)
                 dv = tl.dot(p.to(k.dtype), do, dv, input_precision=PRECISION)
                 ds = slopes(p * (dp - delta[None, :]), s, b, h, i, j, m_ok, captured, SCALE, whole == 0).to(k.dtype)
                 dk = tl.dot(ds, q, dk, input_precision=PRECISION)
