@@ -41,10 +41,14 @@ def serve(folder: str, memory_bytes: int) -> None:
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for line in sys.stdin:
-        answers.write(json.dumps(answer(json.loads(line), folder)) + "\n")
-        answers.flush()
-    shutil.rmtree(folder, ignore_errors=True)  # a killed parent cannot
+    try:
+        for line in sys.stdin:
+            answers.write(json.dumps(answer(json.loads(line), folder)) + "\n")
+            answers.flush()
+    except BrokenPipeError:
+        pass  # nobody is left to hear the answer
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # a killed parent cannot
 
 
 def answer(job: dict[str, Any], scratch: str) -> dict[str, Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,6 +152,24 @@ def test_a_worker_lives_on_after_a_failure_and_is_replaced_after_a_crash(kept: P
     for text in ("x = 1", "import os\nos.abort()"):
         assert isinstance(compile_for(text, "attend", {}, {}, "cuda:80", folder=tmp_path), Failure)
     assert isinstance(attend("cuda:80", kept), Compiled)
+
+
+def test_a_killed_process_leaves_no_worker_and_no_files(tmp_path: Path) -> None:
+    script = (
+        "import os, threading, time\n"
+        "from attnc.codegen.compile_pool import POOL\n"
+        "job = {'text': 'open(\"begun\", \"w\"); import time; time.sleep(0.5)', 'kernel': 'k'}\n"
+        "threading.Thread(target=POOL.run, args=(job, 60), daemon=True).start()\n"
+        "while not os.path.exists('begun'): time.sleep(0.05)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, timeout=60, check=False)
+    assert ended.returncode == -9
+    deadline = time.monotonic() + 30
+    while list(tmp_path.glob("attnc-compile-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [p.name for p in tmp_path.iterdir()] == ["begun"]
 
 
 @pytest.fixture
