@@ -1,0 +1,115 @@
+"""Kernels of a region as problems: found, compiled for a GPU that is not here, kept, and picked up by the choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import attnc
+from attnc.forms.flash import Flash
+from attnc.options import Options
+from attnc.passes.choose import choose
+from attnc.plan import Plan
+from attnc.region import AttentionRegion, Choice
+from attnc.rule_attention import AttentionRule, AttentionShape
+from attnc.tuned import record_key, records_in, tuned
+from attnc.tuning.flash import flash_problems, slots_of
+from attnc.tuning.search import Settings
+from attnc.tuning.tune import tune
+
+
+def region(keep: str = "j - i <= 0 and i - j <= 511", L: int = 4096, **facts) -> AttentionRegion:
+    rule = AttentionRule.parse(f"score=0.125 * s; keep={keep}")
+    shape = AttentionShape(1, 8, 2, L, L, 64, 64)
+    facts = {"shape": shape, "written": "sdpa", "dtype": "bfloat16", "device": "cpu", **facts}
+    return AttentionRegion(path="layers.0", node="sdpa", rule=rule, **facts)
+
+
+@pytest.fixture
+def options(tmp_path) -> Options:
+    return Options(device="h100", store=str(tmp_path))
+
+
+def test_each_kernel_is_a_problem_of_its_own() -> None:
+    assert [p.part for p in flash_problems([region()], ["h100"])] == ["forward"]
+    assert [p.part for p in flash_problems([region(training=True)], ["h100"])] == ["forward", "dq", "dkv"]
+    one_row = region("j - i <= 4095", shape=AttentionShape(1, 8, 2, 1, 4096, 64, 64))
+    assert [p.part for p in flash_problems([one_row], ["a100"])] == ["decode"]
+    assert len({p.key for p in flash_problems([region(), region(L=8192)], ["h100", "a100"])}) == 2
+
+
+def test_what_flash_cannot_compute_is_no_problem() -> None:
+    assert flash_problems([region(dtype="float64")], ["h100"]) == []
+
+
+def test_captured_tensors_are_read_from_the_facts() -> None:
+    slots = slots_of(region(captured=("float32[8]", "int64[1, 4096]")), "dq")
+    assert [(str(s.dtype), s.rank, s.needs_grad) for s in slots] == [
+        ("torch.float32", 1, True),
+        ("torch.int64", 2, False),
+    ]
+
+
+@pytest.mark.parametrize("device", ["h100", "mi300x"])
+def test_a_setting_compiles_for_a_gpu_that_is_not_here(device: str) -> None:
+    (problem,) = flash_problems([region()], [device])
+    found = problem.compile(problem.space()[0])
+    assert found.failure is None and found.seconds is not None
+    assert 0.3 < found.seconds / problem.predict(problem.space()[0]) < 4
+
+
+def test_a_gpu_without_a_triton_target_fails_with_a_sentence() -> None:
+    (problem,) = flash_problems([region()], ["v100"])
+    failure = problem.compile(problem.space()[0]).failure
+    assert failure is not None and "v100" in failure
+
+
+def test_records_are_picked_up_by_the_choice(options: Options) -> None:
+    before = choose(region(), options).choice
+    assert before is not None and before.name == "flash" and not before.reason.startswith("tuned")
+    problems = flash_problems([region()], ["h100"])
+    settings = Settings(trials=60, fidelity="predict", storage="memory")
+    (record,) = tune(problems, settings, records=records_in(options.store))
+    assert record.key == record_key(region(), problems[0].gpu, "forward")
+    after = choose(region(), options).choice
+    assert after is not None and after.reason.startswith("tuned")
+    assert after.form == record.best and after.predicted_s <= before.predicted_s
+
+
+def test_records_of_training_join_three_kernels(options: Options) -> None:
+    where = region(training=True)
+    problems = flash_problems([where], ["h100"])
+    assert tuned(where, problems[0].gpu, options.store) is None
+    tune(problems, Settings(trials=20, fidelity="predict", storage="memory"), records=records_in(options.store))
+    found = tuned(where, problems[0].gpu, options.store)
+    assert found is not None and isinstance(found[0], Flash)
+    whole = found[0].seconds(where, problems[0].gpu)
+    assert found[1] == pytest.approx(whole, rel=0.05)
+
+
+def test_a_plan_decides_by_path_and_says_so(options: Options) -> None:
+    plan = Plan({"layers.0": Choice("flash{block_m=64,block_n=64}", "by hand")}, "h100")
+    chosen = choose(region(), Options(device="h100", store=options.store, plan=plan)).choice
+    assert (
+        chosen is not None and chosen.form == "flash{block_m=64,block_n=64}" and "by the plan for h100" in chosen.reason
+    )
+
+
+def test_a_plan_that_does_not_apply_leaves_the_region(options: Options) -> None:
+    plan = Plan({"layers.0": Choice("flash_decode", "by hand")}, "h100")
+    chosen = choose(region(), Options(device="h100", store=options.store, plan=plan)).choice
+    assert chosen is not None and not chosen.rewrites and "at most 16 query rows" in chosen.reason
+
+
+def test_autotune_returns_a_plan_and_keeps_records(options: Options) -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, x):
+            distance = torch.arange(x.shape[2])[:, None] - torch.arange(x.shape[2])
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=(distance >= 0) & (distance < 64))
+
+    x = torch.randn(1, 2, 2048, 64, dtype=torch.bfloat16)
+    plan = attnc.autotune(Attend(), x, device="h100", trials=10, fidelity="predict", options={"store": options.store})
+    (choice,) = plan.choices.values()
+    assert plan.device == "h100" and choice.name == "flash" and choice.reason.startswith("tuned")
+    assert Plan.from_json(plan.to_json()) == plan
