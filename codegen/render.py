@@ -14,7 +14,7 @@ import io
 import re
 import textwrap
 import tokenize
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -26,7 +26,7 @@ from attnc.codegen.triton_text import Slot, captured_names, gradient_names
 from attnc.errors import LoweringError
 from attnc.rule_attention import AttentionRule
 
-EXPANDED: dict[str, Callable[[Sequence[str]], tuple[str, ...]]] = {
+EXPANDED: dict[str, Callable[[Iterable[str]], tuple[str, ...]]] = {
     "captured": captured_names,
     "captured_grads": gradient_names,
 }

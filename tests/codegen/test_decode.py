@@ -106,6 +106,13 @@ def test_lengths_of_sequences_come_from_a_captured_tensor(folder: Path) -> None:
     check(rule, qkv, [lengths], [2], folder, DecodeKnobs(16, 32, 4))
 
 
+@pytest.mark.parametrize("keep", ["j <= t0[h] and j <= t1[b]", "j - 9 * h <= 5 and 9 * h - j <= 4"])
+def test_ranges_of_packed_heads_that_differ(keep: str, folder: Path) -> None:
+    qkv, _ = drawn(Dims(2, 70, 4, 2, 16, 16, 2))
+    captured = [torch.tensor([3, 60, 0, 33]), torch.tensor([50, 20])]
+    check(AttentionRule.parse(f"score=0.25 * s; keep={keep}; empty=zero"), qkv, captured, [], folder)
+
+
 def test_what_lies_behind_a_sequence_in_the_cache_is_not_read(folder: Path) -> None:
     (query, key, value), _ = drawn(Dims(1, 70, 4, 2, 16, 16, 2))
     rule = AttentionRule.parse("score=0.25 * s; keep=j <= t0[b] - 1; empty=zero")
@@ -118,7 +125,7 @@ def test_what_lies_behind_a_sequence_in_the_cache_is_not_read(folder: Path) -> N
 
 
 def test_more_rows_than_a_tile(folder: Path) -> None:
-    dims = Dims(7, 70, 12, 2)
+    dims = Dims(5, 33, 12, 2)
     qkv, captured = drawn(dims)
     check(rule_of("per_head", dims), qkv, captured, [], folder)
 

@@ -195,7 +195,7 @@ def test_a_kill_while_writing_leaves_no_kernel_and_the_next_process_writes_it(fo
 
 
 def test_processes_that_write_the_same_kernel_do_not_disturb_each_other(folder: Path, tmp_path: Path) -> None:
-    children = [writer(folder, tmp_path / f"mark{n}", "go", 60) for n in range(2)]
+    children = [writer(folder, tmp_path / f"mark{n}", "go", 25) for n in range(2)]
     for child in children:
         child.communicate()
     assert [child.returncode for child in children] == [0, 0]
