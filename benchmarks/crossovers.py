@@ -63,7 +63,9 @@ def against_delta(prefill: pd.DataFrame, gdn: pd.DataFrame) -> pd.DataFrame:
 
 
 def against_window(table: pd.DataFrame) -> pd.DataFrame:
-    return joined(table[table.window == 0], table[table.window > 0], [*SHAPE, "seq_kv"])
+    """A window that holds all keys is the dense computation: nothing to decide."""
+    narrow = (table.window > 0) & (table.window < table.seq_kv)
+    return joined(table[table.window == 0], table[narrow], [*SHAPE, "seq_kv"])
 
 
 def against_sparse(mla: pd.DataFrame, dsa: pd.DataFrame) -> pd.DataFrame:

@@ -7,9 +7,10 @@ a part, parts weighing the same, coefficients held near their expected value whe
 fitting.py); no random choice but fixed seeds. Prints, and writes to results/latency_fit.json, per kind: mean absolute
 percentage error and fold error of every part when it is left out, the peak roofline beside it, of a random 30% of the
 shapes left out, and coverage and median width (high over low) of the intervals. The intervals are the shortest that
-hold 77 to 85% of the errors, by the fixed share of the latency: of parts left out, for GPUs whose class of matrix instruction
-was not fitted; of shapes left out, for the others. "By the others' intervals" judges a part by intervals that have not
-seen it. Needs the extra "fit"; about two minutes on one core.
+hold 77 to 85% of the errors, by the fixed share of the latency: of parts left out, for GPUs whose class of matrix
+instruction was not fitted; of shapes left out, for the others.
+"By the others' intervals" judges a part by intervals that have not seen it. Needs the extra "fit"; about two minutes on
+one core.
 """
 
 from __future__ import annotations

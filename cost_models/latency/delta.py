@@ -85,7 +85,7 @@ STAGED = (
 def _scan(name: str, fused: bool) -> Model:
     fixed, seconds = _staged()
     chunks, heads = tiles(seq, CHUNK), batch * v_heads
-    coefficients = (*STAGED, *TRAFFIC)
+    coefficients: tuple[Coefficient, ...] = (*STAGED, *TRAFFIC)
     if fused:
         waves = tiles(heads, sms)
         one = (C("fused_launch") + waves * (chunks * C("fused_chunk") + C("fused_block"))) / clock
