@@ -18,6 +18,7 @@ from attnc.passes.attention.absorb import keep_latent
 from attnc.passes.attention.extent import cut_gradient, inside, leaves_of
 from attnc.passes.attention.factors import settle
 from attnc.passes.attention.flex import flex_regions
+from attnc.passes.attention.folded import fold_heads
 from attnc.passes.attention.lift import Match, anchors, lift
 from attnc.passes.attention.repeats import Repeats
 from attnc.passes.attention.rules import label
@@ -105,6 +106,7 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
     with analysis.timed("normalize"):
         normalize(gm)
         own_weights(gm.graph)
+        fold_heads(gm.graph)
         analysis.reordered += keep_latent(gm.graph, partial(target_device, options.device))
         facts = GraphFacts(gm.graph)
     with analysis.timed("lift"):

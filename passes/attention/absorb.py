@@ -68,7 +68,7 @@ def absorb(graph: fx.Graph, found: Latent) -> None:
     """Write the region of `found` over its latents."""
     match, sdpa = found.match, found.match.written.startswith("sdpa")
     before = match.anchor if sdpa else match.products[0].node  # type: ignore[index]
-    emit = _Emitter(graph, match.out)
+    emit = Emitter(graph, match.out)
     batch = int(match.batch.value) if match.batch.is_const else tensor_of(match.out).shape[0]  # type: ignore[union-attr]
     with graph.inserting_before(before):
         query = match.query.emit(graph, batch, match.q_heads)
@@ -98,7 +98,7 @@ def absorb(graph: fx.Graph, found: Latent) -> None:
     match.out.replace_all_uses_with(out)
 
 
-def _sdpa(emit: _Emitter, match: Match, query: fx.Node, key: fx.Node, value: fx.Node) -> fx.Node:
+def _sdpa(emit: Emitter, match: Match, query: fx.Node, key: fx.Node, value: fx.Node) -> fx.Node:
     """The same call over latents; its scale stays that of the written width."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = dict(zip(names, match.anchor.args, strict=False)) | dict(match.anchor.kwargs)
@@ -114,7 +114,7 @@ def _sdpa(emit: _Emitter, match: Match, query: fx.Node, key: fx.Node, value: fx.
     return called
 
 
-def _per_head(emit: _Emitter, e: Expansion, heads: int) -> fx.Node:
+def _per_head(emit: Emitter, e: Expansion, heads: int) -> fx.Node:
     """The up-projection as (H, width, rank)."""
     if e.stride == e.width:
         block = emit(aten.narrow.default, e.weight, 0, e.offset, heads * e.width)
@@ -136,7 +136,7 @@ def _erase_unread(graph: fx.Graph, node: fx.Node) -> None:
     graph.eliminate_dead_code()
 
 
-class _Emitter:
+class Emitter:
     """Calls with their values computed, at the insertion point, under the name of the node they stand for."""
 
     def __init__(self, graph: fx.Graph, like: fx.Node) -> None:

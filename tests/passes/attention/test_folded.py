@@ -1,0 +1,79 @@
+"""A matrix that all heads share is folded into the projection before it; what stands between forbids it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnc
+from attnc.passes import pipeline
+from tests.gallery_family_a import KnockingHeads
+from tests.gallery_run import assert_same, attention, attnc_compiled, run
+
+MANY, FEW = 70, 16  # tokens of each of two rows, beside 64 channels
+
+
+@pytest.fixture
+def folds(monkeypatch) -> list[int]:
+    """How many matrices each analysed graph folds."""
+    counted: list[int] = []
+    fold = pipeline.fold_heads
+    monkeypatch.setattr(pipeline, "fold_heads", lambda graph: counted.append(fold(graph)))
+    return counted
+
+
+def same(model: nn.Module, tokens: int) -> None:
+    x = torch.randn(2, tokens, 64)
+    want = run(model, (x,), True)
+    model.zero_grad()
+    compiled = attnc_compiled(model)
+    assert_same(run(compiled, (x,), True, named=model), want)
+    assert attention(attnc.last_report(compiled))
+
+
+class Between(KnockingHeads):
+    """Something stands between the projection and the shared matrix."""
+
+    def __init__(self, between) -> None:
+        super().__init__()
+        self.between = between
+
+    def heads(self, x: Tensor, width: int = 16) -> Tensor:
+        return self.between(super().heads(x, width))
+
+
+def test_linear_knocking_disappears_into_three_projections(folds) -> None:
+    same(KnockingHeads(), MANY)
+    assert folds == [3]
+
+
+def test_fewer_tokens_than_channels_keep_the_matrix(folds) -> None:
+    same(KnockingHeads(), FEW)
+    assert folds == [0]
+
+
+def test_nonlinear_values_keep_what_follows_the_fold(folds) -> None:
+    same(KnockingHeads(mlp=True), MANY)
+    assert folds in ([3], [2])  # the linear part of the values folds as well; its gate and up-projection stay
+
+
+@pytest.mark.parametrize(
+    "between",
+    [torch.tanh, lambda x: x + 1.0, lambda x: x.cumsum(2), lambda x: torch.nn.functional.normalize(x, dim=-1)],
+    ids=["tanh", "shift", "sum_over_tokens", "norm"],
+)
+def test_what_stands_between_forbids_the_fold(folds, between) -> None:
+    same(Between(between), MANY)
+    assert folds == [0]
+
+
+def test_weights_updated_after_compile_are_used(folds) -> None:
+    model, x = KnockingHeads(), torch.randn(2, MANY, 64)
+    compiled = attnc_compiled(model)
+    with torch.no_grad():
+        compiled(x)
+        model.knock_k.mul_(1.5)
+        model.q.weight.mul_(0.5)
+        assert (compiled(x) - model(x)).abs().max() < 1e-5
+    assert folds[0] == 3
