@@ -66,7 +66,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "full_every": ("full_attention_interval", "global_attn_every_n_layers", "no_rope_layer_interval"),
 }
 FLAGS = {"tied", "qkv_bias", "out_bias", "ffn_bias", "qk_norm", "head_bias", "conv_bias", "proj_bias"}
-LARGEST = 10**9  # no size of a model comes near it; a config beyond it is a mistake
+LARGEST, MOST_LAYERS = 10**9, 10_000  # no model comes near them; a config beyond them is a mistake
 
 
 class Facts:
@@ -95,7 +95,8 @@ class Facts:
         Raises: UsageError for anything else.
         """
         key, value = self.find(word)
-        return default if value is None else int(_number(key, value, 0, whole=True))
+        most = MOST_LAYERS if word == "layers" else LARGEST
+        return default if value is None else int(_number(key, value, 0, most, whole=True))
 
     def need(self, word: str, default: int | None = None) -> int:
         """A positive whole number; without one, 1 stands in and the key is noted as missing."""
@@ -174,11 +175,11 @@ class Facts:
         return inner
 
 
-def _number(key: str, value: object, least: float, *, whole: bool) -> float:
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= LARGEST
+def _number(key: str, value: object, least: float, most: int = LARGEST, *, whole: bool) -> float:
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
     if not numeric or (whole and int(value) != value):  # type: ignore[call-overload]
         raise UsageError(
             f"config {key}={value!r:.60}: found {type(value).__name__}, allowed is a {'whole ' if whole else ''}number "
-            f"from {least:g} to {LARGEST}. Correct the config."
+            f"from {least:g} to {most}. Correct the config."
         )
     return value  # type: ignore[return-value]

@@ -19,6 +19,7 @@ from attnc.cost_models.mixers import (
     mamba2,
     short_conv,
 )
+from attnc.errors import UsageError
 
 Plan = list[tuple[str, ...]]
 
@@ -52,6 +53,7 @@ def _attention(shape: str) -> Callable[[Facts], Layer]:
 
 
 def _mla(facts: Facts) -> Layer:
+    indexed = facts.size("index_top")
     return LatentAttention(
         facts.need("d_model"),
         facts.need("heads"),
@@ -61,9 +63,9 @@ def _mla(facts: Facts) -> Layer:
         facts.need("rope"),
         facts.need("v_dim"),
         facts.flag("qkv_bias"),
-        facts.size("index_heads"),
-        facts.size("index_dim"),
-        facts.size("index_top"),
+        facts.need("index_heads") if indexed else 0,
+        facts.need("index_dim") if indexed else 0,
+        indexed,
     )
 
 
@@ -147,16 +149,19 @@ def _dense(facts: Facts) -> Layer:
 
 def _moe(facts: Facts) -> Layer:
     width = facts.need("d_expert")
+    experts, top, zero = facts.need("experts"), facts.need("top_k"), facts.size("zero_experts")
+    if top > experts + zero and not facts.missing:
+        raise UsageError(f"config {facts.find('top_k')[0]}={top}: allowed is at most the {experts + zero} experts.")
     shared = facts.size("shared_width") or facts.size("shared_experts") * width
     return Experts(
         facts.need("d_model"),
         width,
-        facts.need("experts"),
-        facts.need("top_k"),
+        experts,
+        top,
         gated=not facts.fixed.get("plain_ffn"),
         shared_width=facts.need("d_expert") if facts.fixed.get("shared_like_expert") else shared,
         shared_gate=bool(facts.fixed.get("shared_gate")),
-        zero_experts=facts.size("zero_experts"),
+        zero_experts=zero,
         latent=facts.size("latent"),
         router_bias=bool(facts.fixed.get("router_bias")),
         expert_bias=bool(facts.fixed.get("expert_bias")),

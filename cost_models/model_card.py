@@ -21,7 +21,7 @@ from typing import Any
 
 import sympy
 
-from attnc.cost_models.config_keys import KEYS, Facts
+from attnc.cost_models.config_keys import KEYS, MOST_LAYERS, Facts
 from attnc.cost_models.config_layers import BUILDERS, embedding
 from attnc.cost_models.families import ALIASES, FAMILIES, LIKE_LLAMA, Family
 from attnc.cost_models.layers import LENGTH, USUAL, Conventions, Embedding, Experts, Layer, Norms
@@ -30,7 +30,6 @@ from attnc.errors import UsageError, did_you_mean
 PHASES = ("prefill", "decode", "train")
 ROLES = ("mixer", "ffn", "router")
 TRAIN_PASSES = 3  # forward, and a backward of twice its products
-LARGEST_LAYERS = 100_000
 # Keys of a config that change what a reader may expect of the counts.
 SAID = {
     "num_nextn_predict_layers": "layers that predict further tokens (MTP) are not counted",
@@ -237,8 +236,8 @@ def model_card(config: Mapping[str, Any], name: str | None = None) -> ModelCard:
     notes += [said for key, said in SAID.items() if config.get(key)]
     facts = Facts(config, family.defaults, family.fixed)
     plan = family.plan(facts)
-    if len(plan) > LARGEST_LAYERS:
-        raise UsageError(f"config: found {len(plan)} layers, allowed are {LARGEST_LAYERS}. Correct it.")
+    if len(plan) > MOST_LAYERS:
+        raise UsageError(f"config: found {len(plan)} layers, allowed are {MOST_LAYERS}. Correct it.")
     words = Counter(word for block in plan for word in block)
     layers = [(BUILDERS[word](facts), count) for word, count in words.items()]
     norms = Norms(facts.need("d_model"), family.norms * len(plan) + family.final_norms, family.norm_bias)

@@ -225,6 +225,7 @@ def test_an_unknown_architecture_with_the_standard_keys_is_read_as_a_llama_with_
         ({**CONFIGS["DeepSeek-V3"], "num_experts_per_tok": None}, "found no num_experts_per_tok"),
         ({**CONFIGS["LLaMA-3.1-8B"], "hidden_size": "big"}, "hidden_size='big': found str"),
         ({**CONFIGS["LLaMA-3.1-8B"], "hidden_size": -3}, "whole number"),
+        ({**CONFIGS["LLaMA-3.1-8B"], "num_hidden_layers": 10**9}, "from 0 to 10000"),
         ({**CONFIGS["LLaMA-3.1-8B"], "tie_word_embeddings": 1}, "true and false"),
         ({**CONFIGS["LLaMA-3.1-8B"], "layer_types": ["full_attention"]}, "1 entries for 32 layers"),
         ({**CONFIGS["LLaMA-3.1-8B"], "layer_types": ["hyena"] * 32}, "'hyena'; known are"),
