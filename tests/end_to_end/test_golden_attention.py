@@ -230,3 +230,73 @@ def test_written_layer_reproduces_golden_vectors(fn, name: str, dtype: torch.dty
         found = torch.autograd.grad(out, [given[k] for k in grads], file.tensors["cot_out"].to(dtype))
         for k, grad in zip(grads, found, strict=True):
             assert off(grad, file.tensors[f"grad_{k}"]) < most_of_gradient, k
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Decoding over cached latents: DeepSeek-V3's inference code, naive and absorbed
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class LatentDecode(nn.Module):
+    """The layer over a cache of latents and rotary keys (B, S, C), (B, S, rope); returns both with the new tokens."""
+
+    def __init__(self, weights: dict[str, Tensor], options: dict, absorbed: bool) -> None:
+        super().__init__()
+        self.w = nn.ParameterDict({k.replace(".", "_"): nn.Parameter(x) for k, x in weights.items()})
+        self.o, self.absorbed = options, absorbed
+
+    def turned(self, x: Tensor, first: int) -> Tensor:
+        """Pairs (2i, 2i + 1) of (B, T, ..., rope) turned by the position, as they lie."""
+        rope = x.shape[-1]
+        at = torch.arange(first, first + x.shape[1], dtype=x.dtype)
+        angle = at[:, None] * self.o["rope_theta"] ** (-torch.arange(0, rope, 2, dtype=x.dtype) / rope)
+        angle = angle.view(-1, *(1,) * (x.dim() - 3), rope // 2)
+        even, odd = x[..., ::2], x[..., 1::2]
+        cos, sin = angle.cos(), angle.sin()
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+    def forward(self, x: Tensor, latent: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        w, o, first = self.w, self.o, latent.shape[1]
+        nope, width, heads = o["qk_nope_head_dim"], o["v_head_dim"], o["heads"]
+        q = F.linear(norm(F.linear(x, w["wq_a_weight"]), w["q_norm_weight"]), w["wq_b_weight"])
+        q = q.unflatten(-1, (heads, -1))
+        q = torch.cat([q[..., :nope], self.turned(q[..., nope:], first)], -1)
+        new, turning = F.linear(x, w["wkv_a_weight"]).split([o["kv_lora_rank"], o["qk_rope_head_dim"]], -1)
+        latent = torch.cat([latent, norm(new, w["kv_norm_weight"])], 1)
+        rope = torch.cat([rope, self.turned(turning, first)], 1)
+        i, j = torch.arange(x.shape[1])[:, None] + first, torch.arange(latent.shape[1])
+        mask = torch.where(j <= i, 0.0, -torch.inf).to(x.dtype)
+        if self.absorbed:
+            up = w["wkv_b_weight"].view(heads, -1, latent.shape[-1])
+            scores = torch.einsum("bshc,btc->bsht", torch.einsum("bshd,hdc->bshc", q[..., :nope], up[:, :nope]), latent)
+            scores = (scores + torch.einsum("bshr,btr->bsht", q[..., nope:], rope)) * o["scale"] + mask[:, None]
+            summed = torch.einsum("bsht,btc->bshc", scores.softmax(-1), latent)
+            out = torch.einsum("bshc,hdc->bshd", summed, up[:, -width:])
+        else:
+            kv = F.linear(latent, w["wkv_b_weight"]).unflatten(-1, (heads, -1)).transpose(1, 2)
+            k = torch.cat([kv[..., :nope], rope[:, None].expand(-1, heads, -1, -1)], -1)
+            out = ((q.transpose(1, 2) @ k.mT * o["scale"] + mask).softmax(-1) @ kv[..., nope:]).transpose(1, 2)
+        return F.linear(out.flatten(2), w["wo_weight"]), latent, rope
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("absorbed", [False, True], ids=["naive", "absorbed"])
+def test_decode_over_cached_latents_reproduces_golden_vectors(absorbed: bool, dtype: torch.dtype, golden) -> None:
+    file = golden("mla_absorbed_decode/prefill48_decode4")
+    weights = {k[2:]: x.to(dtype) for k, x in file.inputs.items() if k.startswith("w.")}
+    layer = LatentDecode(weights, file.options, absorbed)
+    compiled = torch.compile(layer, backend="attnc", options=OPTIONS, dynamic=False)
+    prefill, steps = file.inputs["x_prefill"].to(dtype), file.inputs["x_decode"].to(dtype)
+    batch, most = prefill.shape[0], BOUNDS[dtype][0]
+    latent, rope = (prefill.new_zeros(batch, 0, file.options[n]) for n in ("kv_lora_rank", "qk_rope_head_dim"))
+    with torch.no_grad():
+        out, latent, rope = layer(prefill, latent, rope)
+        assert off(out, file.outputs["out_prefill"]) < most
+        outs = []
+        for step in steps.split(1, 1):
+            out, latent, rope = compiled(step, latent, rope)
+            outs.append(out)
+            (region,) = attention(attnc.last_report(compiled))
+            assert (region.shape.H, region.shape.Ev) == (1, file.options["kv_lora_rank"])
+    for name, got in (("out_decode", torch.cat(outs, 1)), ("kv_cache", latent), ("pe_cache", rope)):
+        assert off(got, file.outputs[name]) < most, name
