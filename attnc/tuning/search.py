@@ -343,8 +343,8 @@ class Search:
             self.timings[name] = fresh
 
     def _tell(self, trials: Trials, trial: Trial, timing: Timing) -> None:
-        trials.tell(trial, timing)
         self._know(trial.form.spell(), timing)
+        trials.tell(trial, timing)
         if self.on_progress is not None:
             self.on_progress(self._progress())
 
