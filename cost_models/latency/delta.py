@@ -30,8 +30,6 @@ batch, seq, k_heads, v_heads, d_k, d_v, d_conv, gates = symbols("batch seq k_hea
 C = symbol
 SHAPE = (batch, seq, k_heads, v_heads, d_k, d_v, d_conv)
 CHUNK = 64
-
-
 GAP = Coefficient("gap", 1.0, "us", "between kernels of a graph, whatever the clock", low=0.1, high=5, spread=0.3)
 
 
@@ -39,9 +37,8 @@ def _conv(name: str, calls: int, step: bool) -> Model:
     channels = 2 * k_heads * d_k + v_heads * d_v
     total = batch * channels * 2 * (2 * seq + (2 * d_conv if step else 0))
     fixed = calls * (C("launch") / clock + C("gap") * 1e-6)
-    seconds = (
-        fixed + traffic(total, total, False) + C("row") * batch * tiles(seq, 256) * tiles(channels, 256) / (sms * clock)
-    )
+    blocks = batch * tiles(seq, 256) * tiles(channels, 256)
+    seconds = fixed + traffic(total, total, False) + C("row") * blocks / (sms * clock)
     return Model(
         name,
         SHAPE,

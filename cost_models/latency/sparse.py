@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import sympy
 from sympy import symbols
 
 from attnc.cost_models.latency.terms import (
@@ -95,19 +96,18 @@ def _topk() -> Model:
         ),
         seconds,
         fixed,
-        0 * pairs,
+        sympy.Integer(0),
         read,
         flags=2,
     )
 
 
 def _attention() -> Model:
-    group = tiles(heads, 64) * 64
-    chosen = queries * topk
+    """A block takes one query and 64 heads over the keys chosen, and pads them to top-k where there are fewer."""
     waves = tiles(queries * tiles(heads, 64), sms)
     block_s = topk * (2 * 64 * (d_qk + d_v) / (C("efficiency") * bf16 / sms) + d_qk * 2 / (clock * C("gather_rate")))
     fixed = C("launch") / clock
-    seconds = fixed + waves * (block_s + C("prologue") / clock) + 0 * group
+    seconds = fixed + waves * (block_s + C("prologue") / clock)
     return Model(
         "dsa.sparse_attn",
         SHAPE,
@@ -119,7 +119,7 @@ def _attention() -> Model:
         ),
         seconds,
         fixed,
-        0 * chosen,
+        2 * queries * heads * least(topk, prefix + 1) * (d_qk + d_v),
         queries * heads * (d_qk + d_v) * 2,
         flags=2,
     )
