@@ -1,7 +1,7 @@
 """The operator `attnc::flash_decode`: few query rows over many keys, by generated Triton kernels; no gradient.
 
     flash_decode(query, key, value, captured, sizes, spelling) -> (out, lse)
-    spelling = KNOBS | RULE        e.g. "flash_decode{splits=8} | score=0.125 * s; empty=never"
+    spelling = FORM{knobs} | RULE        e.g. "flash_decode{splits=8} | score=0.125 * s; empty=never"
 
 Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32. lse is
 natural and holds the sink. On a GPU compilers see the kernels; on CPU, where Triton's interpreter runs them, one opaque
@@ -13,7 +13,6 @@ Source: Dao et al. 2023, "Flash-Decoding for long-context inference", pytorch.or
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -27,8 +26,7 @@ from attnc.codegen.gpu_decode import KERNELS, DecodeKnobs
 from attnc.codegen.load import kernel_folder, load
 from attnc.codegen.render import render_rule, skeleton_text
 from attnc.codegen.triton_text import Slot, slot_of
-from attnc.errors import UsageError
-from attnc.forms import parse_form
+from attnc.forms import parse_generated
 from attnc.forms.flash_decode import FlashDecode
 from attnc.options import Options
 from attnc.rule_attention import AttentionRule
@@ -42,15 +40,9 @@ library.define(
 
 @lru_cache(maxsize=1024)
 def parse_decode(spelling: str) -> tuple[DecodeKnobs, AttentionRule]:
-    """The knobs and the rule of a spelling. Raises: UsageError if it is not one."""
-    form, bar, rule = spelling.partition(" | ")
-    found = parse_form(form) if bar else None
-    if not isinstance(found, FlashDecode):
-        raise UsageError(
-            f"parse the spelling {spelling!r} of attnc::flash_decode: allowed is 'flash_decode{{knobs}} | RULE'. Build "
-            "it from a FlashDecode and a rule."
-        )
-    return DecodeKnobs(**{f.name: getattr(found, f.name) for f in fields(found)}), AttentionRule.parse(rule)
+    """The schedule and the rule of a spelling. Raises: UsageError if it is not one."""
+    form, rule = parse_generated(spelling, FlashDecode)
+    return form.schedule, rule
 
 
 @lru_cache(maxsize=1024)

@@ -2,7 +2,7 @@
 
     flash(query, key, value, captured, sizes, spelling) -> (out, lse)
     flash_backward(grad_out, query, key, value, out, lse, captured, sizes, needs, spelling) -> Tensor[]
-    spelling = KNOBS | RULE        e.g. "flash{block_m=64,skip=table} | score=0.125 * s; keep=-i + j <= 0; empty=never"
+    spelling = FORM{knobs} | RULE        e.g. "flash{block_m=64,skip=table} | score=0.125 * s; keep=-i + j <= 0"
 
 Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32. lse is
 natural, holds the sink, is -inf for a row without keys and not differentiable. The backward gives the gradients of
@@ -30,7 +30,8 @@ from attnc.codegen.gpu_flash import FlashKnobs
 from attnc.codegen.load import kernel_folder, load
 from attnc.codegen.render import render_rule, skeleton_text
 from attnc.codegen.triton_text import Slot, slot_of
-from attnc.errors import UsageError
+from attnc.forms import parse_generated
+from attnc.forms.flash import Flash
 from attnc.options import Options
 from attnc.rule_attention import AttentionRule
 
@@ -46,21 +47,11 @@ library.define(
 )
 
 
-def spell_flash(knobs: FlashKnobs, rule: AttentionRule) -> str:
-    """The operators' spelling; `parse_flash` reads it back."""
-    return f"{knobs.spell()} | {rule.spell()}"
-
-
 @lru_cache(maxsize=1024)
 def parse_flash(spelling: str) -> tuple[FlashKnobs, AttentionRule]:
-    """The knobs and the rule of a spelling. Raises: UsageError if it is not one."""
-    knobs, bar, rule = spelling.partition(" | ")
-    if not bar:
-        raise UsageError(
-            f"parse the spelling {spelling!r} of attnc::flash: found no ' | ', allowed is 'flash{{knobs}} | RULE'. "
-            "Build it with attnc.op_flash.spell_flash."
-        )
-    return FlashKnobs.parse(knobs), AttentionRule.parse(rule)
+    """The schedule and the rule of a spelling. Raises: UsageError if it is not one."""
+    form, rule = parse_generated(spelling, Flash)
+    return form.schedule, rule
 
 
 @lru_cache(maxsize=1024)

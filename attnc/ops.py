@@ -13,15 +13,14 @@ Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3.1 (out and log
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 
 from attnc import op_decode, op_flash
-from attnc.errors import UsageError
-from attnc.forms import Form, parse_form
+from attnc.forms import parse_attention, spell_attention
 from attnc.forms.masked import scaled_rows, without_lost_rows
-from attnc.rule_attention import AttentionRule
+
+__all__ = ["attention", "parse_attention", "spell_attention"]
 
 SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor[] captured, SymInt[] sizes, str spelling) "
@@ -30,23 +29,6 @@ SCHEMA = (
 GENERATED = (op_flash.flash, op_decode.flash_decode)  # the operators that the forms of these names call
 library = torch.library.Library("attnc", "FRAGMENT")
 library.define(SCHEMA)
-
-
-def spell_attention(form: Form | str, rule: AttentionRule) -> str:
-    """The operator's spelling for a form and a rule; `parse_attention` reads it back."""
-    return f"{form if isinstance(form, str) else form.spell()} | {rule.spell()}"
-
-
-@lru_cache(maxsize=1024)
-def parse_attention(spelling: str) -> tuple[Form, AttentionRule]:
-    """The form and rule of a spelling. Raises: UsageError if it is not one."""
-    form, bar, rule = spelling.partition(" | ")
-    if not bar:
-        raise UsageError(
-            f"parse the operator spelling {spelling!r}: found no ' | ', allowed is 'FORM{{knobs}} | RULE'. "
-            "Build it with attnc.ops.spell_attention."
-        )
-    return parse_form(form), AttentionRule.parse(rule)
 
 
 def attention(

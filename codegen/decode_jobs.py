@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -38,9 +39,7 @@ def decode_jobs(
     Raises: LoweringError for a rule that kernels do not compute.
     """
     cache = cache_dtype or dtype
-    text = render_rule(
-        skeleton_text("flash_decode"), rule, captured, spelling="flash_decode", device=target, kernels=KERNELS
-    )
+    text = _text(rule, tuple(captured), target)
     functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
     types = {"p_q": dtype, "p_k": cache, "p_v": cache, "p_out": torch.bfloat16 if dtype in FLOAT8 else dtype}
     jobs = []
@@ -58,6 +57,12 @@ def decode_jobs(
         signature = {name: _type_of(name, types, captured) for name in names if name not in constants}
         jobs.append(Job(text, kernel, signature, constants, target, warps, stages))
     return jobs
+
+
+@lru_cache(maxsize=256)
+def _text(rule: AttentionRule, captured: tuple[Slot, ...], target: str) -> str:
+    name = "flash_decode"
+    return render_rule(skeleton_text(name), rule, captured, spelling=name, device=target, kernels=KERNELS)
 
 
 def _is_one(name: str, captured: Sequence[Slot]) -> bool:

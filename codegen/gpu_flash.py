@@ -9,23 +9,21 @@ Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3 (what the back
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.library import wrap_triton
 
 from attnc.codegen import holes
 from attnc.codegen.derivative import lookup_slopes
 from attnc.codegen.gpu_tables import BlockLists, block_lists
+from attnc.codegen.launch import launch, strides
 from attnc.codegen.tiles import blocks, classify
 from attnc.codegen.triton_text import Slot
-from attnc.errors import LoweringError, UsageError
 from attnc.reading import Axis, read, span
 from attnc.rule_attention import AttentionRule
 
@@ -83,31 +81,6 @@ class FlashKnobs:
     def dkv(self) -> Launch:
         return Launch(self.dkv_block_m, self.dkv_block_n, self.dkv_warps, self.dkv_stages)
 
-    def spell(self) -> str:
-        """One line; `FlashKnobs.parse` reads it back."""
-        return f"flash{{{','.join(f'{f.name}={getattr(self, f.name)}' for f in fields(self))}}}"
-
-    @classmethod
-    def parse(cls, text: str) -> FlashKnobs:
-        """The knobs that `text` spells; those left out have their defaults. Raises: UsageError if it is not one."""
-        body = re.fullmatch(r"flash(?:\{([\w=,]*)\})?", text)
-        kinds = {f.name: str if f.type == "str" else int for f in fields(cls)}
-        parts = [part.partition("=")[::2] for part in (body[1] or "").split(",") if part] if body else []
-        wrong = [name for name, given in parts if name not in kinds or (kinds[name] is int and not given.isdecimal())]
-        if body is None or wrong or len({name for name, _ in parts}) < len(parts):
-            raise UsageError(
-                f"parse the knobs {text!r}: found {wrong or 'no such spelling'}, allowed is flash{{name=value,...}} "
-                f"with each of {', '.join(kinds)} at most once, numbers as digits. Build it with FlashKnobs.spell()."
-            )
-        values: dict[str, Any] = {name: kinds[name](given) for name, given in parts}
-        knobs = cls(**values)
-        if knobs.skip not in SKIPS or knobs.precision not in ("ieee", "tf32"):
-            raise UsageError(
-                f"parse the knobs {text!r}: found skip={knobs.skip} and precision={knobs.precision}, allowed are skip "
-                f"{' or '.join(SKIPS)} and precision ieee or tf32."
-            )
-        return knobs
-
 
 def widths(width: int, least: int = 16) -> tuple[int, int]:
     """A head width as a power of two and a tail that is one or 0: 192 = 128 + 64, 80 = 64 + 16, 72 in 64 + 16."""
@@ -148,12 +121,12 @@ def forward(
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32.
     """
     out, lse = empty_out(query, value)
-    launch = knobs.forward
-    lists = _lists(query, key, captured, sizes, rule, knobs, launch)
-    given = _shared(query, key, value, rule, knobs, launch, lists)
-    given |= {"p_q": query, "p_k": key, "p_v": value, "p_out": out, "p_lse": lse, **_strides("o", out)}
-    programs = blocks(query.shape[2], launch.block_m) * query.shape[0] * query.shape[1]
-    _run(kernels.flash_forward, programs, given, launch, captured, sizes)
+    tile = knobs.forward
+    lists = _lists(query, key, captured, sizes, rule, knobs, tile)
+    given = _shared(query, key, value, rule, knobs, tile, lists)
+    given |= {"p_q": query, "p_k": key, "p_v": value, "p_out": out, "p_lse": lse, **strides("o", out)}
+    programs = blocks(query.shape[2], tile.block_m) * query.shape[0] * query.shape[1]
+    _run(kernels.flash_forward, programs, given, tile, captured, sizes)
     return out, lse
 
 
@@ -179,39 +152,35 @@ def backward(
     dq, dk, dv = (torch.empty_like(t) for t in (query, key, value))
     B, Hq, L, _ = query.shape
     known = {"p_q": query, "p_k": key, "p_v": value, "p_do": grad_out, "p_lse": lse2, "p_delta": delta}
-    known |= _strides("o", grad_out)
+    known |= strides("o", grad_out)
 
-    launch = knobs.dq
-    lists = _lists(query, key, captured, sizes, rule, knobs, launch)
-    given = known | _shared(query, key, value, rule, knobs, launch, lists) | {"p_dq": dq, **_strides("d", dq)}
-    _run(kernels.flash_dq, blocks(L, launch.block_m) * B * Hq, given, launch, captured, sizes, buffers)
+    tile = knobs.dq
+    lists = _lists(query, key, captured, sizes, rule, knobs, tile)
+    given = known | _shared(query, key, value, rule, knobs, tile, lists) | {"p_dq": dq, **strides("d", dq)}
+    _run(kernels.flash_dq, blocks(L, tile.block_m) * B * Hq, given, tile, captured, sizes, buffers)
 
-    launch = knobs.dkv
-    lists = _lists(query, key, captured, sizes, rule, knobs, launch, by_keys=True)
-    given = known | _shared(query, key, value, rule, knobs, launch, lists)
-    given |= {"p_dk": dk, "p_dv": dv, **_strides("dk", dk), **_strides("dv", dv)}
-    _run(kernels.flash_dkv, blocks(key.shape[2], launch.block_n) * B * key.shape[1], given, launch, captured, sizes)
+    tile = knobs.dkv
+    lists = _lists(query, key, captured, sizes, rule, knobs, tile, by_keys=True)
+    given = known | _shared(query, key, value, rule, knobs, tile, lists)
+    given |= {"p_dk": dk, "p_dv": dv, **strides("dk", dk), **strides("dv", dv)}
+    _run(kernels.flash_dkv, blocks(key.shape[2], tile.block_n) * B * key.shape[1], given, tile, captured, sizes)
 
     if rule.sink is not None:
         _add_sink_grads(buffers, delta, lse, query, captured, sizes, rule)
     return dq, dk, dv, [buffer.to(captured[n].dtype) for n, buffer in buffers.items()]
 
 
-def _lists(query, key, captured, sizes, rule, knobs, launch, by_keys=False) -> BlockLists | None:
+def _lists(query, key, captured, sizes, rule, knobs, tile, by_keys=False) -> BlockLists | None:
     if knobs.skip == "range":
         return None
     (B, Hq, L, _), S = query.shape, key.shape[2]
-    tiles = classify(rule.keep, L, S, launch.block_m, launch.block_n, B=B, Hq=Hq, captured=captured, sizes=sizes,
+    tiles = classify(rule.keep, L, S, tile.block_m, tile.block_n, B=B, Hq=Hq, captured=captured, sizes=sizes,
                      device=query.device)  # fmt: skip
     return block_lists(tiles, L, S, by_keys=by_keys)
 
 
-def _strides(name: str, x: Tensor) -> dict[str, Any]:
-    return {f"{name}_{axis}": stride for axis, stride in zip("bhle", x.stride(), strict=True)}
-
-
 def constants_of(
-    rule: AttentionRule, dtype: torch.dtype, group: int, E: int, Ev: int, knobs: FlashKnobs, launch: Launch
+    rule: AttentionRule, dtype: torch.dtype, group: int, E: int, Ev: int, knobs: FlashKnobs, tile: Launch
 ) -> dict[str, Any]:
     """The compile-time arguments of each kernel."""
     least = 32 if dtype in FLOAT8 else 16
@@ -229,60 +198,32 @@ def constants_of(
         "TABLE": knobs.skip == "table",
         "SECTION": knobs.section,
         "XCDS": knobs.xcds,
-        "BLOCK_M": launch.block_m,
-        "BLOCK_N": launch.block_n,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
     }
 
 
-def _shared(query, key, value, rule, knobs, launch, lists) -> dict[str, Any]:
+def _shared(query, key, value, rule, knobs, tile, lists) -> dict[str, Any]:
     """Arguments that all kernels have."""
     E, Ev, group = int(query.shape[3]), int(value.shape[3]), int(query.shape[1] // key.shape[1])
     rows_b, rows_h = (0, 0) if lists is None else lists.strides
     return {
         "p_list": None if lists is None else lists.order,
         "p_counts": None if lists is None else lists.counts,
-        **_strides("q", query),
-        **_strides("k", key),
-        **_strides("v", value),
+        **strides("q", query),
+        **strides("k", key),
+        **strides("v", value),
         "rows_b": rows_b,
         "rows_h": rows_h,
         "Hq": query.shape[1],
         "L": query.shape[2],
         "S": key.shape[2],
-        **constants_of(rule, query.dtype, group, E, Ev, knobs, launch),
+        **constants_of(rule, query.dtype, group, E, Ev, knobs, tile),
     }
 
 
-def _run(kernel, programs, given: dict[str, Any], launch: Launch, captured, sizes, buffers=None) -> None:
-    """Run `kernel` on a grid of `programs`, what stands for `captured` bound by its names."""
-    given |= {name: _named(name, captured, sizes, buffers) for name in kernel.arg_names if name not in given}
-    given = {name: given[name] for name in kernel.arg_names}
-    if given["p_q"].device.type == "cpu":
-        if hasattr(kernel, "device_caches"):
-            raise LoweringError(
-                f"run {kernel.__name__} on CPU tensors: found one compiled for GPUs. Set TRITON_INTERPRET=1 before "
-                "triton is imported, or use a GPU."
-            )
-        kernel[(programs,)](**given)  # the interpreter's function, which torch cannot wrap
-    else:
-        wrap_triton(kernel)[(programs,)](**given, num_warps=launch.warps, num_stages=launch.stages)
-
-
-def _named(name: str, captured: Sequence[Tensor], sizes: Sequence[int], buffers: dict[int, Tensor] | None) -> Any:
-    """What a kernel's parameter stands for: t0 a tensor, t0_s1 its stride, t0_d1 its length, n0 a size, g0 a buffer."""
-    if name in ("captured", "captured_grads"):
-        return None  # an unfilled skeleton
-    base, _, part = name.partition("_")
-    number = int(base[1:])
-    if base[0] == "n":
-        return sizes[number]
-    if base[0] == "g":
-        assert buffers is not None, name
-        return buffers[number]
-    tensor = captured[number]
-    if not part:
-        return tensor
-    return tensor.stride(int(part[1:])) if part[0] == "s" else tensor.shape[int(part[1:])]
+def _run(kernel, programs, given: dict[str, Any], tile: Launch, captured, sizes, buffers=None) -> None:
+    launch(kernel, programs, given, captured, sizes, buffers, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def _add_sink_grads(buffers, delta, lse, query, captured, sizes, rule) -> None:

@@ -148,8 +148,9 @@ def _mistrusted(form: Form, region: AttentionRegion) -> str | None:
 
 
 def _starts(form: type[Form]) -> list[Form]:
-    """One setting of `form` for each combination of its named (not numeric) knobs."""
-    named = {name: k.choices for name, k in form().knobs().items() if isinstance(k.choices[0], str)}
+    """One setting of `form` for each combination of its named (not numeric) knobs of schedule."""
+    knobs = form().knobs().items()
+    named = {name: k.choices for name, k in knobs if isinstance(k.choices[0], str) and k.role == "schedule"}
     return [form(**dict(zip(named, values, strict=True))) for values in product(*named.values())]
 
 

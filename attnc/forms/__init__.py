@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
+from typing import TypeVar
 
 from attnc.errors import UsageError, did_you_mean
 from attnc.forms.base import Form
@@ -10,6 +12,9 @@ from attnc.forms.block_sparse import BlockSparse
 from attnc.forms.dense import Dense
 from attnc.forms.flash import Flash
 from attnc.forms.flash_decode import FlashDecode
+from attnc.rule_attention import AttentionRule
+
+Made = TypeVar("Made", bound=Form)
 
 FORMS: tuple[type[Form], ...] = (Dense, BlockSparse, Flash, FlashDecode)
 
@@ -37,3 +42,31 @@ def parse_form(spelling: str) -> Form:
             "'block_sparse{provider=flex,block_m=128}'."
         )
     return form_named(match[1]).parse(match[2] or "")
+
+
+def spell_attention(form: Form | str, rule: AttentionRule) -> str:
+    """The spelling of an attention operator for a form and a rule, `FORM{knobs} | RULE`; `parse_attention` reads it."""
+    return f"{form if isinstance(form, str) else form.spell()} | {rule.spell()}"
+
+
+@lru_cache(maxsize=1024)
+def parse_attention(spelling: str) -> tuple[Form, AttentionRule]:
+    """The form and rule of an operator's spelling. Raises: UsageError if it is not one."""
+    form, bar, rule = spelling.partition(" | ")
+    if not bar:
+        raise UsageError(
+            f"parse the operator spelling {spelling!r}: found no ' | ', allowed is 'FORM{{knobs}} | RULE'. "
+            "Build it with attnc.forms.spell_attention."
+        )
+    return parse_form(form), AttentionRule.parse(rule)
+
+
+def parse_generated(spelling: str, kind: type[Made]) -> tuple[Made, AttentionRule]:
+    """The same for an operator of one form alone. Raises: UsageError if the form is another one."""
+    form, rule = parse_attention(spelling)
+    if not isinstance(form, kind):
+        raise UsageError(
+            f"parse the operator spelling {spelling!r}: found the form {form.name}, allowed is {kind.name}. Use "
+            "attnc::attention for any form."
+        )
+    return form, rule

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import torch
 
+from attnc.codegen.gpu_flash import FlashKnobs
 from attnc.codegen.tiles import static_tiles
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
@@ -63,6 +64,7 @@ class Flash(Form):
 
     skip: tiles are skipped by ranges of the mask's bounds ("range"), or by tables of exact classes ("table").
     section: heads that run side by side, block after block. xcds: dies over which programs are spread (MI300X: 8).
+    precision: of float32 products.
     """
 
     name: ClassVar[str] = "flash"
@@ -81,6 +83,7 @@ class Flash(Form):
     skip: str = knob("range", "table")
     section: int = knob(1, 2, 4, 8, unit="heads")
     xcds: int = knob(1, 8, unit="dies")
+    precision: str = knob("ieee", "tf32", role="semantic")
 
     def spell(self) -> str:
         """One line: the forward's tile, and what is not the default."""
@@ -123,6 +126,11 @@ class Flash(Form):
             kernel: FlashTiles(*(getattr(self, prefix + name) for name in TILES)) for kernel, prefix in KERNELS.items()
         }
         return replace(one["forward"], dq=one["dq"], dkv=one["dkv"])
+
+    @property
+    def schedule(self) -> FlashKnobs:
+        """The knobs as the launcher takes them."""
+        return FlashKnobs(**{f.name: getattr(self, f.name) for f in fields(self)})
 
     def cpu(
         self,

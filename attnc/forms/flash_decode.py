@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from attnc.codegen.gpu_decode import ROWS
+from attnc.codegen.gpu_decode import ROWS, DecodeKnobs
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.tile_model import FlashTiles, fits, flash_seconds
@@ -79,6 +79,11 @@ class FlashDecode(Form):
     def tiles(self) -> FlashTiles:
         """The knobs as the cost model takes them."""
         return FlashTiles(self.block_m, self.block_n, self.warps, self.stages, splits=self.splits, pack=True)
+
+    @property
+    def schedule(self) -> DecodeKnobs:
+        """The knobs as the launcher takes them."""
+        return DecodeKnobs(**{f.name: getattr(self, f.name) for f in fields(self)})
 
     def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
         return flash_seconds(work_of(region), self.tiles, gpu)

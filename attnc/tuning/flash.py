@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -17,8 +17,6 @@ from attnc.codegen.compile_stats import Compiled, Failure, Job, compile_job
 from attnc.codegen.decode_jobs import decode_jobs
 from attnc.codegen.flash_jobs import KERNELS as COMPILED
 from attnc.codegen.flash_jobs import flash_job
-from attnc.codegen.gpu_decode import DecodeKnobs
-from attnc.codegen.gpu_flash import FlashKnobs
 from attnc.codegen.triton_text import Slot
 from attnc.cost_models.device import Gpu, gpu_named
 from attnc.cost_models.tile_model import flash_seconds
@@ -81,7 +79,7 @@ class FlashProblem:
         if self.gpu.target is None:
             return Outcome(failure=f"compile for {self.gpu.name}: {self.gpu.no_target}")
         try:
-            made = [compile_job(job) for job in self._jobs(form, self.gpu.target)]
+            made = [compile_job(job) for job in self.jobs(form, self.gpu.target)]
         except LoweringError as exc:
             return Outcome(failure=str(exc))
         for one in made:
@@ -90,14 +88,14 @@ class FlashProblem:
         assert isinstance(made[0], Compiled)
         return Outcome(self._seconds(form, made[0]))
 
-    def _jobs(self, form: Form, target: str) -> list[Job]:
+    def jobs(self, form: Form, target: str) -> list[Job]:
+        """What is compiled ahead of time for a setting; the first decides its time."""
         s, slots, dtype = self.region.shape, slots_of(self.region, self.part), getattr(torch, self.region.dtype)
         if isinstance(form, FlashDecode):
-            knobs = DecodeKnobs(**{f.name: getattr(form, f.name) for f in fields(form)})
-            return decode_jobs(self.region.rule, slots, dtype, s.group, s.E, s.Ev, knobs, target)
+            return decode_jobs(self.region.rule, slots, dtype, s.group, s.E, s.Ev, form.schedule, target)
+        assert isinstance(form, Flash)
         kernel = COMPILED[list(KERNELS).index(self.part)]
-        spelled = FlashKnobs.parse(form.spell())
-        return [flash_job(kernel, self.region.rule, slots, dtype, s.group, s.E, s.Ev, spelled, target)]
+        return [flash_job(kernel, self.region.rule, slots, dtype, s.group, s.E, s.Ev, form.schedule, target)]
 
     def measure(self, form: Form) -> Outcome:
         return self._bench.run(form)

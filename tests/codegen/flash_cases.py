@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnc.codegen.gpu_flash import FlashKnobs
+from attnc.forms import spell_attention
+from attnc.forms.flash import Flash
 from attnc.forms.masked import reference
-from attnc.op_flash import flash, spell_flash
+from attnc.op_flash import flash
 from attnc.rule_attention import AttentionRule
 
-SMALL = FlashKnobs(
-    block_m=32, block_n=16, dq_block_m=16, dq_block_n=32, dkv_block_m=32, dkv_block_n=16, section=2, xcds=4
-)
-WIDE = FlashKnobs(block_m=64, block_n=32, dq_block_m=32, dq_block_n=64, dkv_block_m=64, dkv_block_n=64)
+SMALL = Flash(block_m=32, block_n=16, dq_block_m=16, dq_block_n=32, dkv_block_m=32, dkv_block_n=16, section=2, xcds=4)
+WIDE = Flash(block_m=64, block_n=32, dq_block_m=32, dq_block_n=64, dkv_block_m=64, dkv_block_n=64)
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ CASES = {
     "causal_with_cache": Case("score=0.25 * s; keep=j - i <= n0; empty=zero", sizes=lambda x: [x.S - x.L]),
     "window": Case("score=0.25 * s; keep=j <= i and i - j <= 20; empty=zero"),
     "documents": Case("score=0.25 * s; keep=t0[b, i] == t0[b, j]; empty=zero", lambda x: [_documents(x)]),
-    "prefix": Case(
-        "score=0.25 * s; keep=j <= i or j - t0[b] <= 0; empty=zero", lambda x: [torch.arange(x.B) * 7 + 9]
-    ),
+    "prefix": Case("score=0.25 * s; keep=j <= i or j - t0[b] <= 0; empty=zero", lambda x: [torch.arange(x.B) * 7 + 9]),
     "padded": Case(
         "score=0.25 * s; keep=p0[b, j]; empty=zero",
         lambda x: [torch.arange(x.S) < torch.arange(x.B)[:, None] * 11 + 17],
@@ -94,9 +91,9 @@ class Call:
     sizes: list[int]
     rule: AttentionRule
 
-    def run(self, knobs: FlashKnobs) -> tuple[Tensor, Tensor]:
+    def run(self, knobs: Flash) -> tuple[Tensor, Tensor]:
         """out and lse by the kernels."""
-        return flash(self.query, self.key, self.value, self.captured, self.sizes, spell_flash(knobs, self.rule))
+        return flash(self.query, self.key, self.value, self.captured, self.sizes, spell_attention(knobs, self.rule))
 
     def double(self) -> Call:
         """The same numbers in float64, as the oracle takes them."""
@@ -129,4 +126,3 @@ def call_of(name: str, x: Shape) -> Call:
 def tolerance(dtype: torch.dtype) -> float:
     """Rounding of inputs of the second product, of the result, and of sums of float32."""
     return max(3 * torch.finfo(dtype).eps, 1e-5)
-

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from attnc.codegen.gpu_flash import FlashKnobs, plain_scale, widths
+from attnc.codegen.gpu_flash import plain_scale, widths
 from attnc.codegen.gpu_tables import block_lists
 from attnc.codegen.tiles import classify
 from attnc.errors import LoweringError, UsageError
 from attnc.expr_text import parse
-from attnc.op_flash import parse_flash, spell_flash
+from attnc.forms import parse_form, spell_attention
+from attnc.forms.flash import Flash
+from attnc.op_flash import parse_flash
 from attnc.rule_attention import AttentionRule
 from tests.codegen.flash_cases import CASES, SMALL, WIDE, Shape, call_of, tolerance
 from tests.codegen.interpreter import mend
@@ -20,7 +23,7 @@ from tests.tolerance import error
 
 mend()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TABLE = FlashKnobs.parse(SMALL.spell().replace("skip=range", "skip=table"))
+TABLE = replace(SMALL, skip="table")
 
 # Every rule once, every other setting several times, in pairs.
 PAIRS = [
@@ -48,7 +51,7 @@ PAIRS = [
 ]
 
 
-def check_forward(name: str, x: Shape, knobs: FlashKnobs) -> None:
+def check_forward(name: str, x: Shape, knobs: Flash) -> None:
     call = call_of(name, x)
     with torch.no_grad():
         out, lse = call.run(knobs)
@@ -144,19 +147,24 @@ def test_scores_that_are_more_than_a_scale_go_through_the_hole():
 
 def test_spellings_read_back():
     rule = AttentionRule.parse(CASES["prefix"].rule)
-    assert parse_flash(spell_flash(TABLE, rule)) == (TABLE, rule)
-    assert FlashKnobs.parse("flash") == FlashKnobs.parse("flash{}") == FlashKnobs()
+    assert parse_flash(spell_attention(TABLE, rule)) == (TABLE.schedule, rule)
+    assert parse_form("flash") == parse_form("flash{}") == Flash()
 
 
 @pytest.mark.parametrize(
-    "text", ["flash{block_m=x}", "flash{blocks=1}", "flash{warps=4,warps=4}", "flash{skip=some}", "flesh{}", "flash{",
+    "text", ["flash{block_m=x}", "flash{blocks=1}", "flash{skip=some}", "flash(1)", "flash{",
              "flash{block_m=-1}", "flash{precision=int8}"],
 )  # fmt: skip
 def test_other_knobs_are_refused_with_a_sentence(text):
-    with pytest.raises(UsageError, match="parse the knobs"):
-        FlashKnobs.parse(text)
+    with pytest.raises(UsageError, match="flash"):
+        parse_form(text)
     with pytest.raises(UsageError, match=r"found no ' \| '"):
         parse_flash(text)
+
+
+def test_another_form_is_refused_with_a_sentence():
+    with pytest.raises(UsageError, match="found the form dense, allowed is flash"):
+        parse_flash("dense | score=s")
 
 
 def test_a_rule_with_dropout_is_refused():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from attnc.codegen.gpu_flash import FlashKnobs
-from attnc.op_flash import flash, spell_flash
+from attnc.forms import spell_attention
+from attnc.forms.flash import Flash
+from attnc.op_flash import flash
 from attnc.rule_attention import AttentionRule
 from tests.codegen.flash_cases import CASES, SMALL, WIDE, Shape, call_of, tolerance
 from tests.codegen.interpreter import mend
@@ -16,7 +18,7 @@ from tests.tolerance import error
 
 mend()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TABLE = FlashKnobs.parse(SMALL.spell().replace("skip=range", "skip=table"))
+TABLE = replace(SMALL, skip="table")
 
 PAIRS = [
     ("full", Shape(33, 17, BF16, Hq=1, H=1, E=24, Ev=48)),
@@ -42,7 +44,7 @@ PAIRS = [
 ]
 
 
-def gradients(name: str, x: Shape, *settings: FlashKnobs) -> tuple[list, ...]:
+def gradients(name: str, x: Shape, *settings: Flash) -> tuple[list, ...]:
     """Gradients by the oracle, then by the kernels of each of `settings`."""
     call = call_of(name, x)
     exact = call.double()
@@ -52,7 +54,7 @@ def gradients(name: str, x: Shape, *settings: FlashKnobs) -> tuple[list, ...]:
     return want, *got
 
 
-def check(name: str, x: Shape, *settings: FlashKnobs) -> None:
+def check(name: str, x: Shape, *settings: Flash) -> None:
     want, *found = gradients(name, x, *settings)
     for got in found:
         for n, (one, two) in enumerate(zip(got, want, strict=True)):
@@ -94,7 +96,7 @@ def test_tables_give_the_gradients_of_ranges(name, poisoned_memory):
 def test_a_captured_tensor_that_does_not_learn_has_no_gradient():
     call = call_of("alibi", Shape(17, 17, Hq=1, H=1))
     slope = call.captured[0].detach()
-    out, lse = flash(call.query, call.key, call.value, [slope], [], spell_flash(SMALL, call.rule))
+    out, lse = flash(call.query, call.key, call.value, [slope], [], spell_attention(SMALL, call.rule))
     assert not lse.requires_grad
     out.sum().backward()
     assert slope.grad is None and call.query.grad is not None
@@ -102,14 +104,14 @@ def test_a_captured_tensor_that_does_not_learn_has_no_gradient():
 
 def test_the_operator_is_lawful():
     call = call_of("relative_table", Shape(17, 17, Hq=1, H=1))
-    given = (call.query, call.key, call.value, call.captured, call.sizes, spell_flash(SMALL, call.rule))
+    given = (call.query, call.key, call.value, call.captured, call.sizes, spell_attention(SMALL, call.rule))
     torch.library.opcheck(torch.ops.attnc.flash.default, given)
 
 
 def test_a_compiler_takes_it_under_symbolic_lengths():
     rule = AttentionRule.parse("score=0.25 * s + f0[h, i - j + n0]; keep=j <= i; sink=f1[h]")
     table, sink = (torch.randn(shape, requires_grad=True) for shape in ((1, 90), (1,)))
-    spelling = spell_flash(SMALL, rule)
+    spelling = spell_attention(SMALL, rule)
 
     def attend(query, key, value):
         return flash(query, key, value, [table, sink], [key.shape[2] - 1], spelling)[0]
