@@ -88,7 +88,7 @@ def _in_sentences(run: Callable[..., None]) -> Callable[..., None]:
     asked = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DEBUG)
     command.__signature__ = inspect.Signature([*own, asked])  # type: ignore[attr-defined]
     command.__annotations__ = hints
-    del command.__wrapped__  # type: ignore[attr-defined]  # typer reads the hints of this function, not of `run`
+    del command.__wrapped__  # typer reads the hints of this function, not of `run`
     return command
 
 

@@ -90,7 +90,7 @@ def _lookup(table: torch.Tensor, index: tuple[Expr, ...], axes: Mapping[str, Axi
     for d, x in enumerate(index):
         position = go(x)
         if isinstance(position, torch.Tensor):
-            at.append(position.clamp(0, table.shape[d] - 1) if x.op != "var" else position)
+            at.append(position.clamp(0, table.shape[d] - 1))
         else:
             at.append(torch.as_tensor(position, device=table.device))
     return table[tuple(at)] if at else table

@@ -2,7 +2,7 @@
 
 12 attentions on 6 GPUs, the spaces of attnc's own Triton kernels (`attnc.tuning.flash`), none of the GPUs present. Each
 search may try a tenth of the space, at most 200 settings; its best is held against the exhaustive best of the same
-fidelity, with random search beside it. By closed form for all; by ahead-of-time compile for the spaces of 300 to 700
+fidelity, with random search beside it. By closed form for all; by ahead-of-time compile for the spaces of 300 to 500
 settings named by --compile (thousands of compiles: about half an hour on 2 cores, kept in the store). Writes
 results/cpu/search_kernels.json.
 
@@ -46,7 +46,7 @@ ATTENTIONS = {
     "decode 8k, d 128": (FULL, (16, 32, 8, 1, 8192, 128, 128), ()),
     "decode 64k, one key head": (FULL, (1, 64, 1, 1, 65536, 128, 128), ()),
 }
-WITHIN, SHARE, MOST, FEWEST, LARGEST = 1.02, 0.1, 200, 300, 700
+WITHIN, SHARE, MOST, FEWEST, LARGEST = 1.02, 0.1, 200, 300, 500
 
 
 def problems() -> list[tuple[str, FlashProblem]]:

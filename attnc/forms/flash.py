@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -207,7 +207,7 @@ def default_for(region: AttentionRegion, gpu: Gpu, skip: str = "range") -> Flash
     return form
 
 
-def _named(kernel: str, values: tuple[int, ...]) -> dict[str, int]:
+def _named(kernel: str, values: tuple[int, ...]) -> dict[str, Any]:
     return {KERNELS[kernel] + name: value for name, value in zip(TILES, values, strict=True)}
 
 

@@ -81,8 +81,8 @@ class Bench:
         out, lse = run(query, key, value, captured, list(region.sizes), self._spelled(form))
         if rule.sink is None:
             out = settle_empty(out, lse > -torch.inf, query, key, value, captured, list(region.sizes), rule)
-        wide = [t.detach().float().requires_grad_() for t in leaves]
-        want, _ = reference(*wide, captured, list(region.sizes), rule)
+        wide = q, k, v = [t.detach().float().requires_grad_() for t in leaves]
+        want, _ = reference(q, k, v, captured, list(region.sizes), rule)
         pairs = [(out, want)]
         if self.part in ("dq", "dkv"):
             grad = torch.randn_like(want)

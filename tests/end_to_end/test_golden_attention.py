@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnc
-from attnc.forms.preconditioned import delta_values
 from tests.gallery_entry import NEG, ids
 from tests.gallery_run import attention
+from tests.prologues import delta_values
 
 # The vectors are the check; its own draws 0 or 1 as a number of valid keys, whose gradients are all rounding.
 OPTIONS = {"inner": "aot_eager", "force": "dense", "check": False}

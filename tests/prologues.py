@@ -11,7 +11,7 @@ Both run in blocks of rows: O(T^2 d) time, O(block T) memory, differentiable. Sh
 
 Source: Xu et al. 2025, "DeltaFormer", arXiv:2505.19488, equation 5; LUCID, saisuryadv.com/blog/lucid.html; Yang et al.
 2025, "PaTH attention", arXiv:2505.16381, section 3.
-Exact:  equal to the written layers; a layer written with them is recognised as attention behind its prologue.
+A layer written with them is recognised as attention behind its prologue, which stays as it is written.
 """
 
 from __future__ import annotations

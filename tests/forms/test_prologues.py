@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnc.forms.preconditioned import delta_values, lucid_values, path_attention, reflected_scores
+from tests.prologues import delta_values, lucid_values, path_attention, reflected_scores
 
 BOUNDS = {torch.float64: (2e-7, 2e-7), torch.float32: (5e-6, 5e-5)}  # outputs, gradients
 
