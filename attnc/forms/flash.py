@@ -116,8 +116,8 @@ class Flash(Form):
         raise LoweringError(f"predict {self.spell()} on {device.name}: flash is a Triton kernel for GPUs. Use dense.")
 
     def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
-        listed = TABLE_LAUNCHES * LAUNCH_S * (3 if region.training else 1) if self.skip == "table" else 0.0
-        return listed + flash_seconds(work_of(region, self.skip), self.tiles, gpu)
+        kernels = KERNELS if region.training else ("forward",)
+        return sum(kernel_seconds(self, work_of(region, self.skip), gpu, kernel) for kernel in kernels)
 
     @property
     def tiles(self) -> FlashTiles:
@@ -214,8 +214,10 @@ def _named(kernel: str, values: tuple[int, ...]) -> dict[str, Any]:
 def kernel_seconds(
     form: Flash, work: FlashWork, gpu: Gpu, kernel: str, compiled: CompiledFigures | None = None
 ) -> float:
-    """Predicted time of one of the kernels alone; compiled: what the compiler made of it."""
-    return flash_seconds(work, form.tiles, gpu, {} if compiled is None else {kernel: compiled}, kernels=(kernel,))
+    """Predicted time of one of the kernels alone, its tables included; compiled: what the compiler made of it."""
+    listed = TABLE_LAUNCHES * LAUNCH_S if form.skip == "table" else 0.0
+    made = {} if compiled is None else {kernel: compiled}
+    return listed + flash_seconds(work, form.tiles, gpu, made, kernels=(kernel,))
 
 
 @lru_cache(maxsize=512)
