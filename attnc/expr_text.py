@@ -136,9 +136,13 @@ def parse(text: str) -> Expr:
     """
     try:
         return _parse(ast.parse(text, mode="eval").body)
-    except (SyntaxError, KeyError, TypeError) as exc:
+    except UsageError:
+        raise
+    # What a text can make Python's own parser or the algebra raise; NUL is a ValueError, depth the last two.
+    except (SyntaxError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError, MemoryError) as exc:
         raise UsageError(
-            f"parse the index expression {text!r}: {exc} is not in the grammar of coordinates "
+            f"parse the index expression {text!r:.200}: {str(exc) or type(exc).__name__:.200} is not in the grammar of "
+            f"coordinates "
             f"({', '.join(COORDINATES)}), sizes n0.., lookups t0[..], arithmetic, comparisons, and/or/not, where(). "
             "Check the text against attnc.expr_text."
         ) from exc

@@ -6,11 +6,13 @@ Source: shared vocabulary of DESIGN.md, section 2 (choice, plan); JSON because a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 
-from attnc.errors import ArtifactError
-from attnc.region import Choice
+from attnc.errors import ArtifactError, UsageError
+from attnc.forms import parse_form
+from attnc.region import AS_WRITTEN, Choice
 
 VERSION = 1
 
@@ -32,18 +34,57 @@ class Plan:
         """The plan that `text` holds. Raises: ArtifactError if it holds none, or one of another version."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as exc:
-            raise ArtifactError(f"read a plan: the text is not JSON ({exc}). Write plans with Plan.to_json().") from exc
+        except (ValueError, RecursionError) as exc:
+            raise ArtifactError(
+                f"read a plan: the text is not JSON ({exc!s:.200}). Write plans with Plan.to_json()."
+            ) from exc
         if not isinstance(data, dict) or data.get("attnc_plan") != VERSION:
             found = data.get("attnc_plan") if isinstance(data, dict) else type(data).__name__
-            raise ArtifactError(f"read a plan: found version {found!r}, allowed is {VERSION}. Make the plan again.")
-        known = {f.name for f in fields(Choice)}
-        choices = {}
-        for path, given in data.get("choices", {}).items():
-            if not isinstance(given, dict) or not {"form", "reason"} <= set(given) <= known:
-                raise ArtifactError(
-                    f"read a plan: the choice for {path!r} has {sorted(given) if isinstance(given, dict) else given}, "
-                    f"allowed are {', '.join(sorted(known))}. Make the plan again."
-                )
-            choices[path] = Choice(**given)
-        return cls(choices, data.get("device", "cpu"))
+            raise ArtifactError(f"read a plan: found version {found!r:.80}, allowed is {VERSION}. Make the plan again.")
+        choices, device = data.get("choices"), data.get("device")
+        if not isinstance(choices, dict) or not isinstance(device, str):
+            raise ArtifactError(
+                f"read a plan: found choices of type {type(choices).__name__} for a device {device!r:.80}, allowed are "
+                "an object and a name. Make the plan again."
+            )
+        return cls({path: _choice(path, given) for path, given in choices.items()}, device)
+
+
+def _choice(path: str, given: object) -> Choice:
+    if not isinstance(given, dict) or not {"form", "reason"} <= set(given) <= set(ALLOWED):
+        found = sorted(given) if isinstance(given, dict) else given
+        raise _wrong(path, found, f"the fields {', '.join(ALLOWED)}")
+    for name, value in given.items():
+        if not ALLOWED[name](value):
+            raise _wrong(path, f"{name}={value!r}", "texts, and seconds above 0")
+    try:
+        if given["form"] != AS_WRITTEN:
+            parse_form(given["form"])
+    except UsageError as exc:
+        raise _wrong(path, given["form"], f"a form of this version ({exc})") from exc
+    return Choice(**given)
+
+
+def _is_seconds(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _wrong(path: str, found: object, allowed: str) -> ArtifactError:
+    return ArtifactError(
+        f"read a plan: the choice for {path!r:.80} has {found!s:.200}, allowed are {allowed}. Make the plan again."
+    )
+
+
+# What each field of a choice may be in a file.
+ALLOWED: dict[str, Callable[[object], bool]] = {
+    "form": _is_text,
+    "reason": _is_text,
+    "predicted_s": lambda value: value is None or _is_seconds(value),
+    "written_s": lambda value: value is None or _is_seconds(value),
+    "refused": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+    "offers": lambda value: isinstance(value, dict) and all(map(_is_seconds, value.values())),
+}

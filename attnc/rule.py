@@ -78,7 +78,7 @@ class Rule(ABC):
                 )
             try:
                 given[name] = ast.literal_eval(value)
-            except (ValueError, SyntaxError) as exc:
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as exc:
                 raise UsageError(
                     f"parse the {cls.kind} rule {text!r}: found {name}={value}, allowed is a literal. "
                     "Spell rules with Rule.spell()."

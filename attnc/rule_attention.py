@@ -12,6 +12,7 @@ Source: Vaswani et al. 2017, "Attention Is All You Need", arXiv:1706.03762, sect
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -49,6 +50,9 @@ def _may_mask(e: Expr, learned: Callable[[int], bool]) -> bool:
     if e.op == "load" and e.kind == FLOAT:
         return bool({I, J} & set(e.args[1:])) and not learned(e.args[0])
     return e.op == "lin" and any(abs(coef) >= MASKING and atom.has("load") for atom, coef in e.args[1])
+
+
+RULE_PARTS = {"score", "keep", "empty", "sink", "dropout", "row"}
 
 
 @dataclass(frozen=True)
@@ -115,19 +119,28 @@ class AttentionRule(Rule):
     @classmethod
     def parse(cls, text: str) -> AttentionRule:
         """The rule that `text` spells. Raises: UsageError if it is not one."""
-        given = dict(part.split("=", 1) for part in text.split("; ") if part)
-        unknown = set(given) - {"score", "keep", "empty", "sink", "dropout", "row"}
-        if unknown or given.get("empty", "never") not in EMPTY_ROWS:
+        parts = [part.partition("=") for part in text.split("; ") if part]
+        given = {name: value for name, _, value in parts}
+        unknown = {name for name, equals, _ in parts if not equals} | set(given) - RULE_PARTS
+        dropout = given.get("dropout", "0.0")
+        if (
+            unknown
+            or len(given) < len(parts)
+            or given.get("empty", "never") not in EMPTY_ROWS
+            or re.fullmatch(r"0|1|[01]?\.\d+|\d(\.\d+)?e-\d+", dropout) is None
+            or not 0 <= float(dropout) < 1
+        ):
             raise UsageError(
-                f"parse the attention rule {text!r}: found {sorted(unknown) or given['empty']}, allowed are score, "
-                f"keep, empty ({', '.join(EMPTY_ROWS)}), sink, dropout and row. Spell rules with AttentionRule.spell()."
+                f"parse the attention rule {text!r:.200}: found {sorted(unknown) or dict(given)!r:.200}, allowed are "
+                f"score, keep, empty ({', '.join(EMPTY_ROWS)}), sink, dropout (0 to 1) and row, each once. Spell rules "
+                "with AttentionRule.spell()."
             )
         return cls(
             score=parse(given["score"]) if "score" in given else SCORE,
             keep=parse(given["keep"]) if "keep" in given else TRUE,
             empty=given.get("empty", "never"),
             sink=parse(given["sink"]) if "sink" in given else None,
-            dropout=float(given.get("dropout", 0.0)),
+            dropout=float(dropout),
             row=parse(given["row"]) if "row" in given else None,
         )
 
