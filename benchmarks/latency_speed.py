@@ -1,8 +1,9 @@
-"""How long does one latency prediction take?
+"""How long does one prediction take, and how long picking the knobs of a kernel that nobody tuned?
 
-Per kind: milliseconds of the first call in a process (the formula is lambdified) and microseconds of later ones, the
-dictionary of the shape read each time; the best of 7 rounds of 500 calls, over shapes of growing size. Goal: 50
-microseconds. Prints a table and writes results/<cpu>/latency_speed.json. Needs no extra.
+Per kind of call, of the tile model ("flash"), of a count of a whole model ("decode_flops") and of the default knobs of a
+region ("default forward", "default training"; goal 5 ms): milliseconds of the first call in a process, where the
+formula is lambdified, and microseconds of later ones, the dictionary of the shape read each time; the best of 7 rounds
+over shapes of growing size. Goal: 50 microseconds. Prints a table and writes results/cpu/latency_speed.json.
 
     python benchmarks/latency_speed.py [--dry]
 """
@@ -12,11 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 
 from timing import RESULTS
 
-from attnc.cost_models.device import device_named
+from attnc.cost_models.device import device_named, gpu_named
 from attnc.cost_models.latency import KINDS, predict
+from attnc.cost_models.model_card import model_card
+from attnc.cost_models.tile_model import Band, FlashTiles, FlashWork, flash_seconds
+from attnc.forms.flash import default_for
+from attnc.region import AttentionRegion
+from attnc.rule_attention import AttentionRule, AttentionShape
 
 ATTENTION = {"dtype": "bf16", "q_heads": 32, "kv_heads": 8, "head_dim": 128, "window": 0}
 LATENT = {"dtype": "bf16", "q_heads": 16}
@@ -53,13 +60,46 @@ def measured(kind: str) -> dict[str, float]:
     return {"first_ms": first * 1e3, "us": min(rounds) * 1e6}
 
 
+def timed(run: Callable[[int], object]) -> dict[str, float]:
+    """The same of any other function of a length."""
+    start = time.perf_counter()
+    run(1000)
+    first = time.perf_counter() - start
+    rounds = []
+    for n in range(ROUNDS):
+        start = time.perf_counter()
+        for i in range(20):
+            run(1024 + 512 * (20 * n + i))
+        rounds.append((time.perf_counter() - start) / 20)
+    return {"first_ms": first * 1e3, "us": min(rounds) * 1e6}
+
+
+def others() -> dict[str, Callable[[int], object]]:
+    gpu, tiles = gpu_named("h200"), FlashTiles(128, 64, 8, 3)
+    card = model_card({"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+                       "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256})  # fmt: skip
+    rule = AttentionRule.parse("score=0.088 * s; keep=j - i <= 0 and i - j <= 1023")
+
+    def default(length: int, training: bool) -> object:
+        shape = AttentionShape(4, 32, 8, length, length, 128, 128)
+        region = AttentionRegion("", "", rule, shape, "bfloat16", "cuda", training=training)
+        return default_for(region, gpu)
+
+    return {
+        "flash": lambda n: flash_seconds(FlashWork(4, 32, 8, n, n, 128, 128, band=Band.causal(n, n)), tiles, gpu),
+        "decode_flops": card.decode_flops,
+        "default forward": lambda n: default(n, False),
+        "default training": lambda n: default(n, True),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="write nothing")
     args = parser.parse_args()
-    found = {kind: measured(kind) for kind in KINDS}
+    found = {kind: measured(kind) for kind in KINDS} | {name: timed(run) for name, run in others().items()}
     for kind, each in found.items():
-        print(f"{kind:14s} first {each['first_ms']:5.0f} ms, then {each['us']:5.1f} us")
+        print(f"{kind:16s} first {each['first_ms']:5.0f} ms, then {each['us']:5.1f} us")
     if not args.dry:
         text = json.dumps({k: {n: round(x, 2) for n, x in v.items()} for k, v in found.items()}, indent=1)
         (RESULTS / "cpu" / "latency_speed.json").write_text(text + "\n")

@@ -23,9 +23,7 @@ READERS: dict[str, tuple[Callable[[str], object], tuple[str, ...]]] = {
     "expressions": (parse, ("where(j - i <= n0, s * 0.5, min(i // 4, j % 3))", "not (t0[b, j] or j == i)")),
     "plans": (Plan.from_json, (PLAN.to_json(),)),
 }
-ODD = ("{", "}", "[", "]", "(", ")", "((((", "=", ",", ";", "|", "\0", "é", "1e999", "-1", '"', "null", "[]", "\\")
-    ["{", "}", "[", "]", "(", ")", "((((", "=", ",", ";", "|", "\x00", "é", "1e999", "-1", '"', "null", "[]", "\\"]
-) + ("9" * 60,)
+ODD = ("{", "}", "[", "]", "(", ")", "((((", "=", ",", ";", "|", "\0", "é", "1e999", "-1", '"', "null", "[]", "9" * 60)
 
 
 def damaged(text: str, draw: random.Random) -> str:

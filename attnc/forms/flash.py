@@ -50,7 +50,7 @@ KERNELS = {"forward": "", "dq": "dq_", "dkv": "dkv_"}  # kernel -> prefix of its
 TILES = ("block_m", "block_n", "warps", "stages")
 # What is tried where nothing was tuned: few, so that choosing takes milliseconds.
 QUICK = {
-    "forward": tuple(product((64, 128), (32, 64, 128), (4, 8), (2, 3))),
+    "forward": (*product((64, 128), (32, 64, 128), (4, 8), (2,)), *product((128,), (64, 128), (4, 8), (3,))),
     "dq": tuple(product((64, 128), (32, 64), (4, 8), (2,))),
     "dkv": tuple(product((32, 64), (64, 128), (4, 8), (2,))),
 }

@@ -1,8 +1,7 @@
-"""Forms whose kernels are generated: right under Triton's interpreter, spaces that fit, defaults in milliseconds."""
+"""Forms whose kernels are generated: right under Triton's interpreter, spaces that fit, defaults that stay."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -90,14 +89,12 @@ def test_a_decode_space_fits_and_holds_hundreds() -> None:
     assert all(parse_form(form.spell()) == form for form in start.settings(where, gpu)[::50])
 
 
-def test_defaults_are_deterministic_and_take_milliseconds() -> None:
+def test_defaults_are_deterministic() -> None:
     gpu = gpu_named("h200")
     first = default_for(region(WINDOW), gpu)
     default_for.cache_clear()
     work_of.cache_clear()
-    began = time.process_time()
     assert default_for(region(WINDOW), gpu) == first
-    assert time.process_time() - began < 0.05  # 2 ms on an idle machine: benchmarks/search.py measures it
 
 
 def test_masks_decide_how_tiles_are_skipped() -> None:
