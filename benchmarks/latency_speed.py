@@ -1,7 +1,7 @@
 """How long does one prediction take, and how long picking the knobs of a kernel that nobody tuned?
 
-Per kind of call, of the tile model ("flash"), of a count of a whole model ("decode_flops") and of the default knobs of a
-region ("default forward", "default training"; goal 5 ms): milliseconds of the first call in a process, where the
+Per kind of call, of the tile model ("flash"), of a count of a whole model ("decode_flops") and of the default knobs of
+a region ("default forward", "default training"; goal 5 ms): milliseconds of the first call in a process, where the
 formula is lambdified, and microseconds of later ones, the dictionary of the shape read each time; the best of 7 rounds
 over shapes of growing size. Goal: 50 microseconds. Prints a table and writes results/cpu/latency_speed.json.
 
