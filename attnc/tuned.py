@@ -16,11 +16,11 @@ from attnc.errors import UsageError
 from attnc.forms import parse_form
 from attnc.forms.flash import KERNELS, TILES, Flash, default_for, skips
 from attnc.forms.flash_decode import FlashDecode, decode_default
+from attnc.forms.generated import Generated
 from attnc.records import Record, RecordKey, Records
 from attnc.region import AttentionRegion
 
 SOURCES = (derivative, gpu_decode, gpu_flash, holes, ranges, triton_text)
-Generated = Flash | FlashDecode  # forms whose kernels are rendered here
 
 
 @cache
@@ -85,7 +85,7 @@ def _setting(record: Record) -> Generated | None:
         form = None if record.best is None else parse_form(record.best)
     except UsageError:  # a record by hand: its key is right, its spelling is none
         return None
-    return form if isinstance(form, Flash | FlashDecode) else None
+    return form if isinstance(form, Generated) else None
 
 
 def _seconds(record: Record) -> float:

@@ -11,17 +11,13 @@ Exact:  always, for regions without active dropout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
 from typing import Any, ClassVar
 
-import torch
-
 from attnc.codegen.gpu_flash import FlashKnobs
 from attnc.codegen.tiles import static_tiles
-from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.device_kinds import LAUNCH_S
 from attnc.cost_models.tile_counts import band_tiles
@@ -34,15 +30,12 @@ from attnc.cost_models.tile_model import (
     fits,
     flash_seconds,
 )
-from attnc.errors import LoweringError
 from attnc.expr import TRUE, Expr
 from attnc.forms.base import Form, knob
-from attnc.forms.masked import SETTLED, settle_empty
+from attnc.forms.generated import Generated
 from attnc.predicate import distances
 from attnc.region import ITEM_BYTES, AttentionRegion
-from attnc.rule_attention import AttentionRule
 
-DTYPES = ("bfloat16", "float16", "float32")
 WIDEST = 256
 # Operations of a score beside its product, per pair: FP32 ones, exponentials.
 SCORE_WORK = {"tanh": (4.0, 2.0), "exp": (1.0, 1.0), "sigmoid": (2.0, 1.0), "load": (2.0, 0.0)}
@@ -59,7 +52,7 @@ TABLE_LAUNCHES = 6  # small kernels that classify tiles and list them, before ea
 
 
 @dataclass(frozen=True)
-class Flash(Form):
+class Flash(Generated):
     """Tiles of `block_m` query rows and `block_n` keys; the same for dq (dq_) and for dk with dv (dkv_).
 
     skip: tiles are skipped by ranges of the mask's bounds ("range"), or by tables of exact classes ("table").
@@ -91,29 +84,7 @@ class Flash(Form):
         return f"{self.name}{{{','.join(f'{name}={getattr(self, name)}' for name in shown)}}}"
 
     def refuse(self, region: AttentionRegion) -> str | None:
-        if region.kind != "attention":
-            return f"flash computes attention, found a region of kind {region.kind}; leave it as written."
-        if region.device != "cuda":
-            return f"flash is a Triton kernel for GPUs, found a region on {region.device}; use dense or block_sparse."
-        if region.rule.dropout:
-            return (
-                f"flash keeps no random stream, found dropout {region.rule.dropout:g} active; "
-                "use model.eval() or dropout 0."
-            )
-        if region.dtype not in DTYPES:
-            return f"flash takes {', '.join(DTYPES)}, found {region.dtype}; use dense."
-        if max(region.shape.E, region.shape.Ev) > WIDEST:
-            return (
-                f"flash takes heads of up to {WIDEST}, found E={region.shape.E}, Ev={region.shape.Ev}; "
-                "use dense."
-            )
-        return None
-
-    def is_exact(self, region: AttentionRegion) -> bool:
-        return self.refuse(region) is None
-
-    def cost(self, region: AttentionRegion, device: Device) -> Cost:
-        raise LoweringError(f"predict {self.spell()} on {device.name}: flash is a Triton kernel for GPUs. Use dense.")
+        return self.unfit(region, WIDEST)
 
     def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
         kernels = KERNELS if region.training else ("forward",)
@@ -131,32 +102,6 @@ class Flash(Form):
     def schedule(self) -> FlashKnobs:
         """The knobs as the launcher takes them."""
         return FlashKnobs(**{f.name: getattr(self, f.name) for f in fields(self)})
-
-    def cpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.gpu(query, key, value, captured, sizes, rule)  # Triton's interpreter, where it is switched on
-
-    def gpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        given = (query, key, value, captured, sizes, rule)
-        out, lse = torch.ops.attnc.flash(*given[:-1], f"{self.spell()} | {rule.spell()}")
-        if rule.sink is None and rule.empty in SETTLED:
-            out = settle_empty(out, lse > -torch.inf, *given)
-        return out, lse
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
         if not isinstance(device, Gpu) or self.refuse(region) is not None or self.skip not in skips(region.rule.keep):

@@ -10,31 +10,26 @@ Exact:  always, for regions without active dropout and without gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
 from typing import ClassVar
 
-import torch
-
 from attnc.codegen.gpu_decode import ROWS, DecodeKnobs
-from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.tile_model import FlashTiles, fits, flash_seconds
-from attnc.errors import LoweringError
 from attnc.forms.base import Form, knob
-from attnc.forms.flash import DTYPES, WIDEST, work_of
-from attnc.forms.masked import SETTLED, settle_empty
+from attnc.forms.flash import work_of
+from attnc.forms.generated import Generated
 from attnc.region import AttentionRegion
-from attnc.rule_attention import AttentionRule
 
 QUICK = tuple(product((32, 64, 128), (2, 4), (2, 3)))
+WIDEST = 576  # the key of absorbed latent attention: 512 channels and 64 rotary ones
 SPLITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
-class FlashDecode(Form):
+class FlashDecode(Generated):
     """Tiles of `block_m` packed query rows and `block_n` keys, over `splits` parts of the keys."""
 
     name: ClassVar[str] = "flash_decode"
@@ -50,30 +45,11 @@ class FlashDecode(Form):
         return f"{self.name}{{{','.join(shown)}}}" if shown else self.name
 
     def refuse(self, region: AttentionRegion) -> str | None:
-        if region.kind != "attention":
-            return f"flash_decode computes attention, found a region of kind {region.kind}; leave it as written."
-        if region.device != "cuda":
-            return f"flash_decode is a Triton kernel for GPUs, found a region on {region.device}; use dense."
         if region.training:
             return "flash_decode has no backward, found a region that trains; use flash."
-        if region.rule.dropout:
-            return (
-                f"flash_decode keeps no random stream, found dropout {region.rule.dropout:g} active; "
-                "use model.eval() or dropout 0."
-            )
-        if region.shape.L > ROWS or "L" in region.shape.symbols:
+        if region.kind == "attention" and (region.shape.L > ROWS or "L" in region.shape.symbols):
             return f"flash_decode takes at most {ROWS} query rows, found {region.shape.text('L')}; use flash."
-        if region.dtype not in DTYPES:
-            return f"flash_decode takes {', '.join(DTYPES)}, found {region.dtype}; use dense."
-        if max(region.shape.E, region.shape.Ev) > 2 * WIDEST + 64:
-            return f"flash_decode takes heads of up to {2 * WIDEST + 64}, found E={region.shape.E}; use dense."
-        return None
-
-    def is_exact(self, region: AttentionRegion) -> bool:
-        return self.refuse(region) is None
-
-    def cost(self, region: AttentionRegion, device: Device) -> Cost:
-        raise LoweringError(f"predict {self.spell()} on {device.name}: it is a Triton kernel for GPUs. Use dense.")
+        return self.unfit(region, WIDEST)
 
     @property
     def tiles(self) -> FlashTiles:
@@ -87,32 +63,6 @@ class FlashDecode(Form):
 
     def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
         return flash_seconds(work_of(region), self.tiles, gpu)
-
-    def cpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.gpu(query, key, value, captured, sizes, rule)  # Triton's interpreter, where it is switched on
-
-    def gpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        given = (query, key, value, captured, sizes, rule)
-        out, lse = torch.ops.attnc.flash_decode(*given[:-1], f"{self.spell()} | {rule.spell()}")
-        if rule.sink is None and rule.empty in SETTLED:
-            out = settle_empty(out, lse > -torch.inf, *given)
-        return out, lse
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
         if not isinstance(device, Gpu) or self.refuse(region) is not None:

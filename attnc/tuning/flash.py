@@ -24,8 +24,9 @@ from attnc.errors import LoweringError
 from attnc.forms.base import Form
 from attnc.forms.flash import KERNELS, Flash, kernel_seconds, work_of
 from attnc.forms.flash_decode import FlashDecode
+from attnc.forms.generated import Generated
 from attnc.region import AttentionRegion, Region
-from attnc.tuned import Generated, kernel_version, kernels_of, record_key, start_of
+from attnc.tuned import kernel_version, kernels_of, record_key, start_of
 from attnc.tuning.measure import Bench
 from attnc.tuning.problem import Outcome
 

@@ -1,0 +1,82 @@
+"""What forms share whose kernels are rendered from skeletons: an operator of the form's own name, on GPUs alone.
+
+Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from attnc.cost_models.cost import Cost
+from attnc.cost_models.device import Device, Gpu
+from attnc.errors import LoweringError
+from attnc.forms.base import Form
+from attnc.forms.masked import SETTLED, settle_empty
+from attnc.region import AttentionRegion
+from attnc.rule_attention import AttentionRule
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Generated(Form):
+    """A form whose operator `attnc::<name>` renders, loads and launches its kernels."""
+
+    @abstractmethod
+    def settings(self, region: AttentionRegion, gpu: Gpu, kernel: str = "forward") -> tuple[Form, ...]:
+        """Every setting of one kernel's knobs that fits `gpu`, this one first."""
+
+    def is_exact(self, region: AttentionRegion) -> bool:
+        return self.refuse(region) is None
+
+    def unfit(self, region: AttentionRegion, widest: int) -> str | None:
+        """Why no kernel of such a form computes `region`: its kind, device, dropout, type or widths."""
+        E, Ev = region.shape.E, region.shape.Ev
+        if region.kind != "attention":
+            return f"{self.name} computes attention, found a region of kind {region.kind}; leave it as written."
+        if region.device != "cuda":
+            return f"{self.name} is a Triton kernel for GPUs, found a region on {region.device}; use dense."
+        if region.rule.dropout:
+            return (
+                f"{self.name} keeps no random stream, found dropout {region.rule.dropout:g} active; "
+                "use model.eval() or dropout 0."
+            )
+        if region.dtype not in DTYPES:
+            return f"{self.name} takes {', '.join(DTYPES)}, found {region.dtype}; use dense."
+        if max(E, Ev) > widest:
+            return f"{self.name} takes heads of up to {widest}, found E={E}, Ev={Ev}; use dense."
+        return None
+
+    def cost(self, region: AttentionRegion, device: Device) -> Cost:
+        raise LoweringError(f"predict {self.spell()} on {device.name}: it is a Triton kernel for GPUs. Use dense.")
+
+    def cpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence,
+        rule: AttentionRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gpu(query, key, value, captured, sizes, rule)  # Triton's interpreter, where it is switched on
+
+    def gpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence,
+        rule: AttentionRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        given = (query, key, value, captured, sizes, rule)
+        operator = getattr(torch.ops.attnc, self.name)
+        out, lse = operator(*given[:-1], f"{self.spell()} | {rule.spell()}")
+        if rule.sink is None and rule.empty in SETTLED:
+            out = settle_empty(out, lse > -torch.inf, *given)
+        return out, lse
