@@ -14,6 +14,7 @@ import random
 import re
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +116,9 @@ def autotune(
     if problems:
         tune(problems, asked, records=records_in(chosen.store))
     regions = [choose(r, chosen) if isinstance(r, AttentionRegion) and r.choice else r for r in report.regions]
-    return Plan({r.path: r.choice for r in regions if r.choice is not None}, device)
+    paths = Counter(r.path for r in regions)
+    named = {(r.path if paths[r.path] == 1 else r.key): r.choice for r in regions if r.choice is not None}
+    return Plan(named, gpu_named(device).name)
 
 
 def _options(options: Options | Mapping[str, object] | None) -> Options:

@@ -23,9 +23,10 @@ from torch.library import triton_op
 
 from attnc.codegen import gpu_decode, gpu_flash
 from attnc.codegen.gpu_decode import KERNELS, DecodeKnobs
+from attnc.codegen.launch import slots_of
 from attnc.codegen.load import kernel_folder, load
 from attnc.codegen.render import render_rule, skeleton_text
-from attnc.codegen.triton_text import Slot, slot_of
+from attnc.codegen.triton_text import Slot
 from attnc.forms import parse_generated
 from attnc.forms.flash_decode import FlashDecode
 from attnc.options import Options
@@ -63,7 +64,7 @@ def _launch(
     query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], sizes: Sequence[int], spelling: str
 ) -> tuple[Tensor, Tensor]:
     knobs, rule = parse_decode(spelling)
-    slots = tuple(slot_of(t, needs_grad=False) for t in captured)
+    slots = slots_of(captured, [False] * len(captured))
     kernels = kernels_of(rule.spell(), slots, query.device.type)
     return gpu_decode.decode(kernels, query, key, value, captured, sizes, rule, knobs)
 

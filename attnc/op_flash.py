@@ -27,9 +27,10 @@ from torch.library import triton_op
 
 from attnc.codegen import gpu_flash
 from attnc.codegen.gpu_flash import FlashKnobs
+from attnc.codegen.launch import slots_of
 from attnc.codegen.load import kernel_folder, load
 from attnc.codegen.render import render_rule, skeleton_text
-from attnc.codegen.triton_text import Slot, slot_of
+from attnc.codegen.triton_text import Slot
 from attnc.forms import parse_generated
 from attnc.forms.flash import Flash
 from attnc.options import Options
@@ -63,21 +64,11 @@ def kernels_of(rule: str, slots: tuple[Slot, ...], kernels: tuple[str, ...], dev
     return load(text, kernel_folder(Options().store))
 
 
-def _slots(captured: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Slot, ...]:
-    return tuple(slot_of(t, needs_grad=need, wide=_is_wide(t)) for t, need in zip(captured, needs, strict=True))
-
-
-def _is_wide(x: Tensor) -> bool:
-    """Whether offsets into `x`, or into a gradient of its shape, leave 31 bits; under symbolic lengths a guard."""
-    extent = sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True))
-    return bool(extent >= 1 << 31) or bool(x.numel() >= 1 << 31)
-
-
 def _launch(
     query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], sizes: Sequence[int], spelling: str
 ) -> tuple[Tensor, Tensor]:
     knobs, rule = parse_flash(spelling)
-    kernels = kernels_of(rule.spell(), _slots(captured, [False] * len(captured)), FORWARD, query.device.type)
+    kernels = kernels_of(rule.spell(), slots_of(captured, [False] * len(captured)), FORWARD, query.device.type)
     return gpu_flash.forward(kernels, query, key, value, captured, sizes, rule, knobs)
 
 
@@ -86,7 +77,7 @@ def _launch_backward(
     captured: Sequence[Tensor], sizes: Sequence[int], needs: Sequence[bool], spelling: str,
 ) -> list[Tensor]:  # fmt: skip
     knobs, rule = parse_flash(spelling)
-    kernels = kernels_of(rule.spell(), _slots(captured, needs), BACKWARD, query.device.type)
+    kernels = kernels_of(rule.spell(), slots_of(captured, needs), BACKWARD, query.device.type)
     *grads, learned = gpu_flash.backward(
         kernels, grad_out, query, key, value, out, lse, captured, sizes, rule, knobs, needs
     )

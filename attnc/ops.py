@@ -48,6 +48,7 @@ def attention(
     # Types are facts of the region already: an autocast around the call must not cast inside it.
     with torch.amp.autocast(query.device.type, enabled=False):
         query, rule = scaled_rows(query, key, captured, sizes, rule)
+        captured = [t if t.device == query.device else t.to(query.device) for t in captured]  # numbers may lie apart
         captured, rule = without_lost_rows(key, captured, rule)
         run = form.cpu if query.device.type == "cpu" else form.gpu
         return run(query, key, value, captured, sizes, rule)

@@ -115,7 +115,7 @@ def lt(a: Expr, c: Expr) -> Expr:
     a, c = as_int(a), as_int(c)
     if FLOAT in (a.kind, c.kind):
         return const(a.value < c.value) if a.is_const and c.is_const else logical_not(le(c, a))
-    return le(add(a, ONE), c)
+    return le(a, sub(c, ONE)) if c.is_const else le(add(a, ONE), c)  # a choice stays one side
 
 
 def eq(a: Expr, c: Expr) -> Expr:

@@ -121,12 +121,23 @@ def _fold(op, values):
 
 def _sum(x: Expr, go) -> Value:
     constant, terms = x.args
+    scored = [term for term in terms if x.kind == FLOAT and "s" in term[0].names()]
+    rest = [term for term in terms if term not in scored]
+    if scored and len(rest) + (constant != 0) > 1:
+        # As it is written: a score added to `big * mask` before `big` is taken off would be rounded away.
+        return _sum_of(scored, 0, x.kind, go) + _sum_of(rest, constant, x.kind, go)
+    return _sum_of(terms, constant, x.kind, go)
+
+
+def _sum_of(terms, constant, kind: str, go) -> Value:
     parts = []
     for atom, coef in terms:
         value = go(atom)
-        if x.kind == FLOAT and isinstance(value, torch.Tensor) and not value.is_floating_point():
+        if kind == FLOAT and isinstance(value, torch.Tensor) and not value.is_floating_point():
             value = value.to(torch.float32)
         parts.append(value if coef == 1 else -value if coef == -1 else value * coef)
+    if not parts:
+        return constant
     total = _fold(lambda a, c: a + c, parts)
     return total + constant if constant != 0 else total
 

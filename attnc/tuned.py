@@ -5,11 +5,23 @@ Source: shared vocabulary of DESIGN.md, section 2 (record).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 
-from attnc.codegen import derivative, gpu_decode, gpu_flash, holes, ranges, triton_text
+from attnc.codegen import (
+    derivative,
+    gpu_decode,
+    gpu_flash,
+    gpu_tables,
+    holes,
+    launch,
+    ranges,
+    render,
+    tiles,
+    triton_text,
+)
 from attnc.codegen.render import skeleton_text, source_hash
 from attnc.cost_models.device import Gpu
 from attnc.errors import UsageError
@@ -20,7 +32,7 @@ from attnc.forms.generated import Generated
 from attnc.records import Record, RecordKey, Records
 from attnc.region import AttentionRegion
 
-SOURCES = (derivative, gpu_decode, gpu_flash, holes, ranges, triton_text)
+SOURCES = (derivative, gpu_decode, gpu_flash, gpu_tables, holes, launch, ranges, render, tiles, triton_text)
 
 
 @cache
@@ -38,6 +50,8 @@ def record_key(region: AttentionRegion, gpu: Gpu, kernel: str) -> RecordKey:
 def start_of(region: AttentionRegion, gpu: Gpu) -> Generated | None:
     """The setting that tuning begins with, its way to skip tiles predicted fastest; None where none fits."""
     bare = replace(region, path="", node="", choice=None, device="cuda")
+    if gpu.target is None:
+        return None
     if FlashDecode().refuse(bare) is None:
         return decode_default(bare, gpu)
     if Flash().refuse(bare) is not None:
@@ -60,18 +74,33 @@ def records_in(store: str) -> Records:
 
 
 def tuned(region: AttentionRegion, gpu: Gpu, store: str) -> tuple[Generated, float] | None:
-    """The tuned setting and its seconds, at the dearest fidelity known; None where a kernel has no record."""
-    form, total = start_of(region, gpu), 0.0
+    """The tuned setting and its seconds, at the dearest fidelity known of all; None where a kernel has no record."""
+    try:
+        stamp = records_in(store).directory.stat().st_mtime_ns  # a record that is written anew replaces a file here
+    except OSError:
+        stamp = 0
+    return _tuned(replace(region, path="", node="", choice=None), gpu, store, stamp)
+
+
+@lru_cache(maxsize=1024)
+def _tuned(region: AttentionRegion, gpu: Gpu, store: str, stamp: int) -> tuple[Generated, float] | None:
+    form = start_of(region, gpu)
     if form is None:
         return None
+    times: list[Mapping[str, float]] = []
     for kernel in kernels_of(form, region):
         record = records_in(store).find(record_key(region, gpu, kernel))
         best = None if record is None else _setting(record)
-        if record is None or type(best) is not type(form):
+        if record is None or type(best) is not type(form) or best.misfit(region, gpu) is not None:
             return None
         form = with_kernel(form, best, kernel) if isinstance(form, Flash) and isinstance(best, Flash) else best
-        total += _seconds(record)
-    return form, total
+        times.append(_times(record))
+    for fidelity in ("measure", "compile", "predict"):
+        if all(fidelity in known for known in times):
+            # What is measured for either kernel of the backward is the whole backward.
+            counted = times[:1] + times[2:] if fidelity == "measure" else times
+            return form, sum(known[fidelity] for known in counted)
+    return None
 
 
 def with_kernel(form: Flash, other: Flash, kernel: str) -> Flash:
@@ -88,8 +117,8 @@ def _setting(record: Record) -> Generated | None:
     return form if isinstance(form, Generated) else None
 
 
-def _seconds(record: Record) -> float:
+def _times(record: Record) -> dict[str, float]:
+    """Seconds of the best setting by fidelity."""
     assert record.best is not None
     timing = record.timings[record.best]
-    found = [s for fidelity in ("measure", "compile", "predict") if (s := timing.at(fidelity)) is not None]
-    return found[0]
+    return {name: s for name in ("measure", "compile", "predict") if (s := timing.at(name)) is not None}

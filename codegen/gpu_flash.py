@@ -226,6 +226,11 @@ def _run(kernel, programs, given: dict[str, Any], tile: Launch, captured, sizes,
     launch(kernel, programs, given, captured, sizes, buffers, num_warps=tile.warps, num_stages=tile.stages)
 
 
+def _held(index: Tensor, length: int) -> Tensor:
+    """Positions inside a table; negative ones count from its end."""
+    return torch.where(index < 0, index + length, index).clamp(0, length - 1)
+
+
 def _add_sink_grads(buffers, delta, lse, query, captured, sizes, rule) -> None:
     """d loss / d sink_i = -exp(sink_i - lse_i) delta_i, handed on to what the sink was looked up from."""
     slots = [Slot(t.dtype, t.dim(), n in buffers) for n, t in enumerate(captured)]
@@ -246,7 +251,7 @@ def _add_sink_grads(buffers, delta, lse, query, captured, sizes, rule) -> None:
         over = [d for d, name in enumerate("bhi") if name not in used]
         given = (d_sink * over_rows(slope).float()).expand(shape)
         given = given.sum(over, keepdim=True) if over else given
-        at = [over_rows(x).clamp(0, table.shape[d] - 1).expand(given.shape) for d, x in enumerate(load.args[1:])]
+        at = [_held(over_rows(x), table.shape[d]).expand(given.shape) for d, x in enumerate(load.args[1:])]
         if at:
             table.index_put_(at, given, accumulate=True)
         else:

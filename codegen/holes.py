@@ -29,7 +29,7 @@ from collections.abc import Collection, Sequence
 
 from attnc.codegen.derivative import derivative, lookup_slopes
 from attnc.codegen.ranges import range_body
-from attnc.codegen.triton_text import Slot, Writer, held, text_of
+from attnc.codegen.triton_text import Slot, Writer, held, text_of, unwrapped
 from attnc.errors import LoweringError
 from attnc.expr import FLOAT, SCORE, Expr, const, terms_of, to_float
 from attnc.rule_attention import AttentionRule
@@ -85,6 +85,9 @@ def _check(rule: AttentionRule) -> None:
         raise LoweringError(f"write {rule.spell()!r} as Triton holes: found {found}.")
 
 
+LEAST = "-2.3e38"  # a score below it is -inf in units of log 2 of float32
+
+
 def _keep(keep: Expr, captured: Sequence[Slot]) -> str:
     if keep.is_const:
         return "return m_ok" if keep.value else "return m_ok & (j < 0)"
@@ -95,6 +98,9 @@ def _keep(keep: Expr, captured: Sequence[Slot]) -> str:
 def _score(score: Expr, captured: Sequence[Slot]) -> str:
     writer = Writer(captured, [score])
     text = writer.as_kind(score, FLOAT)
+    if score.has("load"):  # a mask of the run: finfo.min in units of log 2 would be -inf, and its row without keys
+        x = writer.assign("x", unwrapped(text))
+        text = f"tl.where(({x} < {LEAST}) & ({x} > float('-inf')), {LEAST}, {x})"
     return writer.body(f"return {text}" if "s" in score.names() else f"return {text} + tl.zeros_like(s)")
 
 
@@ -105,7 +111,8 @@ def _add_grads(score: Expr, captured: Sequence[Slot]) -> str:
     writer = Writer(captured, [slope for _, slope in slopes] + [x for load, _ in slopes for x in load.args[1:]])
     for number, (load, slope) in enumerate(slopes):
         text = "d_score" if slope == const(1.0) else f"d_score * {writer.as_kind(slope, FLOAT)}"
-        d = writer.assign(f"d{number}", f"tl.where(m_ok, {text}, 0.0)")
+        # A slope may be anything where nothing flows: where no pair is, or is kept.
+        d = writer.assign(f"d{number}", f"tl.where(m_ok & (d_score != 0.0), {text}, 0.0)")
         used = frozenset().union(*(x.names() for x in load.args[1:]))
         if not used & {"i", "j"}:
             d = f"tl.sum({d})"

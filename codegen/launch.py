@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.library import wrap_triton
 
-from attnc.codegen.triton_text import CAPTURED_NAME
+from attnc.codegen.triton_text import CAPTURED_NAME, Slot, slot_of
 from attnc.errors import LoweringError
 
 
@@ -71,3 +71,14 @@ def named(
 def strides(name: str, x: Tensor) -> dict[str, Any]:
     """The strides of a tensor (B, heads, length, width) as parameters `name_b`, `name_h`, `name_l`, `name_e`."""
     return {f"{name}_{axis}": stride for axis, stride in zip("bhle", x.stride(), strict=True)}
+
+
+def slots_of(captured: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Slot, ...]:
+    """What kernels must know of captured tensors; needs: which have a gradient."""
+    return tuple(slot_of(t, needs_grad=need, wide=_is_wide(t)) for t, need in zip(captured, needs, strict=True))
+
+
+def _is_wide(x: Tensor) -> bool:
+    """Whether offsets into `x`, or into a gradient of its shape, leave 31 bits; under symbolic lengths a guard."""
+    extent = sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True))
+    return bool(extent >= 1 << 31) or bool(x.numel() >= 1 << 31)

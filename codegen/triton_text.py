@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 
 from attnc.errors import LoweringError
-from attnc.expr import BOOL, FLOAT, INT, Expr, scale, terms_of
+from attnc.expr import BOOL, FLOAT, INT, Expr, terms_of
 
 CAPTURED_NAME = re.compile(r"\b(?:t\d+(?:_[sd]\d+)?|n\d+)\b")
 # Positions, sizes and captured integers of 32 bits are taken to stay below this; products beyond 31 bits take 64.
@@ -120,14 +120,14 @@ class Writer:
 
     def body(self, last: str) -> str:
         """The lines so far, then `last`."""
-        return "\n".join([*self.lines, _unwrapped(last)])
+        return "\n".join([*self.lines, unwrapped(last)])
 
     def as_kind(self, e: Expr, kind: str) -> str:
         """`e` as a number of `kind`, integers as floats where a float is asked for."""
         if e.is_const:
             return _number(float(e.value) if kind == FLOAT else e.value)
         text = self.value(e)
-        return f"tl.cast({_unwrapped(text)}, tl.float32)" if kind == FLOAT and e.kind != FLOAT else text
+        return f"tl.cast({unwrapped(text)}, tl.float32)" if kind == FLOAT and e.kind != FLOAT else text
 
     def slot(self, e: Expr) -> Slot:
         number = e.args[0]
@@ -140,7 +140,7 @@ class Writer:
         return self.slots[number]
 
 
-def _unwrapped(text: str) -> str:
+def unwrapped(text: str) -> str:
     """Without the one pair of parentheses around everything."""
     lead, inner = ("return ", text[7:]) if text.startswith("return ") else ("", text)
     depth = 0
@@ -205,7 +205,7 @@ def held(w: Writer, x: Expr, length: str, pairs: bool = False) -> str:
     text = w.value(x)
     if x.is_const or pairs or (x.op == "var" and x.args[0] in ("b", "h")):
         return text
-    inner = _unwrapped(text)
+    inner = unwrapped(text)
     return f"tl.minimum({inner if x.op == 'var' else f'tl.maximum({inner}, 0)'}, {length} - 1)"
 
 
@@ -233,11 +233,18 @@ def _largest(w: Writer, e: Expr) -> int:
 
 def _factor(w: Writer, e: Expr, kind: str, wide: bool) -> str:
     text, is_wide = w.as_kind(e, kind), e.is_const or (e.op == "mul" and _largest(w, e) >= 1 << 31)
-    return f"tl.cast({_unwrapped(text)}, tl.int64)" if wide and not is_wide else text
+    return f"tl.cast({unwrapped(text)}, tl.int64)" if wide and not is_wide else text
 
 
 def _linear(w: Writer, constant, terms, kind: str) -> str:
-    """A sum as text, what is added before what is taken away."""
+    """A sum as text, what is added before what is taken away; apart, what has no score in it.
+
+    `s + (big * mask - big)`, as it is written: added to `big * mask` first, the score would be rounded away.
+    """
+    scored = [term for term in terms if kind == FLOAT and "s" in term[0].names()]
+    rest = [term for term in terms if term not in scored]
+    if scored and len(rest) + (constant != 0) > 1:
+        return f"{_linear(w, 0.0, scored, kind)} + ({_linear(w, constant, rest, kind)})"
     wide = kind == INT and sum(abs(int(c)) * _largest(w, a) for a, c in terms) + abs(int(constant)) >= 1 << 31
     parts = []
     for atom, coef in sorted(terms, key=lambda term: term[1] < 0):
@@ -265,6 +272,22 @@ def _product(w: Writer, e: Expr) -> str:
     return " * ".join(_factor(w, factor, e.kind, wide) for factor in e.args)
 
 
+# tanh(x) = x + x^3 P(x^2) for |x| < 0.625 (Cephes, tanhf.c), where 1 - 2 / (1 + exp(2x)) would cancel.
+TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
+
+
+def _tanh(w: Writer, e: Expr) -> str:
+    """tanh, which the interpreter lacks: exact at both ends, since exp2 overflows to inf and 2 / inf is 0."""
+    x = w.assign(w.fresh(), unwrapped(w.as_kind(e.args[0], FLOAT)))
+    square = w.assign(w.fresh(), f"{x} * {x}")
+    series = _number(TANH[0])
+    for coefficient in TANH[1:]:
+        sign = "-" if coefficient < 0 else "+"
+        series = w.assign(w.fresh(), f"{series} * {square} {sign} {_number(abs(coefficient))}")
+    far = w.assign(w.fresh(), f"1.0 - 2.0 / (1.0 + tl.exp2({x} * {_number(2.0 / math.log(2.0))}))")
+    return f"tl.where(tl.abs({x}) < 0.625, {x} + {x} * {square} * {series}, {far})"
+
+
 def _bound(symbol: str) -> Callable[[Writer, Expr], str]:
     def write(w: Writer, e: Expr) -> str:
         constant, terms = terms_of(e.args[0])
@@ -274,7 +297,7 @@ def _bound(symbol: str) -> Callable[[Writer, Expr], str]:
         if len(left) == 2 and [c for _, c in left] == [1, -1] and constant == 0:
             return f"{w.value(left[0][0])} {symbol} {w.value(left[1][0])}"
         text = _linear(w, 0, terms, INT)
-        return f"{f'({_unwrapped(text)})' if ' ' in text else text} {symbol} {-constant}"
+        return f"{f'({unwrapped(text)})' if ' ' in text else text} {symbol} {-constant}"
 
     return write
 
@@ -289,7 +312,7 @@ def _compare(symbol: str) -> Callable[[Writer, Expr], str]:
 
 def _extreme(name: str) -> Callable[[Writer, Expr], str]:
     def write(w: Writer, e: Expr) -> str:
-        a, c = (_unwrapped(w.as_kind(x, e.kind)) for x in e.args)
+        a, c = (unwrapped(w.as_kind(x, e.kind)) for x in e.args)
         # As torch's, of which a NaN is one argument's result; integers have none.
         nan = ", propagate_nan=tl.PropagateNan.ALL" if e.kind == FLOAT else ""
         return f"tl.{name}({a}, {c}{nan})"
@@ -300,7 +323,7 @@ def _extreme(name: str) -> Callable[[Writer, Expr], str]:
 def _function(pattern: str) -> Callable[[Writer, Expr], str]:
     def write(w: Writer, e: Expr) -> str:
         kind = e.kind if e.op == "abs" else FLOAT
-        return pattern.format(_unwrapped(w.as_kind(e.args[0], kind)))
+        return pattern.format(unwrapped(w.as_kind(e.args[0], kind)))
 
     return write
 
@@ -328,7 +351,7 @@ def _division(power_of_two: str, plain: str, float_text: str) -> Callable[[Write
                 return power_of_two.format(a=a, shift=size.bit_length() - 1, low=size - 1)
             if _never_negative(e.args[0]):
                 return f"{a} {plain} {c}"
-        a = a if a.isidentifier() else w.assign(w.fresh(), _unwrapped(a))
+        a = a if a.isidentifier() else w.assign(w.fresh(), unwrapped(a))
         quotient = w.assign(w.fresh(), f"{a} // {c}")
         rest = w.assign(w.fresh(), f"{a} - {quotient} * {c}")
         positive = e.args[1].is_const and e.args[1].value > 0
@@ -342,7 +365,7 @@ def _division(power_of_two: str, plain: str, float_text: str) -> Callable[[Write
 def _where(w: Writer, e: Expr) -> str:
     p, yes, no = e.args
     texts = (w.value(p), w.as_kind(yes, e.kind), w.as_kind(no, e.kind))
-    return f"tl.where({', '.join(_unwrapped(text) for text in texts)})"
+    return f"tl.where({', '.join(unwrapped(text) for text in texts)})"
 
 
 _TEXT: dict[str, Callable[[Writer, Expr], str]] = {
@@ -372,8 +395,5 @@ _TEXT: dict[str, Callable[[Writer, Expr], str]] = {
     "sigmoid": _function("tl.sigmoid({})"),
     "abs": _function("tl.abs({})"),
     "trunc": _function("tl.cast({}, tl.int32)"),
-    # Exact at both ends: exp2 overflows to inf and 2 / inf is 0. The interpreter has no tanh of its own.
-    "tanh": lambda w, e: (
-        f"1.0 - 2.0 / (1.0 + tl.exp2({_unwrapped(w.as_kind(scale(e.args[0], 2.0 / math.log(2.0)), FLOAT))}))"
-    ),
+    "tanh": _tanh,
 }

@@ -170,10 +170,12 @@ def _fakes(tree: Any) -> Any:
 
 def _data(value: torch.Tensor, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
     if value.dtype == torch.bool:
-        return torch.rand(shape, generator=generator) < 0.7
-    if value.dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(value.dtype)
-    return torch.randint(0, 2, tuple(shape), generator=generator, dtype=torch.int64).to(value.dtype)
+        drawn = torch.rand(shape, generator=generator) < 0.7
+    elif value.dtype.is_floating_point:
+        drawn = torch.randn(shape, generator=generator).to(value.dtype)
+    else:
+        drawn = torch.randint(0, 2, tuple(shape), generator=generator, dtype=torch.int64).to(value.dtype)
+    return drawn.to(value.device)  # where the region runs, so that what runs there is what is checked
 
 
 def _compare(written: fx.GraphModule, changed: fx.GraphModule, inputs: list[Any], training: bool) -> Verdict:
@@ -189,7 +191,7 @@ def _compare(written: fx.GraphModule, changed: fx.GraphModule, inputs: list[Any]
             shapes = f"{c.dtype} {list(c.shape)}, written {a.dtype} {list(a.shape)}"
             return Verdict(False, float("inf"), f"the output is {shapes}")
         same = torch.isnan(a) & torch.isnan(c)
-        scale = a.abs()[torch.isfinite(a)].max().clamp_min(1e-3) if torch.isfinite(a).any() else torch.tensor(1.0)
+        scale = a.abs()[torch.isfinite(a)].max().clamp_min(1e-3) if torch.isfinite(a).any() else a.new_ones(())
         gap = torch.where(same, 0.0, ((a - c).abs() / scale).double())
         error = float("inf") if bool(torch.isnan(gap).any()) else float(gap.max()) if gap.numel() else 0.0
         worst = max(worst, error)
@@ -212,7 +214,7 @@ def _run(gm: fx.GraphModule, inputs: list[Any], training: bool) -> list[torch.Te
         out = gm(*fresh)
     if not training or not out.requires_grad:
         return [out.detach()]
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, out.dtype)
     wanted = [x for x in fresh if x.requires_grad]
     grads = torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)
     return [out.detach(), *grads]

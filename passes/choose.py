@@ -17,6 +17,7 @@ from attnc.cost_models.attention import written_seconds
 from attnc.cost_models.device import Device, Gpu, device_from_torch_name, device_named
 from attnc.errors import UsageError
 from attnc.forms import FORMS, Form, form_named, parse_form
+from attnc.forms.generated import Generated
 from attnc.options import Options, Planned
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice
 from attnc.tuned import tuned
@@ -38,22 +39,23 @@ def choose(region: AttentionRegion, options: Options) -> AttentionRegion:
         return replace(region, choice=Choice(AS_WRITTEN, str(exc).rstrip(".")))
     there = replace(region, device="cuda") if isinstance(device, Gpu) else region
     bare = replace(there, path="", node="")
-    planned = None if options.plan is None else _planned(there, options.plan)
+    planned = None if options.plan is None else _planned(there, options.plan, device)
     if planned is not None:
         return replace(there, choice=planned)
     record = tuned(bare, device, options.store) if isinstance(device, Gpu) else None
     return replace(there, choice=_choose(bare, options.forms, options.force, device, record))
 
 
-def _planned(region: AttentionRegion, plan: Planned) -> Choice | None:
-    """What the plan says of `region`, by its path or else its key; None where it says nothing."""
-    given = plan.choices.get(region.path) or plan.choices.get(region.key)
-    if given is None:
+def _planned(region: AttentionRegion, plan: Planned, device: Device) -> Choice | None:
+    """What the plan says of `region`, by its key or else its path; None where it says nothing, or of another device."""
+    given = plan.choices.get(region.key) or plan.choices.get(region.path)
+    if given is None or plan.device != device.name:
         return None
     reason = f"by the plan for {plan.device}: {given.reason}"
     if given.form == AS_WRITTEN:
         return replace(given, reason=reason)
-    why = _unfit(region) or parse_form(given.form).refuse(region)
+    form = parse_form(given.form)
+    why = _unfit(region) or form.refuse(region) or form.misfit(region, device)
     if why is not None:
         return Choice(AS_WRITTEN, f"the plan's {given.form} does not apply here: {why}", refused={given.name: why})
     return replace(given, reason=reason)
@@ -71,7 +73,7 @@ def _choose(
     if why is not None:
         return Choice(AS_WRITTEN, why)
     if force is not None:
-        return _forced(region, parse_form(force))
+        return _forced(region, force, device)
     offers, refused = _offers(region, allowed, device)
     if record is not None and (allowed is None or record[0].name in allowed):
         offers = [(time, form) for time, form in offers if form.name != record[0].name]
@@ -110,8 +112,12 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.{2 if seconds > 1e-4 else 3}f} ms"
 
 
-def _forced(region: AttentionRegion, form: Form) -> Choice:
-    why = form.refuse(region)
+def _forced(region: AttentionRegion, spelling: str, device: Device) -> Choice:
+    """The form that the options force; without knobs in its spelling, with the best ones it offers."""
+    form = parse_form(spelling)
+    if "{" not in spelling:
+        form = next(iter(form.space(region, device)), form)  # type: ignore[arg-type]  # the same form, other knobs
+    why = form.refuse(region) or form.misfit(region, device)
     if why is not None:
         return Choice(AS_WRITTEN, f"{form.spell()} was forced and refuses: {why}", refused={form.name: why})
     return Choice(form.spell(), "forced by the options")
@@ -128,7 +134,7 @@ def _offers(
     offers, refused = [], {}
     for form in chosen:
         for start in _starts(form):
-            why = _mistrusted(start, region) or start.refuse(region)
+            why = _mistrusted(start, region) or start.refuse(region) or _untargeted(start, device)
             if why is not None:
                 refused[start.spell()] = why
                 continue
@@ -144,6 +150,13 @@ def _mistrusted(form: Form, region: AttentionRegion) -> str | None:
             "Inductor's CPU template for FlexAttention (torch 2.13) reads the wrong values where v is a slice of a "
             "packed projection and q, k are computed (benchmarks/flex_fault.py); force it to use it."
         )
+    return None
+
+
+def _untargeted(form: Form, device: Device) -> str | None:
+    """Why a form with any knobs cannot run on the device: `space` leaves out what does not fit."""
+    if isinstance(form, Generated) and isinstance(device, Gpu) and device.target is None:
+        return f"{form.name} needs a target of Triton's, {device.name} has none: {device.no_target}."
     return None
 
 

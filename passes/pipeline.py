@@ -106,7 +106,7 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
     with analysis.timed("normalize"):
         normalize(gm)
         own_weights(gm.graph)
-        fold_heads(gm.graph)
+        analysis.reordered += fold_heads(gm.graph)
         analysis.reordered += keep_latent(gm.graph, partial(target_device, options.device))
         facts = GraphFacts(gm.graph)
     with analysis.timed("lift"):

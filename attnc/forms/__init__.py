@@ -24,7 +24,7 @@ def form_named(name: str) -> type[Form]:
     known = {form.name: form for form in FORMS}
     if name not in known:
         raise UsageError(
-            f"form {name!r}: no such form; known are {', '.join(known)}."
+            f"form {name!r:.80}: no such form; known are {', '.join(known)}."
             + (did_you_mean(name, known) or " See `attnc forms`.")
         )
     return known[name]
@@ -38,7 +38,7 @@ def parse_form(spelling: str) -> Form:
     match = re.fullmatch(r"\s*(\w+)\s*(?:\{([^{}]*)\})?\s*", spelling)
     if match is None:
         raise UsageError(
-            f"parse the form {spelling!r}: found no `name{{knob=value,...}}`. Write a form as in "
+            f"parse the form {spelling!r:.200}: found no `name{{knob=value,...}}`. Write a form as in "
             "'block_sparse{provider=flex,block_m=128}'."
         )
     return form_named(match[1]).parse(match[2] or "")
@@ -55,7 +55,7 @@ def parse_attention(spelling: str) -> tuple[Form, AttentionRule]:
     form, bar, rule = spelling.partition(" | ")
     if not bar:
         raise UsageError(
-            f"parse the operator spelling {spelling!r}: found no ' | ', allowed is 'FORM{{knobs}} | RULE'. "
+            f"parse the operator spelling {spelling!r:.200}: found no ' | ', allowed is 'FORM{{knobs}} | RULE'. "
             "Build it with attnc.forms.spell_attention."
         )
     return parse_form(form), AttentionRule.parse(rule)
@@ -66,7 +66,7 @@ def parse_generated(spelling: str, kind: type[Made]) -> tuple[Made, AttentionRul
     form, rule = parse_attention(spelling)
     if not isinstance(form, kind):
         raise UsageError(
-            f"parse the operator spelling {spelling!r}: found the form {form.name}, allowed is {kind.name}. Use "
+            f"parse the operator spelling {spelling!r:.200}: found the form {form.name}, allowed is {kind.name}. Use "
             "attnc::attention for any form."
         )
     return form, rule

@@ -61,6 +61,10 @@ class Form(ABC):
         """Predicted time of one run on a GPU, forward, and backward where it trains."""
         raise self._no_gpu()
 
+    def misfit(self, region: AttentionRegion, device: Device) -> str | None:
+        """Why this form with these knobs, which does not refuse `region`, cannot run on `device`; None where it can."""
+        return None
+
     def seconds(self, region: AttentionRegion, device: Device) -> float:
         """Predicted time of one run, forward, and backward where it trains."""
         if isinstance(device, Gpu):
@@ -132,9 +136,9 @@ class Form(ABC):
 
 def _value(form: str, key: str, text: str, allowed: Knob) -> Any:
     kind = type(allowed.choices[0])
-    if kind is int and re.fullmatch(r"[1-9]\d*", text):
+    if kind is int and re.fullmatch(r"[1-9][0-9]{0,8}", text):
         return int(text)
     if kind is str and text in allowed.choices:
         return text
     found = ", ".join(map(str, allowed.choices)) if kind is str else f"a positive integer in {allowed.unit or 'counts'}"
-    raise UsageError(f"knob {key}={text!r} of form {form}: allowed is {found}. Leave {key} out for the default.")
+    raise UsageError(f"knob {key}={text!r:.80} of form {form}: allowed is {found}. Leave {key} out for the default.")

@@ -22,6 +22,7 @@ from attnc.codegen.cpu_band import band, outside
 from attnc.codegen.cpu_blocked import blocked, most_groups
 from attnc.codegen.cpu_flex import flex
 from attnc.codegen.cpu_groups import Group, grouped, is_run
+from attnc.codegen.cpu_scores import as_tensor
 from attnc.codegen.tiles import blocks, visited
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
@@ -224,7 +225,7 @@ class BlockSparse(Form):
         if rule.sink is None and rule.empty in SETTLED:
             if self.provider == "flex":  # no lse to tell by; the reduction is fused and stores no mask
                 kept = read(rule.keep, axes_of(query, key), captured, sizes)
-                alive = kept.any(-1) if isinstance(kept, torch.Tensor) else torch.full((1, 1, 1), bool(kept))
+                alive = as_tensor(kept, query).any(-1)
             else:
                 alive = lse > -torch.inf
             out = settle_empty(out, alive, *given)

@@ -94,8 +94,9 @@ class Dense(Form):
         given = (query, key, value, captured, sizes, rule)
         causal, rest = split_causal(rule.keep)
         out, lse = sdpa(*given, axes_of, causal=causal == 0 and rest == TRUE and rule.bias is None)
-        if rule.empty in SETTLED:
-            out = settle_empty(out, lse > -torch.inf, *given)
+        if rule.empty in SETTLED:  # by the mask: the lse would cost all scores again
+            alive = as_tensor(read(rule.keep, axes_of(query, key), captured, sizes), query).any(-1)
+            out = settle_empty(out, alive, *given)
         return out, lse
 
     def cpu(

@@ -86,6 +86,9 @@ class Flash(Generated):
     def refuse(self, region: AttentionRegion) -> str | None:
         return self.unfit(region, WIDEST)
 
+    def work(self, region: AttentionRegion) -> FlashWork:
+        return work_of(region, self.skip)
+
     def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
         kernels = KERNELS if region.training else ("forward",)
         return sum(kernel_seconds(self, work_of(region, self.skip), gpu, kernel) for kernel in kernels)
@@ -104,7 +107,9 @@ class Flash(Generated):
         return FlashKnobs(**{f.name: getattr(self, f.name) for f in fields(self)})
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
-        if not isinstance(device, Gpu) or self.refuse(region) is not None or self.skip not in skips(region.rule.keep):
+        if not isinstance(device, Gpu) or device.target is None or self.refuse(region) is not None:
+            return ()
+        if self.skip not in skips(region.rule.keep):
             return ()
         start = default_for(replace(region, path="", node="", choice=None), device, self.skip)
         return () if start is None else (start,)

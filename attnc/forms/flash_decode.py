@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from attnc.codegen.gpu_decode import ROWS, DecodeKnobs
 from attnc.cost_models.device import Device, Gpu
-from attnc.cost_models.tile_model import FlashTiles, fits, flash_seconds
+from attnc.cost_models.tile_model import FlashTiles, FlashWork, fits, flash_seconds
 from attnc.forms.base import Form, knob
 from attnc.forms.flash import work_of
 from attnc.forms.generated import Generated
@@ -61,11 +61,14 @@ class FlashDecode(Generated):
         """The knobs as the launcher takes them."""
         return DecodeKnobs(**{f.name: getattr(self, f.name) for f in fields(self)})
 
+    def work(self, region: AttentionRegion) -> FlashWork:
+        return work_of(region)
+
     def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
         return flash_seconds(work_of(region), self.tiles, gpu)
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
-        if not isinstance(device, Gpu) or self.refuse(region) is not None:
+        if not isinstance(device, Gpu) or device.target is None or self.refuse(region) is not None:
             return ()
         start = decode_default(replace(region, path="", node="", choice=None), device)
         return () if start is None else (start,)

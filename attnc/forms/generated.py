@@ -13,6 +13,7 @@ import torch
 
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
+from attnc.cost_models.tile_model import FlashTiles, FlashWork, fits
 from attnc.errors import LoweringError
 from attnc.forms.base import Form
 from attnc.forms.masked import SETTLED, settle_empty
@@ -51,6 +52,22 @@ class Generated(Form):
             return f"{self.name} takes heads of up to {widest}, found E={E}, Ev={Ev}; use dense."
         return None
 
+    def misfit(self, region: AttentionRegion, device: Device) -> str | None:
+        if not isinstance(device, Gpu):
+            return None
+        if device.target is None:
+            return f"{self.name} needs a target of Triton's, {device.name} has none: {device.no_target}."
+        return fits(self.work(region), self.tiles, device)
+
+    @property
+    @abstractmethod
+    def tiles(self) -> FlashTiles:
+        """The knobs as the cost model takes them."""
+
+    @abstractmethod
+    def work(self, region: AttentionRegion) -> FlashWork:
+        """What the region has to compute, as the cost model takes it."""
+
     def cost(self, region: AttentionRegion, device: Device) -> Cost:
         raise LoweringError(f"predict {self.spell()} on {device.name}: it is a Triton kernel for GPUs. Use dense.")
 
@@ -78,5 +95,5 @@ class Generated(Form):
         operator = getattr(torch.ops.attnc, self.name)
         out, lse = operator(*given[:-1], f"{self.spell()} | {rule.spell()}")
         if rule.sink is None and rule.empty in SETTLED:
-            out = settle_empty(out, lse > -torch.inf, *given)
+            out = settle_empty(out, lse != -torch.inf, *given)  # a NaN is not no key
         return out, lse

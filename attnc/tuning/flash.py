@@ -20,7 +20,7 @@ from attnc.codegen.flash_jobs import flash_job
 from attnc.codegen.triton_text import Slot
 from attnc.cost_models.device import Gpu, gpu_named
 from attnc.cost_models.tile_model import flash_seconds
-from attnc.errors import LoweringError
+from attnc.errors import LoweringError, UsageError
 from attnc.forms.base import Form
 from attnc.forms.flash import KERNELS, Flash, kernel_seconds, work_of
 from attnc.forms.flash_decode import FlashDecode
@@ -77,8 +77,7 @@ class FlashProblem:
         return kernel_seconds(form, work_of(self.region, form.skip), self.gpu, self.part, made)
 
     def compile(self, form: Form) -> Outcome:
-        if self.gpu.target is None:
-            return Outcome(failure=f"compile for {self.gpu.name}: {self.gpu.no_target}")
+        assert self.gpu.target is not None, self.gpu.name
         try:
             made = [compile_job(job) for job in self.jobs(form, self.gpu.target)]
         except LoweringError as exc:
@@ -119,10 +118,15 @@ def slots_of(region: AttentionRegion, part: str) -> tuple[Slot, ...]:
 
 
 def flash_problems(regions: Iterable[Region], devices: Iterable[str]) -> list[FlashProblem]:
-    """What there is to tune: each kernel of each attention that Flash can compute, on each device."""
+    """What there is to tune: each kernel of each attention that Flash can compute, on each device.
+
+    Raises: UsageError for a device that is not known, or that Triton has no target for.
+    """
     problems = []
     for name in devices:
         gpu = gpu_named(name)
+        if gpu.target is None:
+            raise UsageError(f"tune for {name}: it has no target of Triton's ({gpu.no_target}). Name another device.")
         for region in regions:
             if not isinstance(region, AttentionRegion) or region.rule.empty == "unknown":
                 continue

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from attnc.codegen.load import triton
 from attnc.cost_models.device import Gpu, device_from_torch_name
 from attnc.errors import UsageError
 from attnc.forms.base import Form
@@ -35,15 +36,14 @@ class Bench:
 
     def run(self, form: Form) -> Outcome:
         """Seconds of the forward, or of the whole backward for its kernels; a failure where results are wrong."""
-        if not is_here(self.gpu):
-            return Outcome(failure=f"measure on {self.gpu.name}: found no such GPU here.")
+        check_here(self.gpu)
         try:
             off = self._error(form)
             if not off <= TOLERANCE[self.region.dtype]:
                 return Outcome(failure=f"{form.spell()}: off by {off:.1e} of the largest value from the reference.")
             return measured(self._call(form), self._clock)
-        except RuntimeError as exc:  # out of shared memory, a refusal of the driver: this setting's fault
-            return Outcome(failure=f"{form.spell()}: {type(exc).__name__}: {str(exc).splitlines()[0][:200]}")
+        except triton().runtime.errors.OutOfResources as exc:  # this setting's fault, as nothing else is
+            return Outcome(failure=f"{form.spell()}: {str(exc).splitlines()[0][:200]}")
 
     @cached_property
     def _clock(self) -> Clock:
@@ -99,6 +99,14 @@ def is_here(gpu: Gpu) -> bool:
         return device_from_torch_name(torch.cuda.get_device_name(), torch.cuda.get_device_capability()) == gpu
     except UsageError:  # a GPU that is not in the table
         return False
+
+
+def check_here(gpu: Gpu) -> None:
+    """Raises: UsageError where `gpu` is not the current device: then nothing can be measured."""
+    if not is_here(gpu):
+        raise UsageError(
+            f"measure on {gpu.name}: found no such GPU here. Use fidelity 'compile', which needs none, or run it there."
+        )
 
 
 def inputs_of(region: AttentionRegion, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

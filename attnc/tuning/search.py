@@ -323,6 +323,8 @@ class Search:
         self.used["measure"] += 1
         try:
             outcome = self.problem.measure(form)
+        except UsageError:  # no fault of the setting: the device is not here
+            raise
         except Exception as exc:  # noqa: BLE001  # one setting must not end the search of the others
             outcome = raised("measuring", self.problem, form, exc)
         return _with(timing, "measured_s", form, outcome)

@@ -24,7 +24,6 @@ import triton.language as tl
 HOLES = ("keep", "score", "score_slope", "add_grads", "sink", "visit", "visit_rows")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -131,7 +130,7 @@ def logits(s, b, h, i, j, m_ok, captured, SCALE: tl.constexpr, MASKED: tl.conste
     else:
         x = s
     if MASKED:
-        x = tl.where(m_ok & keep(b, h, i, j, m_ok, captured), x, -INF)
+        x = tl.where(m_ok & keep(b, h, i, j, m_ok, captured), x, float("-inf"))
     return x
 
 
@@ -179,7 +178,7 @@ def flash_forward(
 
     # A sink is a key of its own: weight 1 at its own logit, no value.
     m = tl.max(tl.zeros([BLOCK_M, 1], tl.float32) + sink(b, h, i, captured), 1) * LOG2E
-    total = tl.where(m > -INF, 1.0, 0.0)
+    total = tl.where(m > float("-inf"), 1.0, 0.0)
     acc = tl.zeros([BLOCK_M, EV_MAIN], tl.float32)
     if EV_TAIL > 0:
         acc_tail = tl.zeros([BLOCK_M, EV_TAIL], tl.float32)
@@ -205,7 +204,7 @@ def flash_forward(
             if whole and SCALE != 0.0:
                 shift = m_new
             else:  # no key so far: -inf - -inf is no weight
-                shift = tl.where(m_new == -INF, 0.0, m_new)
+                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
             p = tl.exp2(x * FACTOR - shift[:, None])
             alpha = tl.exp2(m - shift)
             total = total * alpha + tl.sum(p, 1)
@@ -217,9 +216,9 @@ def flash_forward(
                 v_tail = tile(p_vj, column, v_l, v_e, m_column, EV_MAIN, EV_TAIL, EV, whole == 0).to(p.dtype)
                 acc_tail = tl.dot(p, v_tail, acc_tail * alpha[:, None], input_precision=PRECISION)
 
-    some = total > 0.0
+    some = total != 0.0  # a NaN is not no key
     total = tl.where(some, total, 1.0)
-    lse = tl.where(some, (m + tl.log2(total)) * LN2, -INF)
+    lse = tl.where(some, (m + tl.log2(total)) * LN2, float("-inf"))
     tl.store(p_lse + (b * Hq + h) * L + i_low + row, lse, mask=m_row)
     share = tl.where(some, 1.0 / total, 0.0)[:, None]
     p_out += b * o_b + h * o_h + i_low.to(tl.int64) * o_l
@@ -264,7 +263,7 @@ def flash_dq(
     if EV_TAIL > 0:
         do_tail = tile(p_do, row, o_l, o_e, m_row, EV_MAIN, EV_TAIL, EV, True)
     at = (b * Hq + h) * L + i_low + row
-    lse = tl.load(p_lse + at, mask=m_row, other=INF)[:, None]
+    lse = tl.load(p_lse + at, mask=m_row, other=float("inf"))[:, None]
     delta = tl.load(p_delta + at, mask=m_row, other=0.0)[:, None]
     if TABLE:
         first, full, masked = listed(p_counts, b, h, n, count, rows_b, rows_h, tl.cdiv(S, BLOCK_N))
@@ -368,7 +367,7 @@ def flash_dkv(
                 at = (b * Hq + h) * L + i_low + row
                 q = tile(p_qi, row, q_l, q_e, m_row, 0, E_MAIN, E, whole == 0).to(k.dtype)
                 do = tile(p_doi, row, o_l, o_e, m_row, 0, EV_MAIN, EV, whole == 0)
-                lse = tl.load(p_lse + at, mask=m_row | (whole == 1), other=INF)
+                lse = tl.load(p_lse + at, mask=m_row | (whole == 1), other=float("inf"))
                 delta = tl.load(p_delta + at, mask=m_row | (whole == 1), other=0.0)
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)

@@ -26,7 +26,6 @@ import triton.language as tl
 HOLES = ("keep", "score", "sink", "visit")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -107,7 +106,7 @@ def flash_decode(
     p_k += b * k_b + h_k * k_h
     p_v += b * v_b + h_k * v_h
 
-    m = tl.full([BLOCK_M], -INF, tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, EV_MAIN], tl.float32)
     if EV_TAIL > 0:
@@ -123,9 +122,9 @@ def flash_decode(
             k_tail = tile(p_kj, m_column, k_e, E_MAIN, E_TAIL, E).to(QK)
             s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
         x = score(s, b, h, i, j, m_ok, captured) if SCALE == 0.0 else s
-        x = tl.where(m_ok & keep(b, h, i, j, m_ok, captured), x * FACTOR, -INF)
+        x = tl.where(m_ok & keep(b, h, i, j, m_ok, captured), x * FACTOR, float("-inf"))
         m_new = tl.maximum(m, tl.max(x, 1))
-        shift = tl.where(m_new == -INF, 0.0, m_new)  # no key so far: -inf - -inf is no weight
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key so far: -inf - -inf is no weight
         p = tl.exp2(x - shift[:, None])
         alpha = tl.exp2(m - shift)
         total = total * alpha + tl.sum(p, 1)
@@ -141,10 +140,10 @@ def flash_decode(
             v_tail = tile(p_vj, m_column, v_e, EV_MAIN, EV_TAIL, EV).to(DOT)
             acc_tail = tl.dot(p, v_tail, acc_tail * alpha[:, None], input_precision=PRECISION)
 
-    some = total > 0.0
+    some = total != 0.0  # a NaN is not no key
     total = tl.where(some, total, 1.0)
     place = ((n * B + b) * (H * GROUP) + head) * L + i_row
-    tl.store(p_lse + place, tl.where(some, m + tl.log2(total), -INF), mask=m_row)
+    tl.store(p_lse + place, tl.where(some, m + tl.log2(total), float("-inf")), mask=m_row)
     share = (1.0 / total)[:, None]
     e = tl.arange(0, EV_MAIN)
     p_row = p_parts + place[:, None] * EV
@@ -164,22 +163,22 @@ def flash_combine(
     b, h, i = place // L // Hq, place // L % Hq, place % L
     e = tl.arange(0, BLOCK_EV)
     m = sink(b, h, i, captured) * LOG2E + tl.zeros([1], tl.float32)
-    total = tl.where(m > -INF, 1.0, 0.0)
+    total = tl.where(m > float("-inf"), 1.0, 0.0)
     acc = tl.zeros([BLOCK_EV], tl.float32)
     for first in range(0, SPLITS, BLOCK_P):
         n = first + tl.arange(0, BLOCK_P)
-        lse = tl.load(p_part_lse + n * ROWS + place, mask=n < SPLITS, other=-INF)
+        lse = tl.load(p_part_lse + n * ROWS + place, mask=n < SPLITS, other=float("-inf"))
         m_new = tl.maximum(m, tl.max(lse, 0))
-        shift = tl.where(m_new == -INF, 0.0, m_new)
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha, weight = tl.exp2(m - shift), tl.exp2(lse - shift)
         at = (n * ROWS + place)[:, None] * EV + e[None, :]
-        x = tl.load(p_parts + at, mask=(lse > -INF)[:, None] & (e < EV)[None, :], other=0.0)
+        x = tl.load(p_parts + at, mask=(lse != float("-inf"))[:, None] & (e < EV)[None, :], other=0.0)
         acc = acc * alpha + tl.sum(x * weight[:, None], 0)
         total = total * alpha + tl.sum(weight, 0)
         m = m_new
-    some = total > 0.0
+    some = total != 0.0  # a NaN is not no key
     total = tl.where(some, total, 1.0)
     one = tl.arange(0, 1)
-    tl.store(p_lse + place + one, tl.where(some, (m + tl.log2(total)) * LN2, -INF))
+    tl.store(p_lse + place + one, tl.where(some, (m + tl.log2(total)) * LN2, float("-inf")))
     p_out += b * o_b + h * o_h + i * o_l
     tl.store(p_out + e * o_e, (acc / total).to(p_out.dtype.element_ty), mask=e < EV)

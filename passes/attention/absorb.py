@@ -31,7 +31,7 @@ def keep_latent(graph: fx.Graph, device_of: Callable[[str], Device]) -> list[str
     for anchor in anchors(graph):
         found = latents(facts, anchor)
         value = None if found is None else tensor_of(found.value.latent)
-        if found is None or value is None:
+        if found is None or value is None or not _may_change(found.match):
             continue
         try:
             device = device_of(value.device.type)
@@ -44,6 +44,12 @@ def keep_latent(graph: fx.Graph, device_of: Callable[[str], Device]) -> list[str
             facts = GraphFacts(graph)
             sentences.append(_sentence(found, device))
     return sentences
+
+
+def _may_change(match: Match) -> bool:
+    """Whether the order may change: no random stream to keep, no keys and values that the graph hands out."""
+    handed_out = any(user.op == "output" for operand in (match.key, match.value) for user in operand.source.users)
+    return not match.dropout and not handed_out
 
 
 def rates(device: Device, dtype: torch.dtype) -> tuple[float, float]:

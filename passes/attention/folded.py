@@ -17,22 +17,24 @@ from torch import fx
 
 from attnc.expr import terms_of, var
 from attnc.passes.attention.absorb import Emitter
-from attnc.passes.graph import GraphFacts, hint, op_name, shape_of, tensor_of
+from attnc.passes.graph import GraphFacts, hint, module_path, op_name, shape_of, tensor_of
 from attnc.passes.views import Ranges, through
 
 aten = torch.ops.aten
 _FIXED = ("t", "transpose", "permute", "mT", "view", "reshape", "contiguous", "detach", "alias")
 
 
-def fold_heads(graph: fx.Graph) -> int:
-    """Fold the matrices that heads share into the projections before them; returns how many."""
-    facts, folded = GraphFacts(graph), 0
+def fold_heads(graph: fx.Graph) -> list[str]:
+    """Fold the matrices that heads share into the projections before them; returns a sentence for each."""
+    facts, folded = GraphFacts(graph), []
     for node in list(graph.nodes):
         views = _projection(facts, node)
         if views is None:
             continue
+        where = module_path(node) or node.name
+        folded.append(f"{where}: a matrix that all heads share is folded into the projection before it.")
         _fold(graph, node, views)
-        facts, folded = GraphFacts(graph), folded + 1
+        facts = GraphFacts(graph)
     if folded:
         graph.eliminate_dead_code()
     return folded

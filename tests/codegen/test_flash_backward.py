@@ -116,6 +116,7 @@ def test_a_compiler_takes_it_under_symbolic_lengths():
     def attend(query, key, value):
         return flash(query, key, value, [table, sink], [key.shape[2] - 1], spelling)[0]
 
+    torch._dynamo.utils.counters.clear()
     fast = torch.compile(attend, backend="aot_eager", dynamic=True, fullgraph=True)
     for length in (17, 40):
         given = [torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3)]

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import attnc
+from attnc.errors import UsageError
 from attnc.forms.flash import Flash
 from attnc.options import Options
 from attnc.passes.choose import choose
@@ -59,10 +60,18 @@ def test_a_setting_compiles_for_a_gpu_that_is_not_here(device: str) -> None:
     assert 0.3 < found.seconds / problem.predict(problem.space()[0]) < 4
 
 
-def test_a_gpu_without_a_triton_target_fails_with_a_sentence() -> None:
-    (problem,) = flash_problems([region()], ["v100"])
-    failure = problem.compile(problem.space()[0]).failure
-    assert failure is not None and "v100" in failure
+def test_a_gpu_without_a_triton_target_is_refused_with_a_sentence() -> None:
+    with pytest.raises(UsageError, match="v100: it has no target of Triton's"):
+        flash_problems([region()], ["v100"])
+
+
+def test_measuring_a_gpu_that_is_not_here_records_nothing(options: Options) -> None:
+    problems = flash_problems([region()], ["h100"])
+    records = records_in(options.store)
+    with pytest.raises(UsageError, match="found no such GPU here"):
+        tune(problems, Settings(trials=3, fidelity="measure", storage="memory"), records=records)
+    kept = records.find(record_key(region(), problems[0].gpu, "forward"))
+    assert kept is None or not any(timing.failure for timing in kept.timings.values())
 
 
 def test_records_are_picked_up_by_the_choice(options: Options) -> None:

@@ -219,7 +219,7 @@ def test_a_killed_search_loses_no_finished_trial_and_goes_on(tmp_path: Path, sen
     problem = Landscape(*SMALL)
     found = search(problem, finished + 4, storage=None, folder=tmp_path)
     assert found.order == search(problem, finished + 4).order
-    assert found.evaluations["compile"] <= 4, "finished trials are not tried again"
+    assert found.evaluations.get("compile", 0) <= 4, "finished trials are not tried again"
 
 
 def test_a_line_that_a_killed_writer_left_unfinished_is_cut_off(tmp_path: Path) -> None:

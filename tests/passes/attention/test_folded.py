@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import attnc
 from attnc.passes import pipeline
@@ -19,7 +19,13 @@ def folds(monkeypatch) -> list[int]:
     """How many matrices each analysed graph folds."""
     counted: list[int] = []
     fold = pipeline.fold_heads
-    monkeypatch.setattr(pipeline, "fold_heads", lambda graph: counted.append(fold(graph)))
+
+    def counting(graph: fx.Graph) -> list[str]:
+        sentences = fold(graph)
+        counted.append(len(sentences))
+        return sentences
+
+    monkeypatch.setattr(pipeline, "fold_heads", counting)
     return counted
 
 
