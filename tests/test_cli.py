@@ -217,3 +217,8 @@ def test_the_version_is_printed_by_the_module():
 def test_help_names_the_commands(run):
     assert "explain" in run("--help").stdout
     assert "NAME=SHAPE:DTYPE" in run("explain", "--help").stdout
+
+
+def test_choices_are_made_for_the_named_device(run) -> None:
+    shown = explained(run, "bare", *IDS, "--device", "h100", "--json")
+    assert json.loads(shown.stdout)["device"] == "h100"

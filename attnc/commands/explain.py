@@ -22,6 +22,9 @@ def run(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; an array where --length is repeated.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Training mode with gradients, not eval without.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="The device to choose for, as h100; it need not be here. `attnc devices`.")
+    ] = None,
 ) -> None:
     """Show the attention of a model: what is there, what it costs, what attnc would choose and why."""
     lengths: list[int | None] = [*length] if length else [None]
@@ -30,7 +33,7 @@ def run(
         specs = input_specs(inputs or [], length or [])
         torch.manual_seed(0)
         call = load_call(target)
-        reports = [_explain_call(call, specs, at, train) for at in lengths]
+        reports = [_explain_call(call, specs, at, train, device) for at in lengths]
     if as_json:
         texts = [report.to_json() for report in reports]
         typer.echo(texts[0] if len(texts) == 1 else "[\n" + ",\n".join(texts) + "\n]")
@@ -39,9 +42,9 @@ def run(
         typer.echo(str(report) if len(reports) == 1 else f"L={at}: {report}\n")
 
 
-def _explain_call(call: Call, specs: list[InputSpec], length: int | None, train: bool) -> Report:
+def _explain_call(call: Call, specs: list[InputSpec], length: int | None, train: bool, device: str | None) -> Report:
     drawn = {spec.name: spec.draw(length) for spec in specs}
     if isinstance(call.model, torch.nn.Module):
         call.model.train(train)
     with torch.set_grad_enabled(train):
-        return explain(call.model, *call.args, **{**call.kwargs, **drawn})
+        return explain(call.model, *call.args, device=device, **{**call.kwargs, **drawn})

@@ -70,6 +70,8 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
             problems = problems_of(call, names)
             records = _tuned(problems, asked, Records(store / "records"))
         typer.echo(_json(records) if as_json else _text(problems, records, fidelity, store / "records"))
+        if any(record.best is None for record in records):
+            raise typer.Exit(1)
 
     return run
 

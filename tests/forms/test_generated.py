@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from attnc.codegen.render import skeleton_text
 from attnc.cost_models.device import gpu_named
 from attnc.cost_models.tile_model import fits
 from attnc.forms import Dense, parse_form
@@ -26,8 +28,15 @@ DOCUMENTS = "score=0.125 * s; keep=t0[b, i] - t0[b, j] == 0"
 
 def region(rule: str = CAUSAL, L: int = 4096, S: int | None = None, **facts) -> AttentionRegion:
     shape = AttentionShape(2, 16, 4, L, L if S is None else S, 128, 128)
-    facts = {"written": "sdpa", "captured": ("int64[2, 4096]",) if "t0" in rule else (), **facts}
-    return AttentionRegion("layer", "sdpa", AttentionRule.parse(rule), shape, "bfloat16", "cuda", **facts)
+    facts = {
+        "shape": shape,
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "written": "sdpa",
+        "captured": ("int64[2, 4096]",) if "t0" in rule else (),
+        **facts,
+    }
+    return AttentionRegion("layer", "sdpa", AttentionRule.parse(rule), **facts)
 
 
 @pytest.mark.parametrize(
@@ -131,3 +140,66 @@ def test_a_window_is_predicted_faster_than_the_mask_in_memory() -> None:
     gpu, where = gpu_named("h100"), region(WINDOW, L=16384)
     flash = default_for(where, gpu)
     assert flash is not None and flash.seconds(where, gpu) < 0.2 * Dense().seconds(where, gpu)
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("form", ["flash{block_m=16,block_n=16}", "flash_decode{block_n=16,splits=2}", "dense"])
+@pytest.mark.parametrize("big", [1e4, 1e9, 3.389e38])
+def test_a_score_is_not_rounded_away_beside_a_mask_of_the_run(form: str, big: float, tol) -> None:
+    query, key, value = (torch.randn(1, 2, length, 16) for length in (7, 33, 33))
+    mask = (torch.rand(1, 1, 1, 33) < 0.7).float()
+    rule = AttentionRule.parse(f"score=0.25 * s + {big} * f0[b, 0, 0, j] - {big}")
+    out, _ = torch.ops.attnc.attention(query, key, value, [mask], [], spell_attention(form, rule))
+    want = ((query @ key.mT).double() * 0.25 + (mask.double() - 1) * big).softmax(-1) @ value.double()
+    assert (out - want).abs().max() <= tol(torch.float32) * want.abs().max()
+
+
+@pytest.mark.parametrize("form", ["flash{block_m=16,block_n=16}", "flash_decode{block_n=16,splits=2}"])
+def test_a_row_of_the_lowest_numbers_is_the_mean_and_a_nan_stays_one(form: str, tol) -> None:
+    query, key, value = (torch.randn(1, 2, length, 16) for length in (7, 33, 33))
+    mask = torch.zeros(1, 1, 7, 33)
+    mask[0, 0, 0] = LOWEST
+    rule = AttentionRule.parse("score=0.25 * s + f0[0, 0, i, j]")
+    out, _ = torch.ops.attnc.attention(query, key, value, [mask], [], spell_attention(form, rule))
+    assert (out[:, :, 0] - value.mean(2)).abs().max() <= tol(torch.float32)
+    query[0, 0, 1] = torch.nan
+    out, _ = torch.ops.attnc.attention(query, key, value, [mask], [], spell_attention(form, rule))
+    assert out[0, 0, 1].isnan().all() and not out[0, 1].isnan().any()
+
+
+def test_softcap_is_as_exact_as_eager() -> None:
+    query, key, value = (torch.randn(1, 2, 33, 16) for _ in range(3))
+    rule = AttentionRule.parse("score=50.0 * tanh(0.005 * s)")
+    out, _ = torch.ops.attnc.attention(query, key, value, [], [], spell_attention(Flash(16, 16), rule))
+
+    def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (50.0 * torch.tanh(q @ k.mT * 0.25 / 50.0)).softmax(-1) @ v
+
+    want = eager(query.double(), key.double(), value.double())
+    own = (eager(query, key, value) - want).abs().max()
+    assert (out - want).abs().max() <= max(1.5 * own, 1e-6 * want.abs().max())
+
+
+@pytest.mark.parametrize("name", ["flash", "flash_decode"])
+def test_constants_of_a_skeleton_can_be_written_out_again(name: str) -> None:
+    # Inductor copies a kernel's global constants into its own file as the text of their values.
+    source = skeleton_text(name)
+    written = re.findall(r"^([A-Z]\w*) = tl\.constexpr\((.*)\)$", source, re.MULTILINE)
+    assert written
+    for constant, text in written:
+        assert re.fullmatch(r"[-\d.e]+", text), constant
+
+
+@pytest.mark.parametrize("device", ["v100", "t4"])
+def test_a_device_without_a_target_gets_no_generated_form(device: str) -> None:
+    gpu = gpu_named(device)
+    for form in (Flash(), FlashDecode()):
+        assert form.space(region(), gpu) == ()
+    assert "has none" in (Flash().misfit(region(), gpu) or "")
+
+
+def test_knobs_that_do_not_fit_are_a_misfit() -> None:
+    wide = region(shape=AttentionShape(1, 8, 8, 512, 512, 256, 256), dtype="float32")
+    assert "shared memory" in (Flash(block_m=256, block_n=256, stages=5).misfit(wide, gpu_named("rtx5090")) or "")
