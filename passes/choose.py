@@ -116,7 +116,7 @@ def _forced(region: AttentionRegion, spelling: str, device: Device) -> Choice:
     """The form that the options force; without knobs in its spelling, with the best ones it offers."""
     form = parse_form(spelling)
     if "{" not in spelling:
-        form = next(iter(form.space(region, device)), form)  # type: ignore[arg-type]  # the same form, other knobs
+        form = next(iter(form.space(region, device)), form)  # the same form, other knobs
     why = form.refuse(region) or form.misfit(region, device)
     if why is not None:
         return Choice(AS_WRITTEN, f"{form.spell()} was forced and refuses: {why}", refused={form.name: why})

@@ -104,7 +104,8 @@ class Trials:
 
     def _finish(self, number: int, timing: Timing) -> None:
         seconds = timing.at(self.fidelity)
-        self.study.tell(number, seconds, state=TrialState.PRUNED if seconds is None else TrialState.COMPLETE)
+        state = TrialState.PRUNED if seconds is None else TrialState.COMPLETE
+        self.study.tell(number, seconds, state=state, skip_if_finished=True)
 
 
 def _timing(trial: FrozenTrial) -> Timing | None:

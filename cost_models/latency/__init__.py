@@ -88,7 +88,7 @@ def encode(kind: str, shape: Mapping) -> tuple[str, tuple[float, ...]]:
         name, columns = known.encode(kind, shape)
         if name in MODELS and shape["dtype"] in DTYPES and min(columns[: len(columns) - MODELS[name].flags]) > 0:
             return name, columns
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError):
         pass
     raise UsageError(_complaint(known, shape))
 
@@ -105,7 +105,8 @@ def _complaint(kind: Kind, shape: Mapping) -> str:
             return f"{kind.name}: dtype: found {str(value)[:40]!r}, allowed are {', '.join(DTYPES)}. Name one of them."
         if column in ("dtype", "variant", "phase", "stage", "score_mode", "routing"):
             continue
-        if isinstance(value, str) or value is None or value < (0 if column in ZERO_ALLOWED else 1):
+        low = 0 if column in ZERO_ALLOWED else 1
+        if not isinstance(value, int | float) or not low <= value < 2**63:
             return f"{kind.name}: {column}: found {value!r}, allowed are positive numbers. Correct it."
     words = {c: shape[c] for c in kind.columns if isinstance(shape[c], str)}
     return f"{kind.name}: found {words}, which is in no table of shared/measurements. Name a stage that is."
@@ -167,7 +168,10 @@ def predict(kind: str, device: Device | GpuFigures, shape: Mapping) -> Estimate:
     name, columns = encode(kind, shape)
     dtype = shape["dtype"]
     ready = _PREPARED.get((id(device), name, dtype)) or _prepare(name, device, dtype)
-    seconds, fixed = ready.call(*columns, *ready.tail)
+    try:
+        seconds, fixed = ready.call(*columns, *ready.tail)
+    except (OverflowError, ValueError):  # a number beyond floats, or none
+        raise UsageError(_complaint(KINDS[kind], shape)) from None
     if not 0 < seconds < math.inf:
         raise UsageError(f"{kind}: found {seconds} seconds for {dict(shape)}; sizes must be finite. Correct them.")
     regime = bisect_right(ready.edges, fixed / seconds)

@@ -91,6 +91,10 @@ def _gemm() -> Model:
 MODELS = {"gemm": _gemm()}
 
 
+# Bytes of a weight; float32 is in no table.
+ITEM = {"bf16": 2.0, "bf16_kvfp8": 2.0, "fp8": 1.0, "fp8_block": 1.0}
+
+
 def encode(kind: str, shape: Mapping) -> tuple[str, tuple[float, ...]]:
     """The model of the call and its numeric columns."""
-    return "gemm", (shape["m"], shape["n"], shape["k"], 2.0 if shape["dtype"] == "bf16" else 1.0)
+    return "gemm", (shape["m"], shape["n"], shape["k"], ITEM[shape["dtype"]])

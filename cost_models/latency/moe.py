@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from sympy import exp, symbols
 
+from attnc.cost_models.latency.gemm import ITEM
 from attnc.cost_models.latency.terms import (
     Coefficient,
     Model,
@@ -101,6 +102,6 @@ def encode(kind: str, shape: Mapping) -> tuple[str, tuple[float, ...]]:
         shape["experts"],
         shape["topk"],
         3.0 if shape["gated"] else 2.0,
-        2.0 if shape["dtype"] == "bf16" else 1.0,
+        ITEM[shape["dtype"]],
         skew,
     )
