@@ -64,9 +64,11 @@ def _verdict(found: Found, store: Store) -> Verdict:
     if known is not None:
         return Verdict(bool(known["passed"]), float(known["error"]), str(known["reason"]))  # type: ignore[arg-type]
     assert found.region.choice is not None and found.match is not None
+    form, training = found.region.choice.form, found.region.training
     try:
-        exact = _is_exact(found.region)
-        verdict = check(found.match, found.region.choice.form, found.region.training, exact=exact)
+        verdict = check(found.match, "dense" if not _is_exact(found.region) else form, training)
+        if verdict.passed and not _is_exact(found.region):  # the lift holds, by an exact form: how far off is this one
+            verdict = check(found.match, form, training, exact=False)
     except Exception as exc:
         log.debug("check of %s failed", found.region.path, exc_info=True)
         return Verdict(False, 0.0, f"its check raised {type(exc).__name__}: {exc}".splitlines()[0])

@@ -3,7 +3,8 @@
 The region's own nodes are copied with their lengths and window constants replaced by small ones, lifted again, and
 rewritten with the chosen form; both graphs run on the same data, gradients included where the region trains. A wrong
 lift, a wrong form or a wrong lowering shows up as a difference; the region is then left as written. A form that is
-an approximation, allowed by name, is measured instead: its verdict passes with the error that was seen.
+an approximation, allowed by name, is measured instead, once `dense` has shown that the lift holds: its verdict passes
+with the error that was seen.
 
 Source: Pnueli, Siegel, Singerman 1998, "Translation validation".
 """

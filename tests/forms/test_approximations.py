@@ -12,6 +12,7 @@ import attnc
 from attnc.cost_models.device import device_named
 from attnc.errors import UsageError
 from attnc.forms import FORMS, parse_form
+from attnc.forms.dense import Dense
 from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.low_rank import LowRank
 from attnc.forms.masked import reference
@@ -203,6 +204,27 @@ def test_through_torch_compile(form, length: int) -> None:
         assert "approximate: error" in choice.reason and "of the largest value on random inputs" in choice.reason
     expected = form.reference(*qkv, [], [], rule_of("causal", dims))[0]
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_long_region_is_measured_at_a_shorter_length() -> None:
+    torch._dynamo.reset()
+    qkv, _ = drawn(Dims(4201, 4201, 1, 1, 8, 8), torch.float32)
+    options = {"allow": ("hierarchical",), "force": "hierarchical", "inner": "aot_eager", "strict": True}
+    fast = torch.compile(attend, backend="attnc", options=options)
+    with torch.no_grad():
+        fast(*qkv)
+    assert "on random inputs of length 517" in attnc.last_report(fast).regions[0].choice.reason
+
+
+def test_a_wrong_lift_is_not_excused_by_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(Dense, "cpu", lambda self, q, *given: (q * 2, q[..., 0]))
+    qkv, _ = drawn(square(33, (4, 2)), torch.float32)
+    options = {"allow": ("hierarchical",), "force": "hierarchical{block=4}", "inner": "aot_eager"}
+    fast = torch.compile(attend, backend="attnc", options=options)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*qkv), attend(*qkv))
+    assert "differs by" in attnc.last_report(fast).regions[0].choice.reason
 
 
 def test_through_torch_compile_without_a_name_nothing_changes() -> None:
