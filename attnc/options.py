@@ -46,6 +46,7 @@ class Options:
     strict:   raise where a region is in trouble, instead of leaving it as written with one warning.
     check:    validate each rewrite numerically against the subgraph it replaces.
     forms:    the only forms considered for rewriting; None means all of them.
+    allow:    approximations by name, ("low_rank",): forms that are not exact are taken only where named here.
     force:    a form's spelling, used wherever it applies whatever the cost rule says.
     device:   the GPU that choices are made for, as "h100" (`attnc devices` lists them); None: the one the model is on.
     plan:     an `attnc.Plan`, whose choices are taken where they apply; regions it does not name are chosen as without.
@@ -60,6 +61,7 @@ class Options:
     strict: bool = False
     check: bool = True
     forms: tuple[str, ...] | None = None
+    allow: tuple[str, ...] = ()
     force: str | None = None
     device: str | None = None
     plan: Planned | None = field(default=None, hash=False)
@@ -75,7 +77,8 @@ class Options:
         checked = {
             "inductor": _inductor_settings(self.inductor),
             "mode": _mode(self.mode),
-            "forms": _form_names(self.forms),
+            "forms": None if self.forms is None else _form_names("forms", self.forms, "('dense',)"),
+            "allow": _form_names("allow", self.allow, "('low_rank',)"),
             "store": _directory(self.store),
         }
         for name, value in checked.items():
@@ -207,16 +210,14 @@ def _mode(value: object) -> str | None:
     return value
 
 
-def _form_names(value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    advice = "Use forms=('dense',), or leave forms out to consider every form"
+def _form_names(option: str, value: object, example: str) -> tuple[str, ...]:
+    advice = f"Use {option}={example}, or leave {option} out"
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise _wrong_type("option forms", value, "a tuple or list of form names", advice)
+        raise _wrong_type(f"option {option}", value, "a tuple or list of form names", advice)
     names = tuple(value)
     for name in names:
         if not isinstance(name, str) or not name.strip():
-            raise UsageError(f"option forms={value!r}: found {name!r}, allowed are names of forms. {advice}.")
+            raise UsageError(f"option {option}={value!r}: found {name!r}, allowed are names of forms. {advice}.")
     return names
 
 

@@ -10,11 +10,12 @@ from dataclasses import replace
 
 from torch import fx
 
+from attnc.forms import parse_form
 from attnc.options import Options
 from attnc.passes.check import Verdict, check
 from attnc.passes.pipeline import Analysis, Found, bodies
 from attnc.passes.rewrite import rewrite
-from attnc.region import AS_WRITTEN, Choice, Region
+from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region
 from attnc.store import Store
 
 log = logging.getLogger("attnc.passes.apply")
@@ -30,10 +31,13 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
         if choice is None or not choice.rewrites or found.match is None or found.facts is None:
             continue
         with analysis.timed("check"):
-            verdict = _verdict(found, store) if options.check else Verdict(True, 0.0)
+            verdict = _verdict(found, store) if options.check else Verdict(True, 0.0, _unmeasured(found.region))
         if not verdict.passed:
             _leave(analysis, position, verdict.reason)
             continue
+        if verdict.reason:  # an approximation says how far off it is
+            told = replace(choice, reason=f"{choice.reason}; {verdict.reason}")
+            analysis.found[position] = replace(found, region=replace(found.region, choice=told))
         with analysis.timed("rewrite"):
             rewrite(found.facts, found.match, choice.form)
         changed = True
@@ -60,13 +64,25 @@ def _verdict(found: Found, store: Store) -> Verdict:
     if known is not None:
         return Verdict(bool(known["passed"]), float(known["error"]), str(known["reason"]))  # type: ignore[arg-type]
     assert found.region.choice is not None and found.match is not None
+    form, training = found.region.choice.form, found.region.training
     try:
-        verdict = check(found.match, found.region.choice.form, found.region.training)
+        verdict = check(found.match, "dense" if not _is_exact(found.region) else form, training)
+        if verdict.passed and not _is_exact(found.region):  # the lift holds, by an exact form: how far off is this one
+            verdict = check(found.match, form, training, exact=False)
     except Exception as exc:
         log.debug("check of %s failed", found.region.path, exc_info=True)
         return Verdict(False, 0.0, f"its check raised {type(exc).__name__}: {exc}".splitlines()[0])
     store.put(key, {"passed": verdict.passed, "error": verdict.error, "reason": verdict.reason})
     return verdict
+
+
+def _is_exact(region: Region) -> bool:
+    assert region.choice is not None
+    return not isinstance(region, AttentionRegion) or parse_form(region.choice.form).is_exact(region)
+
+
+def _unmeasured(region: Region) -> str:
+    return "" if _is_exact(region) else "approximate: error not measured, because the options leave the check out"
 
 
 def _leave(analysis: Analysis, position: int, reason: str) -> None:

@@ -1,7 +1,8 @@
 """Pick a form for a region: each form refuses with a sentence or offers its best knobs; the cheapest predicted wins.
 
 Nothing is rewritten that is not predicted to be faster than what is written; the choice then states the length at
-which the answer would change.
+which the answer would change. A form that does not equal the region is taken only where `allow` names it, whether
+by cost, by force or by a plan.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ def choose(region: AttentionRegion, options: Options) -> AttentionRegion:
         return replace(region, choice=Choice(AS_WRITTEN, str(exc).rstrip(".")))
     there = replace(region, device="cuda") if isinstance(device, Gpu) else region
     bare = replace(there, path="", node="")
-    planned = None if options.plan is None else _planned(there, options.plan, device)
+    planned = None if options.plan is None else _planned(there, options.plan, options.allow, device)
     if planned is not None:
         return replace(there, choice=planned)
     record = tuned(bare, device, options.store) if isinstance(device, Gpu) else None
-    return replace(there, choice=_choose(bare, options.forms, options.force, device, record))
+    return replace(there, choice=_choose(bare, options.forms, options.allow, options.force, device, record))
 
 
-def _planned(region: AttentionRegion, plan: Planned, device: Device) -> Choice | None:
+def _planned(region: AttentionRegion, plan: Planned, allow: tuple[str, ...], device: Device) -> Choice | None:
     """What the plan says of `region`, by its key or else its path; None where it says nothing, or of another device."""
     given = plan.choices.get(region.key) or plan.choices.get(region.path)
     if given is None or plan.device != device.name:
@@ -55,7 +56,7 @@ def _planned(region: AttentionRegion, plan: Planned, device: Device) -> Choice |
     if given.form == AS_WRITTEN:
         return replace(given, reason=reason)
     form = parse_form(given.form)
-    why = _unfit(region) or form.refuse(region) or form.misfit(region, device)
+    why = _unfit(region) or _inapplicable(form, region, allow, device)
     if why is not None:
         return Choice(AS_WRITTEN, f"the plan's {given.form} does not apply here: {why}", refused={given.name: why})
     return replace(given, reason=reason)
@@ -65,6 +66,7 @@ def _planned(region: AttentionRegion, plan: Planned, device: Device) -> Choice |
 def _choose(
     region: AttentionRegion,
     allowed: tuple[str, ...] | None,
+    allow: tuple[str, ...],
     force: str | None,
     device: Device,
     record: tuple[Form, float] | None,
@@ -73,8 +75,8 @@ def _choose(
     if why is not None:
         return Choice(AS_WRITTEN, why)
     if force is not None:
-        return _forced(region, force, device)
-    offers, refused = _offers(region, allowed, device)
+        return _forced(region, force, allow, device)
+    offers, refused = _offers(region, allowed, allow, device)
     if record is not None and (allowed is None or record[0].name in allowed):
         offers = [(time, form) for time, form in offers if form.name != record[0].name]
         offers.append((record[1], record[0]))
@@ -85,13 +87,14 @@ def _choose(
     time, best = offers[0]
     offered = {form.spell(): taken for taken, form in offers}
     if time > GAIN * written:
-        at = crossover(region, allowed, device)
+        at = crossover(region, allowed, allow, device)
         when = f"; from length {at} on it would" if at is not None else ""
         figures = f"{_milliseconds(time)} against {_milliseconds(written)} as written"
         reason = f"{best.spell()} is not predicted to pay ({figures}){when}"
         return Choice(AS_WRITTEN, reason, written, written, refused, offered)
     by = "tuned, " if record is not None and best == record[0] else ""
     reason = f"{by}predicted {written / time:.1f}x faster than as written on {device.name}"
+    reason += "" if best.is_exact(region) else f"; {best.name} is an approximation by name"
     return Choice(best.spell(), reason, time, written, refused, offered)
 
 
@@ -112,29 +115,49 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.{2 if seconds > 1e-4 else 3}f} ms"
 
 
-def _forced(region: AttentionRegion, spelling: str, device: Device) -> Choice:
+def _forced(region: AttentionRegion, spelling: str, allow: tuple[str, ...], device: Device) -> Choice:
     """The form that the options force; without knobs in its spelling, with the best ones it offers."""
     form = parse_form(spelling)
     if "{" not in spelling:
         form = next(iter(form.space(region, device)), form)  # the same form, other knobs
-    why = form.refuse(region) or form.misfit(region, device)
+    why = _inapplicable(form, region, allow, device)
     if why is not None:
         return Choice(AS_WRITTEN, f"{form.spell()} was forced and refuses: {why}", refused={form.name: why})
-    return Choice(form.spell(), "forced by the options")
+    exact = form.is_exact(region)
+    return Choice(form.spell(), "forced by the options" + ("" if exact else ", an approximation by name"))
+
+
+def _inapplicable(form: Form, region: AttentionRegion, allow: tuple[str, ...], device: Device) -> str | None:
+    """Why this setting may not be taken for `region` on `device`, whoever asks for it."""
+    return form.refuse(region) or _unnamed(form, region, allow) or form.misfit(region, device)
+
+
+def _unnamed(form: Form, region: AttentionRegion, allow: tuple[str, ...]) -> str | None:
+    """Why a form that does not refuse `region` is still not taken: it does not equal it, and no name allows that."""
+    if form.name in allow or form.is_exact(region):
+        return None
+    return f"{form.spell()} is an approximation by name; add {form.name!r} to the option allow to accept its error."
 
 
 def _offers(
-    region: AttentionRegion, allowed: tuple[str, ...] | None, device: Device, *, search: bool = True
+    region: AttentionRegion,
+    allowed: tuple[str, ...] | None,
+    allow: tuple[str, ...],
+    device: Device,
+    *,
+    search: bool = True,
 ) -> tuple[list[tuple[float, Form]], dict[str, str]]:
     """(predicted seconds, form) of each form that applies, and the sentences of those that refuse.
 
     search: whether each form offers its best knobs, or only its default ones.
     """
-    chosen = FORMS if allowed is None else tuple(form_named(name) for name in allowed)
+    every = tuple(form for form in FORMS if not form.approximates or form.name in allow)
+    chosen = every if allowed is None else tuple(form_named(name) for name in allowed)
     offers, refused = [], {}
     for form in chosen:
         for start in _starts(form):
             why = _mistrusted(start, region) or start.refuse(region) or _untargeted(start, device)
+            why = why or _unnamed(start, region, allow)
             if why is not None:
                 refused[start.spell()] = why
                 continue
@@ -167,7 +190,9 @@ def _starts(form: type[Form]) -> list[Form]:
     return [form(**dict(zip(named, values, strict=True))) for values in product(*named.values())]
 
 
-def crossover(region: AttentionRegion, allowed: tuple[str, ...] | None, device: Device) -> int | None:
+def crossover(
+    region: AttentionRegion, allowed: tuple[str, ...] | None, allow: tuple[str, ...], device: Device
+) -> int | None:
     """The shortest of LENGTHS beyond the region's own at which some form would pay with its default knobs.
 
     A form that pays at one length pays at all longer ones: what does not pay at the longest is asked once only.
@@ -178,7 +203,7 @@ def crossover(region: AttentionRegion, allowed: tuple[str, ...] | None, device: 
     def pays(length: int) -> bool:
         rows = length if shape.L == shape.S else shape.L
         longer = replace(region, shape=replace(shape, L=rows, S=length))
-        offers, _ = _offers(longer, allowed, device, search=False)
+        offers, _ = _offers(longer, allowed, allow, device, search=False)
         written = written_seconds(longer, device)
         return bool(offers) and min(time for time, _ in offers) <= GAIN * written
 
@@ -206,7 +231,11 @@ def checked_forms(options: Options) -> None:
         device_named(options.device)
     for name in options.forms or ():
         form_named(name)
+    for name in options.allow:
+        if not form_named(name).approximates:
+            raise UsageError(
+                f"option allow={options.allow!r}: {name} is exact and needs no leave; allowed are "
+                f"{', '.join(form.name for form in FORMS if form.approximates)}. Leave {name!r} out of allow."
+            )
     if options.force is not None:
         parse_form(options.force)
-
-

@@ -48,6 +48,7 @@ def test_every_field_can_be_set_by_torch_compile(tmp_path):
         "strict": True,
         "check": False,
         "forms": ["dense", "block_sparse"],
+        "allow": ["low_rank"],
         "force": "block_sparse{provider=sdpa}",
         "device": "h100",
         "plan": Plan(),
@@ -55,8 +56,9 @@ def test_every_field_can_be_set_by_torch_compile(tmp_path):
     }
     built = Options.from_torch(asked)
     assert asked.keys() == {f.name for f in dataclasses.fields(Options)}
-    assert built == Options(**{**asked, "forms": ("dense", "block_sparse")})
-    assert {f.name: getattr(built, f.name) for f in dataclasses.fields(built)} == {**asked, "forms": built.forms}
+    assert built == Options(**{**asked, "forms": ("dense", "block_sparse"), "allow": ("low_rank",)})
+    shown = {f.name: getattr(built, f.name) for f in dataclasses.fields(built)}
+    assert shown == {**asked, "forms": built.forms, "allow": built.allow}
 
 
 def test_keywords_beside_the_options_are_options():
@@ -129,6 +131,9 @@ def test_options_must_be_a_dict(options):
         ("forms", 3, "found int"),
         ("forms", ("dense", 3), "found 3, allowed are names of forms"),
         ("forms", ("",), "found ''"),
+        ("allow", "low_rank", "found str, allowed is a tuple or list"),
+        ("allow", None, "found NoneType"),
+        ("allow", ("",), "found ''"),
         ("force", 3, "found int, allowed is a form's spelling or None"),
         ("force", "  ", "found an empty text"),
         ("device", 90, "found int, allowed is the name of a device"),

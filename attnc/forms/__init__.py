@@ -12,11 +12,13 @@ from attnc.forms.block_sparse import BlockSparse
 from attnc.forms.dense import Dense
 from attnc.forms.flash import Flash
 from attnc.forms.flash_decode import FlashDecode
+from attnc.forms.hierarchical import Hierarchical
+from attnc.forms.low_rank import LowRank
 from attnc.rule_attention import AttentionRule
 
 Made = TypeVar("Made", bound=Form)
 
-FORMS: tuple[type[Form], ...] = (Dense, BlockSparse, Flash, FlashDecode)
+FORMS: tuple[type[Form], ...] = (Dense, BlockSparse, Flash, FlashDecode, LowRank, Hierarchical)
 
 
 def form_named(name: str) -> type[Form]:

@@ -44,6 +44,7 @@ class Form(ABC):
     """One way to compute a region."""
 
     name: ClassVar[str]
+    approximates: ClassVar[bool] = False  # whether some setting is not exact: considered only where `allow` names it
 
     @abstractmethod
     def refuse(self, region: AttentionRegion) -> str | None:

@@ -118,6 +118,11 @@ def reference(
     return out, lse
 
 
+def as_float64(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Floating tensors in float64, others as they are: the precision of references."""
+    return [x.double() if x.is_floating_point() else x for x in tensors]
+
+
 def settle_empty(
     out: torch.Tensor,
     alive: torch.Tensor,
