@@ -203,7 +203,7 @@ Search(Landscape(*SMALL, compile_s=0.02), settings, on_progress=show).run()
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_killed_search_loses_no_finished_trial_and_goes_on(tmp_path: Path, sent: signal.Signals) -> None:
     root = Path(__file__).parent.parent.parent
     command = [sys.executable, "-c", KILLED, str(tmp_path)]

@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from attnc.tuning.problem import Outcome
 from attnc.tuning.search import Search, Settings
 from attnc.tuning.workers import Workers
@@ -31,6 +33,7 @@ class Deadly(Landscape):
         return Outcome(float(os.getpid()))
 
 
+@pytest.mark.slow
 def test_several_workers_find_what_one_finds_and_a_dead_one_is_the_failure_of_its_setting() -> None:
     problem, settings = Landscape(*SMALL), Settings(trials=8, workers=2, storage="memory")
     deadly = Deadly(*SMALL)
@@ -59,6 +62,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
