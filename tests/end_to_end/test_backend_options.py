@@ -104,7 +104,7 @@ def test_max_autotune_runs_through_inductor():
 
 def test_forms_limits_the_choice_and_check_can_be_switched_off(monkeypatch):
     model, x = Net().eval(), tokens()
-    fast = torch.compile(model, backend="attnc", options={"inner": "eager", "forms": ("dense",)})
+    fast = torch.compile(model, backend="attnc", options={"inner": "eager", "forms": ("dense",), "check": False})
     monkeypatch.setattr("attnc.passes.apply.check", lambda *_: pytest.fail("checked"))
     unchecked = compiled(model, inner="eager", options={"check": False})
     with torch.no_grad():
