@@ -76,7 +76,9 @@ def explain(
         model = _as_written(model)
         name = getattr(model, "__qualname__", type(model).__name__)
         graphs = _graphs_of_run(model, name, chosen, args, kwargs)
-    report = replace(Report.merge(graphs), model=name, device=chosen.device or "cpu")
+    merged = Report.merge(graphs)
+    on = next((region.device for region in merged.regions), "cpu")
+    report = replace(merged, model=name, device=chosen.device or on)
     if graphs:
         return report
     nothing = (
@@ -115,7 +117,10 @@ def autotune(
     problems = flash_problems(report.regions, [device])
     if problems:
         tune(problems, asked, records=records_in(chosen.store))
-    regions = [choose(r, chosen) if isinstance(r, AttentionRegion) and r.choice else r for r in report.regions]
+    regions = [
+        choose(r, chosen) if isinstance(r, AttentionRegion) and r.choice and r.choice.offers else r
+        for r in report.regions
+    ]
     paths = Counter(r.path for r in regions)
     named = {(r.path if paths[r.path] == 1 else r.key): r.choice for r in regions if r.choice is not None}
     return Plan(named, gpu_named(device).name)

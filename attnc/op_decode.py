@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,12 +23,9 @@ from torch.library import triton_op
 from attnc.codegen import gpu_decode, gpu_flash
 from attnc.codegen.gpu_decode import KERNELS, DecodeKnobs
 from attnc.codegen.launch import slots_of
-from attnc.codegen.load import kernel_folder, load
-from attnc.codegen.render import render_rule, skeleton_text
-from attnc.codegen.triton_text import Slot
 from attnc.forms import parse_generated
 from attnc.forms.flash_decode import FlashDecode
-from attnc.options import Options
+from attnc.op_flash import kernels_of
 from attnc.rule_attention import AttentionRule
 
 library = torch.library.Library("attnc", "FRAGMENT")
@@ -46,26 +42,12 @@ def parse_decode(spelling: str) -> tuple[DecodeKnobs, AttentionRule]:
     return form.schedule, rule
 
 
-@lru_cache(maxsize=1024)
-def kernels_of(rule: str, slots: tuple[Slot, ...], device: str) -> ModuleType:
-    """The loaded module for a spelled rule; knobs are arguments of a launch, not of the source."""
-    text = render_rule(
-        skeleton_text("flash_decode"),
-        AttentionRule.parse(rule),
-        slots,
-        spelling="flash_decode",
-        device=device,
-        kernels=KERNELS,
-    )
-    return load(text, kernel_folder(Options().store))
-
-
 def _launch(
     query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], sizes: Sequence[int], spelling: str
 ) -> tuple[Tensor, Tensor]:
     knobs, rule = parse_decode(spelling)
     slots = slots_of(captured, [False] * len(captured))
-    kernels = kernels_of(rule.spell(), slots, query.device.type)
+    kernels = kernels_of("flash_decode", rule, slots, query.device.type, KERNELS)
     return gpu_decode.decode(kernels, query, key, value, captured, sizes, rule, knobs)
 
 

@@ -29,7 +29,7 @@ from attnc.codegen import gpu_flash
 from attnc.codegen.gpu_flash import FlashKnobs
 from attnc.codegen.launch import slots_of
 from attnc.codegen.load import kernel_folder, load
-from attnc.codegen.render import render_rule, skeleton_text
+from attnc.codegen.render import rule_text
 from attnc.codegen.triton_text import Slot
 from attnc.forms import parse_generated
 from attnc.forms.flash import Flash
@@ -56,19 +56,18 @@ def parse_flash(spelling: str) -> tuple[FlashKnobs, AttentionRule]:
 
 
 @lru_cache(maxsize=1024)
-def kernels_of(rule: str, slots: tuple[Slot, ...], kernels: tuple[str, ...], device: str) -> ModuleType:
-    """The loaded module with `kernels` for a spelled rule; knobs are arguments of a launch, not of the source."""
-    text = render_rule(
-        skeleton_text("flash"), AttentionRule.parse(rule), slots, spelling="flash", device=device, kernels=kernels
-    )
-    return load(text, kernel_folder(Options().store))
+def kernels_of(
+    skeleton: str, rule: AttentionRule, slots: tuple[Slot, ...], device: str, kernels: tuple[str, ...]
+) -> ModuleType:
+    """The loaded module with `kernels` of a skeleton for a rule; knobs are arguments of a launch, not of the source."""
+    return load(rule_text(skeleton, rule, slots, device, kernels), kernel_folder(Options().store))
 
 
 def _launch(
     query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], sizes: Sequence[int], spelling: str
 ) -> tuple[Tensor, Tensor]:
     knobs, rule = parse_flash(spelling)
-    kernels = kernels_of(rule.spell(), slots_of(captured, [False] * len(captured)), FORWARD, query.device.type)
+    kernels = kernels_of("flash", rule, slots_of(captured, [False] * len(captured)), query.device.type, FORWARD)
     return gpu_flash.forward(kernels, query, key, value, captured, sizes, rule, knobs)
 
 
@@ -77,7 +76,7 @@ def _launch_backward(
     captured: Sequence[Tensor], sizes: Sequence[int], needs: Sequence[bool], spelling: str,
 ) -> list[Tensor]:  # fmt: skip
     knobs, rule = parse_flash(spelling)
-    kernels = kernels_of(rule.spell(), slots_of(captured, needs), BACKWARD, query.device.type)
+    kernels = kernels_of("flash", rule, slots_of(captured, needs), query.device.type, BACKWARD)
     *grads, learned = gpu_flash.backward(
         kernels, grad_out, query, key, value, out, lse, captured, sizes, rule, knobs, needs
     )

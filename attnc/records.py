@@ -15,9 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
-from functools import cache
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +25,7 @@ except ImportError:  # not a Unix: writers are then not kept apart
     fcntl = None  # type: ignore[assignment]
 
 from attnc import __version__
+from attnc.codegen.compile_stats import triton_version
 from attnc.errors import ArtifactError
 
 log = logging.getLogger("attnc.records")
@@ -41,15 +40,6 @@ WORD = re.compile(r"[\w.+\-]{1,80}")
 AGAIN = "Tune again with `attnc tune`, or delete the file."
 
 
-@cache
-def triton_version() -> str:
-    """The installed Triton's version; "none" without one."""
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return "none"
-
-
 @dataclass(frozen=True)
 class RecordKey:
     """What a tuning result is for, and what it was made by. kernel: hash of the kernel's source."""
@@ -59,7 +49,7 @@ class RecordKey:
     dtype: str
     kernel: str
     attnc: str = __version__
-    triton: str = field(default_factory=triton_version)
+    triton: str = field(default_factory=lambda: triton_version() or "none")
 
     @property
     def what(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Collection, Sequence
-from functools import lru_cache
 
 import torch
 
@@ -12,7 +11,7 @@ from attnc.codegen.compile_stats import Job
 from attnc.codegen.flash_jobs import TRITON_TYPES
 from attnc.codegen.gpu_decode import KERNELS, DecodeKnobs, combine_constants, constants_of
 from attnc.codegen.gpu_flash import FLOAT8
-from attnc.codegen.render import render_rule, skeleton_text
+from attnc.codegen.render import rule_text
 from attnc.codegen.triton_text import CAPTURED_NAME, Slot
 from attnc.rule_attention import AttentionRule
 
@@ -39,7 +38,7 @@ def decode_jobs(
     Raises: LoweringError for a rule that kernels do not compute.
     """
     cache = cache_dtype or dtype
-    text = _text(rule, tuple(captured), target)
+    text = rule_text("flash_decode", rule, tuple(captured), target, KERNELS)
     functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
     types = {"p_q": dtype, "p_k": cache, "p_v": cache, "p_out": torch.bfloat16 if dtype in FLOAT8 else dtype}
     jobs = []
@@ -57,12 +56,6 @@ def decode_jobs(
         signature = {name: _type_of(name, types, captured) for name in names if name not in constants}
         jobs.append(Job(text, kernel, signature, constants, target, warps, stages))
     return jobs
-
-
-@lru_cache(maxsize=256)
-def _text(rule: AttentionRule, captured: tuple[Slot, ...], target: str) -> str:
-    name = "flash_decode"
-    return render_rule(skeleton_text(name), rule, captured, spelling=name, device=target, kernels=KERNELS)
 
 
 def _is_one(name: str, captured: Sequence[Slot]) -> bool:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 
 from attnc.codegen.compile_stats import Job
 from attnc.codegen.gpu_flash import FLOAT8, FlashKnobs, Launch, constants_of
-from attnc.codegen.render import render_rule, skeleton_text
+from attnc.codegen.render import rule_text
 from attnc.codegen.triton_text import CAPTURED_NAME, Slot
 from attnc.errors import LoweringError
 from attnc.rule_attention import AttentionRule
@@ -52,7 +51,7 @@ def flash_job(
     group: query heads per key head. target: "cuda:90". Raises: LoweringError for a rule that kernels do not compute.
     """
     launch = launch_of(kernel, knobs)
-    text = _text(kernel, rule, tuple(captured), target)
+    text = rule_text("flash", rule, tuple(captured), target, (kernel,))
     functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
     constants = constants_of(rule, dtype, group, E, Ev, knobs, launch)
     signature: dict[str, str] = {}
@@ -65,11 +64,6 @@ def flash_job(
         else:
             signature[name] = kind
     return Job(text, kernel, signature, constants, target, launch.warps, launch.stages)
-
-
-@lru_cache(maxsize=256)
-def _text(kernel: str, rule: AttentionRule, captured: tuple[Slot, ...], target: str) -> str:
-    return render_rule(skeleton_text("flash"), rule, captured, spelling="flash", device=target, kernels=(kernel,))
 
 
 def launch_of(kernel: str, knobs: FlashKnobs) -> Launch:

@@ -16,7 +16,7 @@ import textwrap
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -66,6 +66,14 @@ def render_rule(
     title = f"{spelling}: {rule.spell()}"
     holes = holes_of(rule, captured, holes_in(skeleton))
     return render(skeleton, holes, captured, spelling=title, device=device, kernels=kernels)
+
+
+@lru_cache(maxsize=512)
+def rule_text(
+    name: str, rule: AttentionRule, captured: tuple[Slot, ...], device: str, kernels: tuple[str, ...]
+) -> str:
+    """The skeleton called `name` with `kernels` of it, filled for a rule: each once in a process."""
+    return render_rule(skeleton_text(name), rule, captured, spelling=name, device=device, kernels=kernels)
 
 
 def render(

@@ -18,7 +18,6 @@ from attnc.cost_models.attention import written_seconds
 from attnc.cost_models.device import Device, Gpu, device_from_torch_name, device_named
 from attnc.errors import UsageError
 from attnc.forms import FORMS, Form, form_named, parse_form
-from attnc.forms.generated import Generated
 from attnc.options import Options, Planned
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice
 from attnc.tuned import tuned
@@ -156,7 +155,7 @@ def _offers(
     offers, refused = [], {}
     for form in chosen:
         for start in _starts(form):
-            why = _mistrusted(start, region) or start.refuse(region) or _untargeted(start, device)
+            why = _mistrusted(start, region) or start.refuse(region) or start.untargeted(device)
             why = why or _unnamed(start, region, allow)
             if why is not None:
                 refused[start.spell()] = why
@@ -173,13 +172,6 @@ def _mistrusted(form: Form, region: AttentionRegion) -> str | None:
             "Inductor's CPU template for FlexAttention (torch 2.13) reads the wrong values where v is a slice of a "
             "packed projection and q, k are computed (benchmarks/flex_fault.py); force it to use it."
         )
-    return None
-
-
-def _untargeted(form: Form, device: Device) -> str | None:
-    """Why a form with any knobs cannot run on the device: `space` leaves out what does not fit."""
-    if isinstance(form, Generated) and isinstance(device, Gpu) and device.target is None:
-        return f"{form.name} needs a target of Triton's, {device.name} has none: {device.no_target}."
     return None
 
 

@@ -62,9 +62,13 @@ class Form(ABC):
         """Predicted time of one run on a GPU, forward, and backward where it trains."""
         raise self._no_gpu()
 
+    def untargeted(self, device: Device) -> str | None:
+        """Why no setting of this form runs on `device`, whatever the region; None where some does."""
+        return None
+
     def misfit(self, region: AttentionRegion, device: Device) -> str | None:
         """Why this form with these knobs, which does not refuse `region`, cannot run on `device`; None where it can."""
-        return None
+        return self.untargeted(device)
 
     def seconds(self, region: AttentionRegion, device: Device) -> float:
         """Predicted time of one run, forward, and backward where it trains."""

@@ -231,16 +231,7 @@ class BlockSparse(Form):
             out = settle_empty(out, alive, *given)
         return out, lse
 
-    def gpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cpu(query, key, value, captured, sizes, rule)  # FlexAttention has a template for each
+    gpu = cpu  # FlexAttention has a template for each
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
         if self.provider == "flex":

@@ -195,7 +195,7 @@ def work_of(region: AttentionRegion, skip: str = "range") -> FlashWork:
     if is_band(rule.keep):
         return work
     if skip == "table" and not rule.keep.has("load"):
-        return replace(work, counts=_Counted(rule.keep, s.L, s.S, region.sizes))
+        return replace(work, counts=_Counted(rule.keep, s.B, s.Hq, s.L, s.S, region.sizes))
     return replace(work, counts=_Bounded(band, s.L, s.S))  # what tensors empty is not known before the run
 
 
@@ -240,12 +240,15 @@ class _Counted:
     """Exact tiles of a mask that is no band, classified once per tile size."""
 
     keep: Expr
+    B: int
+    Hq: int
     L: int
     S: int
     sizes: tuple[int, ...]
 
     def __call__(self, block_m: int, block_n: int) -> TileCount:
-        tiles = static_tiles(self.keep, self.L, self.S, block_m, block_n, sizes=self.sizes)
+        counts = {"B": self.B, "Hq": self.Hq}  # one class for all where the mask does not ask
+        tiles = static_tiles(self.keep, self.L, self.S, block_m, block_n, sizes=self.sizes, **counts)
         rows = tiles.may.sum(-1).double()
         return TileCount(
             float(rows.sum(-1).mean()), float(tiles.partial.sum((-1, -2)).double().mean()), float(rows.max())

@@ -52,11 +52,16 @@ class Generated(Form):
             return f"{self.name} takes heads of up to {widest}, found E={E}, Ev={Ev}; use dense."
         return None
 
-    def misfit(self, region: AttentionRegion, device: Device) -> str | None:
+    def untargeted(self, device: Device) -> str | None:
         if not isinstance(device, Gpu):
-            return None
+            return f"{self.name} is a Triton kernel for GPUs, found the device {device.name}; use dense."
         if device.target is None:
             return f"{self.name} needs a target of Triton's, {device.name} has none: {device.no_target}."
+        return None
+
+    def misfit(self, region: AttentionRegion, device: Device) -> str | None:
+        if not isinstance(device, Gpu) or device.target is None:
+            return self.untargeted(device)
         return fits(self.work(region), self.tiles, device)
 
     @property
@@ -70,17 +75,6 @@ class Generated(Form):
 
     def cost(self, region: AttentionRegion, device: Device) -> Cost:
         raise LoweringError(f"predict {self.spell()} on {device.name}: it is a Triton kernel for GPUs. Use dense.")
-
-    def cpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.gpu(query, key, value, captured, sizes, rule)  # Triton's interpreter, where it is switched on
 
     def gpu(
         self,
@@ -97,3 +91,5 @@ class Generated(Form):
         if rule.sink is None and rule.empty in SETTLED:
             out = settle_empty(out, lse != -torch.inf, *given)  # a NaN is not no key
         return out, lse
+
+    cpu = gpu  # by Triton's interpreter, where it is switched on

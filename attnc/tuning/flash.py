@@ -6,7 +6,6 @@ Decoding is one search, over the parts of the keys too.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,7 @@ from attnc.forms.flash_decode import FlashDecode
 from attnc.forms.generated import Generated
 from attnc.region import AttentionRegion, Region
 from attnc.tuned import kernel_version, kernels_of, record_key, start_of
-from attnc.tuning.measure import Bench
+from attnc.tuning.measure import Bench, captured_types
 from attnc.tuning.problem import Outcome
 
 
@@ -107,14 +106,10 @@ class FlashProblem:
 
 def slots_of(region: AttentionRegion, part: str) -> tuple[Slot, ...]:
     """The captured tensors of a region as its kernels see them; floats learn in the kernel of dq."""
-    found = []
-    for text in region.captured:
-        match = re.fullmatch(r"(\w+)\[(.*)\]", text)
-        assert match is not None, text
-        dtype = getattr(torch, match[1])
-        rank = len([size for size in match[2].split(",") if size.strip()])
-        found.append(Slot(dtype, rank, needs_grad=part == "dq" and dtype.is_floating_point))
-    return tuple(found)
+    return tuple(
+        Slot(dtype, len(sizes), needs_grad=part == "dq" and dtype.is_floating_point)
+        for dtype, sizes in captured_types(region)
+    )
 
 
 def flash_problems(regions: Iterable[Region], devices: Iterable[str]) -> list[FlashProblem]:
@@ -130,6 +125,8 @@ def flash_problems(regions: Iterable[Region], devices: Iterable[str]) -> list[Fl
         for region in regions:
             if not isinstance(region, AttentionRegion) or region.rule.empty == "unknown":
                 continue
+            if region.choice is not None and not region.choice.offers:
+                continue  # left whatever a record says: its weights are read elsewhere, or no form applies
             start = start_of(region, gpu)
             if start is not None:
                 problems += [FlashProblem(region, gpu, part, start) for part in kernels_of(start, region)]

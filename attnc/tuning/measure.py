@@ -109,6 +109,16 @@ def check_here(gpu: Gpu) -> None:
         )
 
 
+def captured_types(region: AttentionRegion) -> list[tuple[torch.dtype, list[int]]]:
+    """Type and sizes of each captured tensor, from the facts of the region."""
+    found = []
+    for text in region.captured:
+        match = re.fullmatch(r"(\w+)\[(.*)\]", text)
+        assert match is not None, text
+        found.append((getattr(torch, match[1]), [int(size) for size in match[2].split(",") if size.strip()]))
+    return found
+
+
 def inputs_of(region: AttentionRegion, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Random query, key and value, (B, L, heads, E) in memory, and captured tensors: ids in order, flags mostly set."""
     s, generator = region.shape, torch.Generator(device).manual_seed(0)
@@ -120,10 +130,7 @@ def inputs_of(region: AttentionRegion, device: torch.device) -> tuple[list[torch
 
     qkv = [drawn(s.L, s.Hq, s.E), drawn(s.S, s.H, s.E), drawn(s.S, s.H, s.Ev)]
     captured = []
-    for text in region.captured:
-        match = re.fullmatch(r"(\w+)\[(.*)\]", text)
-        assert match is not None, text
-        kind, sizes = getattr(torch, match[1]), [int(size) for size in match[2].split(",") if size.strip()]
+    for kind, sizes in captured_types(region):
         if kind.is_floating_point:
             captured.append(torch.randn(sizes, generator=generator, device=device).to(kind))
         elif kind == torch.bool:

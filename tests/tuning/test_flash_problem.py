@@ -12,7 +12,7 @@ from attnc.forms.flash import Flash
 from attnc.options import Options
 from attnc.passes.choose import choose
 from attnc.plan import Plan
-from attnc.region import AttentionRegion, Choice
+from attnc.region import AS_WRITTEN, AttentionRegion, Choice
 from attnc.rule_attention import AttentionRule, AttentionShape
 from attnc.tuned import record_key, records_in, tuned
 from attnc.tuning.flash import flash_problems, slots_of
@@ -42,6 +42,12 @@ def test_each_kernel_is_a_problem_of_its_own() -> None:
 
 def test_what_flash_cannot_compute_is_no_problem() -> None:
     assert flash_problems([region(dtype="float64")], ["h100"]) == []
+
+
+def test_a_region_that_nothing_may_replace_is_no_problem() -> None:
+    kept = Choice(AS_WRITTEN, "its weights are also read by sum_1")
+    assert flash_problems([region(choice=kept)], ["h100"]) == []
+    assert flash_problems([region(choice=Choice(AS_WRITTEN, "slower", offers={"flash": 1.0}))], ["h100"])
 
 
 def test_captured_tensors_are_read_from_the_facts() -> None:
