@@ -309,7 +309,7 @@ def _traffic(
     footprint = active * work.keys_seen * width * item
     ratio = (footprint / (0.7 * device.l2_bytes)) ** 3
     together = max(1.0, min(float(device.sms * resident), blocks))
-    again = max(0.0, tiles * tile.passing_bytes - keys) / together * ratio / (1 + ratio)
+    again = max(0.0, tiles * tile.passing_bytes / together - keys) * ratio / (1 + ratio)
     return unique, again
 
 

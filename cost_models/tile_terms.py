@@ -101,7 +101,9 @@ def seconds_expression() -> sympy.Expr:
     def tile(resident: sympy.Expr) -> sympy.Expr:
         busy = top + rest / (resident * s["groups"]) + s["sync"] * s["barriers"] / resident + stack
         # Some loads take much longer than most: more of them in flight always help, less and less.
-        late = s["latency"] * (s["latency"] / (s["latency"] + s["ahead"] * busy * resident)) ** 2
+        # Below the cube root the wait would fall by more than the work grows, and more work would take less time.
+        arrived = 1 + s["ahead"] * busy * resident / s["latency"]
+        late = s["latency"] / Max(arrived, sympy.cbrt(2 * s["ahead"]), evaluate=False) ** 2
         return busy + late / resident
 
     per_sm = ceiling(s["grid"] / s["sms"])
