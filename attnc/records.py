@@ -25,6 +25,7 @@ except ImportError:  # not a Unix: writers are then not kept apart
     fcntl = None  # type: ignore[assignment]
 
 from attnc import __version__
+from attnc.atomic_file import replace_file
 from attnc.codegen.compile_stats import triton_version
 from attnc.errors import ArtifactError
 
@@ -333,7 +334,7 @@ class Records:
                 merged = stored.merged(merged) if stored else merged
                 text = merged.to_json()
                 Record.from_json(text)  # what could not be read again is not written
-                _replace(self.directory / record.key.file, text)
+                replace_file(self.directory / record.key.file, text.encode())
             self._kept.pop(record.key, None)
         except OSError as exc:
             self._kept[record.key] = merged
@@ -374,16 +375,3 @@ def locked(file: Path) -> Iterator[None]:
         if fcntl is not None:
             fcntl.flock(held, fcntl.LOCK_EX)
         yield
-
-
-def _replace(target: Path, text: str) -> None:
-    """`target` holds `text`, or what it held before, at every moment; under a lock."""
-    fresh = target.with_suffix(".tmp")
-    try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(target)
-    finally:
-        fresh.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from attnc import __version__
+from attnc.atomic_file import replace_file
 
 log = logging.getLogger("attnc.store")
 
@@ -58,8 +58,6 @@ class Store:
         target = self._file(key)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.directory, suffix=".tmp", delete=False) as file:
-                json.dump({**verdict, "key": key}, file)
-            Path(file.name).replace(target)
+            replace_file(target, json.dumps({**verdict, "key": key}).encode())
         except OSError as exc:
             log.info("verdict not stored in %s: %s", self.directory, exc)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from attnc.atomic_file import replace_file
 from attnc.codegen.compile_pool import POOL
 from attnc.options import Options
 
@@ -220,11 +220,4 @@ def _keep(path: Path, found: Mapping[str, Any]) -> None:
     """Write whole or not at all; a folder that cannot be written costs only the next compile."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"found": found, "sum": _sum(found)}, file)
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        replace_file(path, json.dumps({"found": found, "sum": _sum(found)}).encode())

@@ -17,7 +17,6 @@ import shutil
 import stat
 import sys
 import tempfile
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -26,13 +25,13 @@ from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 
+from attnc.atomic_file import leftovers, replace_file
 from attnc.codegen.render import source_hash
 from attnc.errors import LoweringError, UsageError
 
 log = logging.getLogger("attnc.codegen")
 
 FILE = re.compile(r"([0-9a-f]{32})\.py")
-LEFTOVER_S = 3600.0  # an unfinished file older than this has no writer any more
 
 
 @dataclass(frozen=True)
@@ -118,8 +117,7 @@ def show(name: str, folder: str | Path) -> str:
 def clear(folder: str | Path) -> tuple[int, int]:
     """Remove all kernels, and what killed processes left; how many files and bytes that were."""
     files = size = 0
-    leftovers = [p for p in Path(folder).glob(".*.tmp") if _age_s(p) > LEFTOVER_S]
-    for path in [*_files(Path(folder)), *leftovers]:
+    for path in [*_files(Path(folder)), *leftovers(Path(folder))]:
         with suppress(OSError):
             size += path.stat().st_size
             path.unlink()
@@ -130,13 +128,6 @@ def clear(folder: str | Path) -> tuple[int, int]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.py") if FILE.fullmatch(path.name))
-
-
-def _age_s(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -166,22 +157,8 @@ def _written(text: str, path: Path) -> Path:
     with suppress(FileNotFoundError):
         _check_content(path.read_text(encoding="utf-8", errors="replace"), path)
         return path
-    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _write(file, text.encode())
-        os.replace(unfinished, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(unfinished)
-        raise
+    replace_file(path, text.encode())
     return path
-
-
-def _write(file, content: bytes) -> None:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())  # a name must never outlive its content
 
 
 def _check_owner(folder: Path) -> None:

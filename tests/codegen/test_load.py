@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from attnc import atomic_file
 from attnc.codegen import load as loading
 from attnc.codegen.load import clear, listing, load, show
 from attnc.codegen.render import source_hash
@@ -121,7 +122,7 @@ def test_a_read_only_folder_is_replaced_with_one_warning(folder: Path, caplog) -
 
 
 def test_a_full_disk_is_replaced_and_leaves_nothing_behind(folder: Path, caplog, monkeypatch) -> None:
-    write = loading._write
+    write = atomic_file._write
 
     def full_there(file, content: bytes) -> None:
         if not os.readlink(f"/proc/self/fd/{file.fileno()}").startswith(str(folder)):
@@ -129,7 +130,7 @@ def test_a_full_disk_is_replaced_and_leaves_nothing_behind(folder: Path, caplog,
         file.write(content[: len(content) // 2])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(loading, "_write", full_there)
+    monkeypatch.setattr(atomic_file, "_write", full_there)
     assert runs(load(TEXT, folder))
     assert list(folder.iterdir()) == [] and "No space left" in warned(caplog)[0]
 
@@ -138,7 +139,7 @@ def test_no_space_anywhere_is_a_sentence(folder: Path, monkeypatch: pytest.Monke
     def full(file, content: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(loading, "_write", full)
+    monkeypatch.setattr(atomic_file, "_write", full)
     with pytest.raises(LoweringError, match="found neither"):
         load(TEXT, folder)
 
@@ -151,8 +152,9 @@ def test_text_that_does_not_run_is_a_sentence(folder: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
+from attnc import atomic_file
 from attnc.codegen import load as loading
-write, signalled = loading._write, Path(sys.argv[2])
+write, signalled = atomic_file._write, Path(sys.argv[2])
 def slowly(file, content):
     file.write(content[: len(content) // 2])
     file.flush()
@@ -161,7 +163,7 @@ def slowly(file, content):
         sys.stdin.read()
     file.seek(0)
     write(file, content)
-loading._write = slowly
+atomic_file._write = slowly
 for n in range(int(sys.argv[4])):
     loading._filed(TEXT, loading.source_hash(TEXT), Path(sys.argv[1]))
     if n + 1 < int(sys.argv[4]):

@@ -1,0 +1,46 @@
+"""Files that are whole or not there: written beside their place, synced to disk, then moved there in one step."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+LEFTOVER_S = 3600.0  # an unfinished file older than this has no writer any more
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """`path` holds `content`, or what it held before, at every moment.
+
+    A failure leaves nothing behind, a kill one of `leftovers`. Raises: OSError.
+    """
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _write(file, content)
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(unfinished)
+        raise
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed processes left unfinished in `folder`."""
+    return [path for path in folder.glob(".*.tmp") if _age_s(path) > LEFTOVER_S]
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _write(file: IO[bytes], content: bytes) -> None:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())  # a name must never outlive its content
