@@ -56,7 +56,10 @@ def _choice(path: str, given: object) -> Choice:
         raise _wrong(path, found, f"the fields {', '.join(ALLOWED)}")
     for name, value in given.items():
         if not ALLOWED[name](value):
-            raise _wrong(path, f"{name}={value!r}", "texts, and seconds above 0")
+            raise _wrong(path, f"{name}={value!r}", "texts, seconds above 0, and an error of at least 0")
+    low, high = given.get("low_s"), given.get("high_s")
+    if (low is None) != (high is None) or (low is not None and low > high):
+        raise _wrong(path, f"low_s={low!r} and high_s={high!r}", "both or none, low_s <= high_s")
     try:
         if given["form"] != AS_WRITTEN:
             parse_form(given["form"])
@@ -67,6 +70,10 @@ def _choice(path: str, given: object) -> Choice:
 
 def _is_seconds(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
+
+
+def _is_seconds_or_none(value: object) -> bool:
+    return value is None or _is_seconds(value)
 
 
 def _is_text(value: object) -> bool:
@@ -83,8 +90,11 @@ def _wrong(path: str, found: object, allowed: str) -> ArtifactError:
 ALLOWED: dict[str, Callable[[object], bool]] = {
     "form": _is_text,
     "reason": _is_text,
-    "predicted_s": lambda value: value is None or _is_seconds(value),
-    "written_s": lambda value: value is None or _is_seconds(value),
+    "predicted_s": _is_seconds_or_none,
+    "written_s": _is_seconds_or_none,
     "refused": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "offers": lambda value: isinstance(value, dict) and all(map(_is_seconds, value.values())),
+    "error": lambda value: value is None or (type(value) in (int, float) and 0 <= value < math.inf),
+    "low_s": _is_seconds_or_none,
+    "high_s": _is_seconds_or_none,
 }

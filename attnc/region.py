@@ -24,11 +24,14 @@ def form_name(spelling: str) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """The form picked for a region, its predicted time, and why.
+    """The form picked for a region, its predicted time, its error, and why.
 
     form: a spelling; "as written" where nothing replaces the region.
     reason: one sentence. refused: form name -> sentence.
     offers: spelling of each form that applies, with its best knobs -> predicted seconds, fastest first.
+    error: of an approximation, the Frobenius norm of what the region's output is off by over that of the output,
+           measured in float64 on the user's data, the worst of the batches.
+    low_s, high_s: the interval of predicted_s; both or none.
     """
 
     form: str
@@ -37,6 +40,9 @@ class Choice:
     written_s: float | None = None
     refused: Mapping[str, str] = field(default_factory=dict, hash=False)
     offers: Mapping[str, float] = field(default_factory=dict, hash=False)
+    error: float | None = None
+    low_s: float | None = None
+    high_s: float | None = None
 
     @property
     def name(self) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 from attnc.region import KINDS, Choice, Region
 
 SCHEMA_ID = "attnc.report/2"
+# Fields of a choice that reports of this schema were written without at first.
+LATER = ("error", "low_s", "high_s")
 _TEXTS = ("kind", "path", "node", "dtype", "device", "written")
 
 
@@ -38,9 +40,14 @@ def region_of(content: Mapping[str, object]) -> Region:
         rule=parsed,
         shape=shape(**given["shape"]),
         training=given["training"],
-        choice=choice and Choice(**{f.name: choice[f.name] for f in fields(Choice)}),
+        choice=choice and _choice_of(choice),
         **own,
     )
+
+
+def _choice_of(content: Mapping[str, Any]) -> Choice:
+    names = [f.name for f in fields(Choice) if f.name in content or f.name not in LATER]
+    return Choice(**{name: content[name] for name in names})
 
 
 def speedup(choice: Choice | None) -> float | None:
@@ -78,6 +85,7 @@ _CHOICE = _object(
     refused=_TEXTS_BY_NAME,
     offers={"type": "object", "additionalProperties": {"type": "number"}},
 )
+_CHOICE["properties"] |= dict.fromkeys(LATER, _NUMBER)  # type: ignore[operator]
 _REGION = _object(
     **dict.fromkeys((*_TEXTS, "rule"), _TEXT) | {"kind": {"enum": list(KINDS)}},
     **dict.fromkeys(("flops", "bytes"), _COUNT),

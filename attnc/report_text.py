@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnc.folding import fold_paths
-from attnc.region import AS_WRITTEN, AttentionRegion, Region, Unmatched, form_name
+from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region, Unmatched, form_name
 from attnc.report_json import speedup
 
 # From this width on the reasons stand in a column of the table, below it in lines under the table.
@@ -81,12 +81,22 @@ def _region_table(groups: list[list[Region]], wide: bool) -> Table:
     for number, group in enumerate(groups, 1):
         region = group[0]
         form = region.choice.form if region.choice else NOT_CHOSEN
-        factor = speedup(region.choice)
-        gain = "-" if factor is None else f"{factor:.2f}x"
+        if region.choice and region.choice.error is not None:
+            form += f", error {region.choice.error:.3g}"
         amounts = _amount(region.flops).rstrip(), _amount(region.bytes, "B")
-        cells = [str(number), "\n".join(_where(group)), _what(region), *amounts, form, gain]
+        cells = [str(number), "\n".join(_where(group)), _what(region), *amounts, form, _gain(region.choice)]
         table.add_row(*map(Text, cells + [_reason(region)] * wide))
     return table
+
+
+def _gain(choice: Choice | None) -> str:
+    """The predicted speed-up, its interval below it where the predicted time has one."""
+    factor = speedup(choice)
+    if choice is None or factor is None or not choice.written_s:
+        return "-"
+    if choice.low_s is None or choice.high_s is None:
+        return f"{factor:.2f}x"
+    return f"{factor:.2f}x\n{choice.written_s / choice.high_s:.2f}-{choice.written_s / choice.low_s:.2f}"
 
 
 def _unmatched_table(unmatched: Iterable[Unmatched]) -> Table:

@@ -108,6 +108,24 @@ def test_reasons_stand_beside_a_wide_table_and_under_a_narrow_one():
     assert "| why" in report().to_text(160)
 
 
+def test_a_measured_error_and_an_interval_show_where_they_are_known():
+    known = report(regions=(region(choice=replace(CHOICE, error=0.0125, low_s=0.008, high_s=0.016)),))
+    said = squeezed(known.to_text(200))
+    assert squeezed("block_sparse{block_m=128}, error 0.0125") in said
+    assert "2.00x" in said and "1.25-2.50" in said
+    assert max(map(len, known.to_text(80).splitlines())) <= 80
+    assert "error" not in report(problems=()).to_text(200)
+    assert Report.from_json(known.to_json()) == known
+
+
+def test_a_report_from_before_errors_and_intervals_reads():
+    content = json.loads(report().to_json())
+    for part in content["regions"]:
+        for name in ("error", "low_s", "high_s"):
+            del part["choice"][name]
+    assert Report.from_json(json.dumps(content)) == report()
+
+
 def test_every_letter_of_a_long_reason_is_printed():
     reason = (
         "block_sparse{provider=flex,block_m=128,block_n=128,stages=3}: " + "abcdefghijklmnopqrstuvwxyz0123456789" * 5
