@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import time
@@ -26,6 +27,16 @@ def replace_file(path: Path, content: bytes) -> None:
         with suppress(OSError):
             os.unlink(unfinished)
         raise
+
+
+def private_folder(path: Path) -> Path:
+    """`path`, made where it is missing, with its parents, for this user alone. Raises: OSError."""
+    for folder in reversed([path, *path.parents]):
+        if not folder.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    return path
 
 
 def leftovers(folder: Path) -> list[Path]:

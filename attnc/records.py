@@ -25,7 +25,7 @@ except ImportError:  # not a Unix: writers are then not kept apart
     fcntl = None  # type: ignore[assignment]
 
 from attnc import __version__
-from attnc.atomic_file import replace_file
+from attnc.atomic_file import private_folder, replace_file
 from attnc.codegen.compile_stats import triton_version
 from attnc.errors import ArtifactError
 
@@ -328,7 +328,7 @@ class Records:
         kept = self._kept.get(record.key)
         merged = kept.merged(record) if kept else record
         try:
-            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            private_folder(self.directory)
             with locked(self.directory / "records.lock"):
                 stored = self._read(record.key, self._set_aside)
                 merged = stored.merged(merged) if stored else merged

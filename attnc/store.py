@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from attnc import __version__
-from attnc.atomic_file import replace_file
+from attnc.atomic_file import private_folder, replace_file
 
 log = logging.getLogger("attnc.store")
 
@@ -57,7 +57,7 @@ class Store:
     def put(self, key: str, verdict: dict[str, object]) -> None:
         target = self._file(key)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            private_folder(self.directory)
             replace_file(target, json.dumps({**verdict, "key": key}).encode())
         except OSError as exc:
             log.info("verdict not stored in %s: %s", self.directory, exc)

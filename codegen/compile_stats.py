@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from attnc.atomic_file import replace_file
+from attnc.atomic_file import private_folder, replace_file
 from attnc.codegen.compile_pool import POOL
 from attnc.options import Options
 
@@ -219,5 +219,4 @@ def _sum(found: Mapping[str, Any]) -> str:
 def _keep(path: Path, found: Mapping[str, Any]) -> None:
     """Write whole or not at all; a folder that cannot be written costs only the next compile."""
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps({"found": found, "sum": _sum(found)}).encode())
+        replace_file(private_folder(path.parent) / path.name, json.dumps({"found": found, "sum": _sum(found)}).encode())

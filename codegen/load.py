@@ -1,8 +1,8 @@
 """Rendered kernels on disk and as modules: a folder of files, each named after its content.
 
 A file is written beside its place and moved there, so that a process that is killed, or another that writes the same
-kernel, leaves no half of one. Kernels are code: the folder must belong to the user and be writable by nobody else, and
-what lies there must be what its name says; the module is made from the checked text, whatever becomes of the file.
+kernel, leaves no half of one. Kernels are code: the folder must be the user's own (`ownership`), and what lies there
+must be what its name says; the module is made from the checked text, whatever becomes of the file.
 Triton is reached through here alone, but for skeletons, which import it as the kernels they are.
 """
 
@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shutil
-import stat
 import sys
 import tempfile
 from contextlib import suppress
@@ -25,7 +24,8 @@ from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 
-from attnc.atomic_file import leftovers, replace_file
+from attnc.atomic_file import leftovers, private_folder, replace_file
+from attnc.codegen.ownership import check_owner
 from attnc.codegen.render import source_hash
 from attnc.errors import LoweringError, UsageError
 
@@ -138,8 +138,7 @@ def _files(folder: Path) -> list[Path]:
 def _filed(text: str, name: str, folder: Path) -> Path:
     """The file that holds `text`, written unless it is there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _check_owner(folder)
+        check_owner(private_folder(folder))
         return _written(text, folder / f"{name}.py")
     except OSError as exc:
         private = _private_folder()
@@ -159,18 +158,6 @@ def _written(text: str, path: Path) -> Path:
         return path
     replace_file(path, text.encode())
     return path
-
-
-def _check_owner(folder: Path) -> None:
-    info = folder.stat()
-    ours, others = info.st_uid == os.geteuid(), stat.S_IMODE(info.st_mode) & 0o022
-    if ours and not others:
-        return
-    found = f"mode {stat.S_IMODE(info.st_mode):o}" if ours else f"owner {info.st_uid}"
-    raise LoweringError(
-        f"keep kernels in {folder}: found {found}, allowed is a folder of user {os.geteuid()} that nobody else may "
-        f"write, because kernels are run. Run `chmod go-w {folder}`, or name another folder with the option store."
-    )
 
 
 def _check_content(text: str, path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from attnc import atomic_file
-from attnc.atomic_file import replace_file
+from attnc.atomic_file import private_folder, replace_file
 from attnc.codegen import compile_stats
 from attnc.codegen import load as loading
 from attnc.records import Record, RecordKey, Records, Timing
@@ -46,6 +46,21 @@ def test_the_content_is_on_disk_before_the_name(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
     replace_file(tmp_path / "file", b"content")
     assert done == ["fsync", "replace"]
+
+
+def test_a_folder_is_made_with_its_parents_for_the_user_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert private_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+        (tmp_path / "open").mkdir(mode=0o777)
+        private_folder(tmp_path / "open")
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b", "open")]
+    assert modes == [0o700, 0o700, 0o777]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        private_folder(tmp_path / "file" / "a")
 
 
 def files_kernels(folder: Path) -> None:

@@ -22,6 +22,7 @@ try:
 except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
+from attnc.atomic_file import private_folder
 from attnc.errors import UsageError
 
 log = logging.getLogger("attnc.tuning")
@@ -99,7 +100,7 @@ def opened(storage: str | None, folder: Path, study: str) -> Iterator[Opened]:
 
 @contextlib.contextmanager
 def _journal(journal: Path) -> Iterator[Opened]:
-    journal.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(journal.parent)
     journal.open("ab").close()
     if fcntl is None:
         yield Opened(JournalStorage(JournalFileBackend(str(journal), JournalFileOpenLock(str(journal)))), alone=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import grp
 import logging
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch
 
 from attnc import atomic_file
 from attnc.codegen import load as loading
+from attnc.codegen import ownership
 from attnc.codegen.load import clear, listing, load, show
 from attnc.codegen.render import source_hash
 from attnc.errors import LoweringError, UsageError
@@ -101,6 +104,78 @@ def test_a_folder_of_another_user_is_refused(folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(LoweringError, match=f"found owner {os.getuid()}"):
         load(TEXT, folder)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o707])
+@pytest.mark.parametrize("above", [1, 2])
+def test_a_folder_below_one_that_others_may_write_is_refused(tmp_path: Path, mode: int, above: int) -> None:
+    folder = tmp_path / "a" / "b" / "kernels"
+    folder.mkdir(parents=True, mode=0o700)
+    parent = folder.parents[above - 1]
+    parent.chmod(mode)
+    with pytest.raises(LoweringError, match=f"found mode {mode:o} of {parent}, .* sticky") as refused:
+        load(TEXT, folder)
+    assert f"chmod go-w {parent}" in str(refused.value)
+    parent.chmod(mode | 0o1000)
+    assert runs(load(TEXT, folder))
+
+
+def test_a_folder_below_one_of_another_user_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir(parents=True, mode=0o700)
+    stat = os.lstat
+
+    def foreign(path):
+        found = list(stat(path))
+        if Path(path) == folder.parent:
+            found[4] = 4711
+        return os.stat_result(found)
+
+    monkeypatch.setattr(os, "lstat", foreign)
+    with pytest.raises(LoweringError, match=f"found owner 4711 of {folder.parent}"):
+        load(TEXT, folder)
+
+
+def test_every_folder_on_the_way_through_links_counts(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "real" / "kernels").mkdir(parents=True, mode=0o700)
+    (tmp_path / "open" / "link").symlink_to("../real")
+    (tmp_path / "outer").symlink_to(tmp_path / "open" / "link")
+    assert runs(load(TEXT, tmp_path / "outer" / "kernels"))
+    (tmp_path / "open").chmod(0o777)
+    load.cache_clear()
+    with pytest.raises(LoweringError, match=f"found mode 777 of {tmp_path / 'open'}"):
+        load(TEXT, tmp_path / "outer" / "kernels")
+    (tmp_path / "outer").unlink()
+    (tmp_path / "outer").symlink_to("outer")
+    with pytest.raises(OSError, match="symbolic links"):
+        list(ownership._way_to(tmp_path / "outer" / "kernels"))
+
+
+def test_the_group_may_write_above_where_it_is_the_users_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir(parents=True, mode=0o700)
+    folder.parent.chmod(0o770)
+    me, group = pwd.getpwuid(os.geteuid()), folder.parent.stat().st_gid
+    for members, taken in (([], True), ([me.pw_name], True), ([me.pw_name, "other"], False)):
+        load.cache_clear()
+        known = grp.struct_group((me.pw_name, "x", group, members))
+        monkeypatch.setattr(grp, "getgrgid", lambda _, known=known: known)
+        if taken:
+            assert runs(load(TEXT, folder))
+        else:
+            with pytest.raises(LoweringError, match="found mode 770"):
+                load(TEXT, folder)
+    monkeypatch.setattr(grp, "getgrgid", lambda _: grp.struct_group(("staff", "x", group, [])))
+    with pytest.raises(LoweringError, match="found mode 770"):
+        load(TEXT, folder)
+
+
+def test_what_is_made_is_for_the_user_alone_whatever_the_umask(folder: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert runs(load(TEXT, folder))
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder.parent)] == [0o700, 0o700]
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
