@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 from attnc.errors import UsageError, did_you_mean
-from attnc.forms.base import Form
+from attnc.forms.base import AttentionForm, Form
 from attnc.forms.block_sparse import BlockSparse
 from attnc.forms.dense import Dense
 from attnc.forms.flash import Flash
@@ -16,7 +16,7 @@ from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.low_rank import LowRank
 from attnc.rule_attention import AttentionRule
 
-Made = TypeVar("Made", bound=Form)
+Made = TypeVar("Made", bound=AttentionForm)
 
 FORMS: tuple[type[Form], ...] = (Dense, BlockSparse, Flash, FlashDecode, LowRank, Hierarchical)
 
@@ -52,7 +52,7 @@ def spell_attention(form: Form | str, rule: AttentionRule) -> str:
 
 
 @lru_cache(maxsize=1024)
-def parse_attention(spelling: str) -> tuple[Form, AttentionRule]:
+def parse_attention(spelling: str) -> tuple[AttentionForm, AttentionRule]:
     """The form and rule of an operator's spelling. Raises: UsageError if it is not one."""
     form, bar, rule = spelling.partition(" | ")
     if not bar:
@@ -60,7 +60,13 @@ def parse_attention(spelling: str) -> tuple[Form, AttentionRule]:
             f"parse the operator spelling {spelling!r:.200}: found no ' | ', allowed is 'FORM{{knobs}} | RULE'. "
             "Build it with attnc.forms.spell_attention."
         )
-    return parse_form(form), AttentionRule.parse(rule)
+    made = parse_form(form)
+    if not isinstance(made, AttentionForm):
+        raise UsageError(
+            f"parse the operator spelling {spelling!r:.200}: found {made.name}, a form of a {made.kind}, allowed is "
+            f"one of attention. Known are {', '.join(f.name for f in FORMS if f.kind == 'attention')}."
+        )
+    return made, AttentionRule.parse(rule)
 
 
 def parse_generated(spelling: str, kind: type[Made]) -> tuple[Made, AttentionRule]:

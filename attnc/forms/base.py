@@ -19,7 +19,6 @@ from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.roofline import seconds
 from attnc.errors import LoweringError, UsageError, did_you_mean
-from attnc.region import AttentionRegion
 from attnc.rule_attention import AttentionRule
 
 Knobs = TypeVar("Knobs", bound="Form")
@@ -41,24 +40,25 @@ def knob(*choices: Any, role: str = "schedule", unit: str = "") -> Any:
 
 @dataclass(frozen=True)
 class Form(ABC):
-    """One way to compute a region."""
+    """One way to compute regions of a kind; methods take regions of that kind."""
 
     name: ClassVar[str]
+    kind: ClassVar[str]
     approximates: ClassVar[bool] = False  # whether some setting is not exact: considered only where `allow` names it
 
     @abstractmethod
-    def refuse(self, region: AttentionRegion) -> str | None:
+    def refuse(self, region: Any) -> str | None:
         """Why this form with these knobs cannot compute `region`, as one sentence; None where it can."""
 
     @abstractmethod
-    def is_exact(self, region: AttentionRegion) -> bool:
+    def is_exact(self, region: Any) -> bool:
         """Whether this form with these knobs equals the region."""
 
     @abstractmethod
-    def cost(self, region: AttentionRegion, device: Device) -> Cost:
+    def cost(self, region: Any, device: Device) -> Cost:
         """What one run of the region costs on a CPU, forward, and backward where it trains."""
 
-    def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
+    def gpu_seconds(self, region: Any, gpu: Gpu) -> float:
         """Predicted time of one run on a GPU, forward, and backward where it trains."""
         raise self._no_gpu()
 
@@ -66,39 +66,15 @@ class Form(ABC):
         """Why no setting of this form runs on `device`, whatever the region; None where some does."""
         return None
 
-    def misfit(self, region: AttentionRegion, device: Device) -> str | None:
+    def misfit(self, region: Any, device: Device) -> str | None:
         """Why this form with these knobs, which does not refuse `region`, cannot run on `device`; None where it can."""
         return self.untargeted(device)
 
-    def seconds(self, region: AttentionRegion, device: Device) -> float:
+    def seconds(self, region: Any, device: Device) -> float:
         """Predicted time of one run, forward, and backward where it trains."""
         if isinstance(device, Gpu):
             return self.gpu_seconds(region, device)
         return seconds(self.cost(region, device), device, region.dtype)
-
-    @abstractmethod
-    def cpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse in plain torch; differentiable, traceable."""
-
-    def gpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse on a GPU; differentiable, traceable."""
-        raise self._no_gpu()
 
     def _no_gpu(self) -> LoweringError:
         return LoweringError(
@@ -107,7 +83,7 @@ class Form(ABC):
         )
 
     @abstractmethod
-    def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
+    def space(self, region: Any, device: Device) -> tuple[Form, ...]:
         """The settings of this form worth trying for `region`, none of which it refuses; best guess first."""
 
     def spell(self) -> str:
@@ -137,6 +113,37 @@ class Form(ABC):
     def knobs(self) -> dict[str, Knob]:
         """The knobs by name."""
         return {f.name: f.metadata["knob"] for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class AttentionForm(Form):
+    """One way to compute a softmax attention."""
+
+    kind: ClassVar[str] = "attention"
+
+    @abstractmethod
+    def cpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence,
+        rule: AttentionRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse in plain torch; differentiable, traceable."""
+
+    def gpu(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        captured: Sequence[torch.Tensor],
+        sizes: Sequence,
+        rule: AttentionRule,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """out and lse on a GPU; differentiable, traceable."""
+        raise self._no_gpu()
 
 
 def _value(form: str, key: str, text: str, allowed: Knob) -> Any:

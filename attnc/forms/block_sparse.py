@@ -31,7 +31,7 @@ from attnc.cost_models.tile_model import FlashTiles, FlashWork, TileCount, fits,
 from attnc.errors import LoweringError
 from attnc.expr import TRUE
 from attnc.expr_text import spell
-from attnc.forms.base import Form, knob
+from attnc.forms.base import AttentionForm, Form, knob
 from attnc.forms.flash import work_of
 from attnc.forms.masked import SETTLED, axes_of, settle_empty
 from attnc.predicate import distances
@@ -51,7 +51,7 @@ MOST_VISITED = 0.9  # share of the pairs above which nothing is gained by skippi
 
 
 @dataclass(frozen=True)
-class BlockSparse(Form):
+class BlockSparse(AttentionForm):
     """Attention over visited tiles of `block_m` query rows and `block_n` keys."""
 
     name: ClassVar[str] = "block_sparse"

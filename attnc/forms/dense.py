@@ -27,7 +27,7 @@ from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.roofline import attention_cost
 from attnc.expr import TRUE, Expr, I, J, sub, terms_of
-from attnc.forms.base import Form
+from attnc.forms.base import AttentionForm, Form
 from attnc.forms.masked import SETTLED, axes_of, settle_empty, sink_of
 from attnc.predicate import conjunction
 from attnc.reading import read
@@ -36,7 +36,7 @@ from attnc.rule_attention import AttentionRule, linear_score
 
 
 @dataclass(frozen=True)
-class Dense(Form):
+class Dense(AttentionForm):
     """All keys for all queries; no knobs."""
 
     name: ClassVar[str] = "dense"

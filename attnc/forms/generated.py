@@ -15,7 +15,7 @@ from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.tile_model import FlashTiles, FlashWork, fits
 from attnc.errors import LoweringError
-from attnc.forms.base import Form
+from attnc.forms.base import AttentionForm, Form
 from attnc.forms.masked import SETTLED, settle_empty
 from attnc.region import AttentionRegion
 from attnc.rule_attention import AttentionRule
@@ -24,7 +24,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
-class Generated(Form):
+class Generated(AttentionForm):
     """A form whose operator `attnc::<name>` renders, loads and launches its kernels."""
 
     @abstractmethod

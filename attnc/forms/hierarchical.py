@@ -27,7 +27,7 @@ from attnc.cost_models.cost import Cost, Work
 from attnc.cost_models.device import Device
 from attnc.expr import TRUE
 from attnc.expr_text import parse, spell
-from attnc.forms.base import Form, knob
+from attnc.forms.base import AttentionForm, Form, knob
 from attnc.forms.masked import as_float64, scaled_rows
 from attnc.reading import read
 from attnc.region import ITEM_BYTES, AttentionRegion
@@ -39,7 +39,7 @@ PASSES = 6
 
 
 @dataclass(frozen=True)
-class Hierarchical(Form):
+class Hierarchical(AttentionForm):
     """Exact near blocks, pooled far ones. block: positions pooled; near: blocks on each side that stay exact."""
 
     name: ClassVar[str] = "hierarchical"

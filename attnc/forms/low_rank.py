@@ -19,7 +19,7 @@ import torch
 
 from attnc.cost_models.cost import Cost, Work
 from attnc.cost_models.device import Device
-from attnc.forms.base import Form, knob
+from attnc.forms.base import AttentionForm, Form, knob
 from attnc.forms.dense import Dense
 from attnc.forms.masked import as_float64, reference
 from attnc.region import ITEM_BYTES, AttentionRegion
@@ -29,7 +29,7 @@ EIGEN = 10  # FLOP of a symmetric eigensolver over E^3; assumed, not measured
 
 
 @dataclass(frozen=True)
-class LowRank(Form):
+class LowRank(AttentionForm):
     """Dense attention between projected queries and keys. rank: directions kept of E."""
 
     name: ClassVar[str] = "low_rank"
