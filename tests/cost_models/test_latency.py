@@ -7,7 +7,7 @@ import math
 from importlib.resources import files
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from attnc.cost_models.device import device_named, gpu_named
@@ -123,13 +123,46 @@ def test_time_grows_with_every_size(kind: str, data: st.DataObject) -> None:
     shape = dict(SHAPES[kind])
     for column in SIZES[kind]:
         shape[column] = data.draw(sizes)
-    if kind == "dsa":
-        shape["seq_q"] *= 4  # fewer queries share a block with other sequences, whose keys it then visits in vain
     shape = lawful(kind, shape)
     column = data.draw(st.sampled_from(SIZES[kind]))
     larger = lawful(kind, {**shape, column: shape[column] * data.draw(st.sampled_from((2, 3, 8)))})
     device = device_named(part)
     assert predict(kind, device, larger).seconds >= predict(kind, device, shape).seconds * 0.999
+
+
+# What a serving step varies, by kind: batch and lengths.
+LENGTHS = {
+    "attn_prefill": ("batch", "seq_q"),
+    "attn_decode": ("batch", "seq_kv"),
+    "attn_encoder": ("batch", "seq_q"),
+    "mla_prefill": ("batch", "seq_q"),
+    "mla_decode": ("batch", "seq_kv"),
+    "gdn": ("batch", "seq"),
+    "dsa": ("batch", "seq_q", "prefix"),
+    "gemm": ("m",),
+    "moe": ("tokens",),
+}
+ROUNDING = 1e-9  # the only way in which one more of anything may take less time
+
+
+@pytest.mark.parametrize(("kind", "shape"), CALLS, ids=lambda x: x if isinstance(x, str) else x.get("stage", ""))
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_one_sequence_or_one_token_more_never_takes_less(kind: str, shape: dict, data: st.DataObject) -> None:
+    part = data.draw(st.sampled_from(("a100", "h100", "b200", "l40s", "rtxpro6000", "mi300x")))
+    assume(supported(kind, shape, part))
+    drawn = {column: data.draw(st.integers(1, 9) | st.integers(1, 20_000)) for column in LENGTHS[kind]}
+    column = data.draw(st.sampled_from(LENGTHS[kind]))
+    fewer = {**shape, **drawn}
+    more = {**fewer, column: fewer[column] + data.draw(st.integers(1, 3) | st.integers(1, 300))}
+    device = device_named(part)
+    assert predict(kind, device, more).seconds >= predict(kind, device, fewer).seconds * (1 - ROUNDING)
+
+
+@pytest.mark.parametrize("part", ["h100", "h200", "b200"])
+def test_index_logits_of_few_queries_take_as_long_as_the_keys_of_one_sequence(part: str) -> None:
+    times = [number("dsa", part, batch=16, seq_q=queries) for queries in (1, 2, 3, 4)]
+    assert times == sorted(times) and times[-1] < 1.01 * times[0]  # the launch and one walk over 8192 keys
 
 
 # FLOP and bytes that no kernel avoids, counted by hand from the shape; the cache counts once, in bf16.
