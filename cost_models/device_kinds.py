@@ -24,7 +24,7 @@ TENSOR_TYPE_OF = {
     "float8_e5m2": "fp8",
 }
 ENGINES = ("flash", "masked", "flex", "flex_scored", "composed", "composed_scored", "memory")
-SOURCES = ("figures", "derived", "power", "matmul")
+SOURCES = ("figures", "derived", "power", "matmul", "dies")
 NAME = r"[a-z0-9][a-z0-9._-]{0,39}"
 # Share of the peak that the best dense matmul reaches where none is listed, by vendor (shared/gpus.md, "Efficiency
 # factors": 73 to 87% on NVIDIA, 51 to 62% on AMD, 263 of 839 on Intel).
@@ -132,6 +132,7 @@ class Gpu(Limits, Device):
     clock_hz: highest boost. tensor_clock_hz: the clock that the tensor peaks belong to. memory_bytes: decimal GB as
     sold; caches and shared memory in binary units. link_bytes: to other GPUs, both directions together, 0 without;
     host_bytes: to the host, one direction. tensor_fp16_sums: rates with FP16 accumulation where those are higher.
+    dies: compute dies with an L2 each, over which programs are spread in turn; 1 where all SMs share one L2.
     matmul_seen: the best dense matmul measured by others, FLOP/s. unsure: fields to be measured or checked before they
     decide anything. The `Limits` of its architecture stand beside them.
     """
@@ -156,6 +157,7 @@ class Gpu(Limits, Device):
     link_bytes: float = figure("number", 0, 1e15, "bytes/s", default=0.0)
     host_bytes: float = figure("number", 0, 1e15, "bytes/s", default=0.0)
     per_package: int = figure("integer", 1, 16, "devices", default=1)
+    dies: int = figure("integer", 1, 64, "dies", default=1)
     also: tuple[str, ...] = figure("texts", default=())
     unsure: tuple[str, ...] = figure("texts", default=())
     note: str = figure("text", default="")

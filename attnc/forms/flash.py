@@ -146,7 +146,7 @@ def _fits(form: Flash, work: FlashWork, gpu: Gpu, kernel: str) -> bool:
 def default_for(region: AttentionRegion, gpu: Gpu, skip: str = "range") -> Flash | None:
     """The knobs the cost model picks among QUICK, kernel by kernel; None where none fits. Deterministic."""
     work = work_of(region, skip)
-    form = Flash(skip=skip, xcds=8 if gpu.arch in ("gfx942", "gfx950") else 1)
+    form = Flash(skip=skip, xcds=gpu.dies)
     for kernel in KERNELS if region.training else ("forward",):
         tried = [replace(form, **_named(kernel, values)) for values in QUICK[kernel]]
         fitting = [f for f in tried if _fits(f, work, gpu, kernel)]

@@ -217,6 +217,15 @@ def test_figures_of_a_gpu_hang_together(gpu: Gpu) -> None:
     assert pickle.loads(pickle.dumps(gpu)) == gpu and hash(gpu) == hash(pickle.loads(pickle.dumps(gpu)))
 
 
+def test_dies_with_a_cache_each_have_a_source() -> None:
+    assert {gpu.name: gpu.dies for gpu in GPUS if gpu.dies > 1} == dict.fromkeys(
+        ("mi300x", "mi325x", "mi355x", "mi350x"), 8
+    )
+    for gpu in GPUS:
+        assert (gpu.dies > 1) == ("dies" in dict(gpu.source)), gpu.name
+        assert gpu.sms % gpu.dies == 0 and gpu.l2_bytes % gpu.dies == 0
+
+
 def test_no_two_devices_share_a_name() -> None:
     owners: dict[str, set[str]] = {}
     for gpu in GPUS:
