@@ -18,6 +18,7 @@ from attnc.cost_models.sparse_counts import (
 )
 from tests.cost_models.headlines import (
     CACHE_64K,
+    CACHE_PARTS,
     CONFIGS,
     KV_PER_TOKEN,
     PARAMETERS,
@@ -175,8 +176,10 @@ def test_cache_claims_of_hybrids() -> None:
     every_layer = 80 * 2 * 8 * 128 * 2
     assert 1 - card("MiniMax-M1").kv_bytes_per_token() / every_layer == 7 / 8
     assert card("MiniMax-M1").state_bytes() / 1e6 == pytest.approx(293.6, rel=0.001)
-    saved = 1 - card("Kimi Linear").kv_bytes_per_token() / card("Kimi Linear, all MLA").kv_bytes_per_token()
-    assert saved == pytest.approx(0.75, rel=0.015)  # "up to 75%" is 3:1, the model is 20:7
+    # "Up to 75%" is the ratio 3:1 of the design; the released model has 27 layers, 7 of them full: 20 / 27 = 74.1%.
+    layer = card("Kimi Linear, all MLA").kv_bytes_per_token() / 27
+    assert 1 - card("Kimi Linear, three to one").kv_bytes_per_token() / (28 * layer) == 0.75
+    assert 1 - card("Kimi Linear").kv_bytes_per_token() / (27 * layer) == pytest.approx(20 / 27)
     assert card("Kimi Linear").state_bytes() / 1e6 == pytest.approx(42, rel=0.01)
 
 
@@ -188,6 +191,15 @@ def test_kv_size_of_mfa(context: int, published: float) -> None:
 @pytest.mark.parametrize(("name", "published", "within"), CACHE_64K)
 def test_cache_at_64k(name: str, published: float, within: float) -> None:
     assert card(name).cache_bytes(64 * K) / 2**20 == pytest.approx(published, rel=within)
+
+
+@pytest.mark.parametrize(("name", "full", "windows", "states", "convolutions"), CACHE_PARTS)
+def test_cache_of_jet_nemotron_is_the_sum_of_its_parts(
+    name: str, full: float, windows: float, states: float, convolutions: float
+) -> None:
+    c = card(name)
+    found = (c.kv_bytes(64 * K), c.state_bytes(), c.conv_bytes(2))
+    assert [part / 2**20 for part in found] == [full + windows, states, convolutions]
 
 
 def test_tpla_halves_the_latent_but_not_the_rotary_key() -> None:
