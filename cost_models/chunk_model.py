@@ -1,0 +1,217 @@
+"""Time of the chunkwise kernels of linear recurrences by their knobs: which settings fit, and how long one takes.
+
+    chunk_seconds(work, knobs, device)      closed form, microseconds
+
+A forward is three kernels: `within` (products and decays inside a chunk, and the inverse of a delta rule), `state`
+(chunk after chunk, one block for each head and slice of the values) and `output`. A backward computes the states again
+and has one more kernel for each. Tiles are priced as those of the flash kernels are, with the same coefficients.
+
+Source: Yang et al. 2024, arXiv:2412.06464, section 3.3, and arXiv:2312.06635, section 4 (chunks, two levels of them);
+Dao and Gu 2024, arXiv:2405.21060, section 6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from math import ceil
+
+from attnc.cost_models.device import Gpu
+from attnc.cost_models.device_kinds import TENSOR_TYPE_OF
+from attnc.cost_models.occupancy import max_registers, occupancy
+from attnc.cost_models.tile_kernels import ITEM, MMA_FLOPS, OLD_RATE, matrix_class, padded
+from attnc.cost_models.tile_model import coefficients, sm_figures
+from attnc.cost_models.tile_terms import TileFigures, seconds_function
+
+__all__ = ["ChunkKnobs", "ChunkWork", "chunk_fits", "chunk_seconds", "kernels_of"]
+
+SUB = 16  # tokens of a sub-chunk: decays by channel and the inverse go block by block
+INVERSE_STEPS = 60.0  # cycles of one row of the substitution in a diagonal block
+OVERHEAD = 60  # registers of a thread beyond the tiles
+# What a kernel of the backward does beside its twin of the forward: products, and bytes.
+BACKWARD = {"within": (3.0, 2.5), "state": (2.0, 1.5), "output": (3.0, 2.5)}
+
+
+@dataclass(frozen=True)
+class ChunkWork:
+    """What a recurrence has to compute.
+
+    B, H, Hk, L, K, V: batch, heads of values and of keys, length, widths. dtype: as torch names it.
+    decay: "none", "head", "token" or "channel". delta: the delta rule; low_rank: two vectors of any direction instead.
+    training: the backward too. state_item: bytes of an element of the states kept between kernels.
+    """
+
+    B: int
+    H: int
+    Hk: int
+    L: int
+    K: int
+    V: int
+    dtype: str = "bfloat16"
+    decay: str = "none"
+    delta: bool = False
+    low_rank: bool = False
+    training: bool = False
+    state_item: int = 4
+
+    @property
+    def kind(self) -> str:
+        return TENSOR_TYPE_OF.get(self.dtype, self.dtype)
+
+    @property
+    def item(self) -> int:
+        return ITEM[self.kind]
+
+    @property
+    def corrected(self) -> int:
+        """Systems solved in a chunk: none, one by its own keys, one by other vectors (twice the products)."""
+        return 2 if self.low_rank else int(self.delta)
+
+
+@dataclass(frozen=True)
+class ChunkKnobs:
+    """chunk_size: tokens of a chunk. block_v: columns of the state that a block keeps."""
+
+    chunk_size: int = 64
+    block_v: int = 64
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One tile of a kernel: FLOP of products, exponentials, FP32 operations, bytes read, bytes kept; rows of its
+    products; sums in float32; cycles that nothing hides; waits for each other."""
+
+    flops: float
+    exps: float
+    vector: float
+    read: float
+    written: float
+    rows: int
+    sums: float
+    chain: float = 0.0
+    barriers: float = 1.0
+
+
+def kernels_of(work: ChunkWork) -> tuple[str, ...]:
+    """The kernels of a work, those of the backward with a "d" in front."""
+    forward = ("within", "state", "output")
+    return (*forward, *(f"d{name}" for name in reversed(forward))) if work.training else forward
+
+
+def chunk_fits(work: ChunkWork, knobs: ChunkKnobs, device: Gpu) -> str | None:
+    """Why `knobs` make no kernel on `device`, as a sentence, or None."""
+    for name in kernels_of(work):
+        step = _step(work, knobs, name.removeprefix("d"))
+        shared = _shared(step, knobs, name)
+        what = f"{name} with chunk_size={knobs.chunk_size}, block_v={knobs.block_v}, warps={knobs.warps}"
+        if shared > device.shared_per_block:
+            return (
+                f"{what}, stages={knobs.stages}: needs {shared} bytes of shared memory, a block of {device.name} has "
+                f"{device.shared_per_block}. Use smaller chunks or blocks, or fewer stages."
+            )
+        registers, room = _registers(step, knobs, device), max_registers(device)
+        if registers > room:
+            return (
+                f"{what}: needs about {registers} registers a thread, {device.name} has {room}. Use smaller chunks or "
+                "blocks, or more warps."
+            )
+    return None
+
+
+def chunk_seconds(work: ChunkWork, knobs: ChunkKnobs, device: Gpu, *, kernels: tuple[str, ...] = ()) -> float:
+    """Predicted seconds of the recurrence with these knobs, or of `kernels` alone; inf where a block does not fit."""
+    total = 0.0
+    for name in kernels or kernels_of(work):
+        figures = _figures(work, knobs, name, device)
+        if figures is None:
+            return float("inf")
+        instruction, tile = figures
+        total += seconds_function()(*astuple(tile), *_constants(instruction, device))
+    return total
+
+
+def _figures(work: ChunkWork, knobs: ChunkKnobs, name: str, device: Gpu) -> tuple[str, TileFigures] | None:
+    forward = name.removeprefix("d")
+    step = _step(work, knobs, forward)
+    more, moved = BACKWARD[forward] if forward != name else (1.0, 1.0)
+    chunks, slices = ceil(work.L / knobs.chunk_size), ceil(work.V / knobs.block_v)
+    blocks = work.B * work.H * (1 if forward == "within" else slices)
+    along = chunks if forward == "state" else 1  # tiles that one block does after each other
+    grid = float(blocks * (1 if forward == "state" else chunks))
+    instruction = matrix_class(device.arch, step.rows, knobs.warps)
+    threads = knobs.warps * device.warp_size
+    registers = min(_registers(step, knobs, device), max_registers(device))
+    held = occupancy(device, threads, registers, _shared(step, knobs, name), 0)
+    if held.blocks < 1:
+        return None
+    per_clock = device.sms * (device.tensor_clock_hz or device.clock_hz)
+    rate = device.tensor.get(work.kind) or device.fp32_flops
+    old = OLD_RATE.get(device.arch, 1.0) if instruction == "mma" else 1.0
+    pairs = step.flops * more
+    issue = (step.vector * more + step.exps) / device.warp_size
+    issue += pairs / MMA_FLOPS if instruction == "mma" else 0.0
+    tiles = grid * along
+    return instruction, TileFigures(
+        matrix=pairs * per_clock / old / rate,
+        exps=step.exps,
+        vector=step.vector * more,
+        issue=issue,
+        shared=2.0 * step.read * moved,
+        loads=step.read * moved,
+        spilled=8.0 * threads * max(0, _registers(step, knobs, device) - max_registers(device)),
+        barriers=step.barriers * more,
+        grid=grid,
+        tiles=tiles,
+        longest=float(along),
+        resident=float(min(held.blocks, max(1, ceil(grid / device.sms)))),
+        groups=threads / 128,
+        ahead=float(knobs.stages - 1 if along > 1 else 0),
+        unique=tiles * (step.read + step.written) * moved,
+        again=0.0,
+        flops=tiles * pairs,
+        even=1.0,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _step(work: ChunkWork, knobs: ChunkKnobs, kernel: str) -> _Step:
+    """A chunk of one kernel, forward."""
+    C, K, V = knobs.chunk_size, padded(work.K), padded(work.V)
+    bv, item, fixes = min(knobs.block_v, V), work.item, work.corrected
+    group = work.H / work.Hk if work.Hk else 1.0
+    pairs = 1 + fixes * (2 if work.low_rank else 1)  # matrices of C x C
+    if kernel == "within":
+        by_channel = work.decay == "channel"
+        exps = pairs * (C * K * 2.0 + C * SUB * K / 2 if by_channel else float(C * C) * (work.decay != "none"))
+        flops = 2.0 * pairs * C * C * K + fixes * (2.0 * C * C * (K + V) + C**3)
+        read = C * item * (2 * K / group + fixes * V) + 4.0 * C * (K if by_channel else 1)
+        written = C * item * (C + fixes * (K + V))
+        vector = 3.0 * pairs * C * C + (3.0 * pairs * C * SUB * K / 2 if by_channel else 0.0)
+        chain = fixes * INVERSE_STEPS * SUB
+        return _Step(flops, exps, vector, read, written, C, pairs * C * C + fixes * C * K, chain, 1 + 3 * fixes)
+    if kernel == "state":
+        flops = 2.0 * C * K * bv * (1 + fixes * (1.5 if work.low_rank else 1))
+        read = C * item * (K * (1 + fixes) + bv)
+        written = K * bv * work.state_item + fixes * C * bv * item
+        return _Step(flops, C * 2.0, 2.0 * K * bv + C * bv, read, written, K, K * bv + C * bv, 0.0, 1 + 2 * fixes)
+    flops = 2.0 * bv * C * (K + C * (2 if work.low_rank else 1))
+    read = item * (C * K / group + C * bv + C * C) + K * bv * work.state_item
+    return _Step(flops, C * 2.0, 2.0 * C * bv, read, item * C * bv, C, C * bv)
+
+
+def _registers(step: _Step, knobs: ChunkKnobs, device: Gpu) -> int:
+    """Registers that a thread would like to have: sums, and operands on their way."""
+    threads = knobs.warps * device.warp_size
+    return round(1.25 * step.sums / threads) + OVERHEAD
+
+
+def _shared(step: _Step, knobs: ChunkKnobs, name: str) -> int:
+    """Shared memory of a block: what is read, once for each stage where chunks follow each other."""
+    return ceil(step.read * (knobs.stages if name.endswith("state") else 1) * (1.5 if name.startswith("d") else 1.0))
+
+
+@lru_cache(maxsize=256)
+def _constants(instruction: str, device: Gpu) -> tuple[float, ...]:
+    return (*sm_figures(device), *astuple(coefficients(instruction, device)))
