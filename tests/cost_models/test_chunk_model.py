@@ -1,4 +1,4 @@
-"""The chunk model: never faster than the roofs, never faster for more work, near what others' kernels were measured at."""
+"""The chunk model: never faster than the roofs, never faster for more work, near what was measured."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_what_a_setting_lacks_is_said() -> None:
     assert narrow is not None and "registers" in narrow
 
 
-# (device, batch, length, key heads, value heads, decay, measured us): vLLM's and SGLang's Triton kernels of flash-linear-
-# attention, bf16, heads of 128; shared/measurements/gdn.parquet, NVIDIA aiconfigurator (Apache-2.0).
+# (device, batch, length, key heads, value heads, decay, measured us): Triton kernels of flash-linear-attention as vLLM
+# and SGLang run them, bf16, heads of 128; shared/measurements/gdn.parquet, NVIDIA aiconfigurator (Apache-2.0).
 MEASURED = [
     ("h100", 1, 4096, 8, 16, "token", 301.0),
     ("h100", 2, 2048, 16, 32, "token", 453.9),
