@@ -1,11 +1,14 @@
 """The `attnc::recurrence` operator: one node for any linear recurrence over tokens, opaque to whatever compiles it.
 
-    recurrence(query, key, value, decay, rates, beta, bonus, initial_state, spelling) -> (out, final_state)
+    recurrence(query, key, value, decay, rates, beta, bonus, initial_state, spelling, a, b, documents)
+        -> (out, final_state)
     spelling = a RecurrenceRule      e.g. "decay='token'; delta=True; gate='write'; scale=0.25; chunk=64"
 
 Shapes: query, key (B, Hk, L, K), Hk a divisor of H; value (B, H, L, V) -> out (B, H, L, V), laid out as (B, L, H, V);
 states (B, H, K, V + n): behind V stand the normaliser and the running maximum, as far as the rule has them. decay,
-rates and beta as the rule says; bonus (H, K), under an exponential gate (H,). Missing query and key are ones, K = 1.
+rates and beta as the rule says; bonus (H, K), under an exponential gate (H,). Missing query and key are ones, K = 1. With
+low_rank, a and b (B, Hk or H, L, K); with packed, documents (B, L), integers: the state given belongs to the document of
+token 0, the final one to the last document.
 
 The graph keeps one node in the forward and one in the backward, which computes the forward again and differentiates it.
 
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 
 from attnc.codegen import cpu_recurrence
+from attnc.codegen.cpu_recurrence import Given
 from attnc.rule_recurrence import RecurrenceRule
 
 _INPUTS = (
@@ -30,9 +34,13 @@ _INPUTS = (
     "Tensor? initial_state"
 )
 library = torch.library.Library("attnc", "FRAGMENT")
-library.define(f"recurrence({_INPUTS}, str spelling) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
+_MORE = "Tensor? a=None, Tensor? b=None, Tensor? documents=None"
 library.define(
-    f"recurrence_backward(Tensor grad_out, Tensor grad_state, {_INPUTS}, bool[] needs, str spelling) -> Tensor[]",
+    f"recurrence({_INPUTS}, str spelling, {_MORE}) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
+)
+library.define(
+    f"recurrence_backward(Tensor grad_out, Tensor grad_state, {_INPUTS}, Tensor? a, Tensor? b, Tensor? documents, "
+    "bool[] needs, str spelling) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -40,21 +48,16 @@ parse_recurrence = lru_cache(maxsize=1024)(RecurrenceRule.parse)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, rule = args[:8], parse_recurrence(args[8])
+    inputs, rule = _in_order(args), parse_recurrence(args[8])
     with torch.amp.autocast(inputs[2].device.type, enabled=False):
-        out, state = cpu_recurrence.recurrence(*_operands(inputs), rule)
+        out, state = cpu_recurrence.recurrence(Given(*inputs), rule)
     laid_out, last = _meta(inputs[2], inputs[1], rule)
     return laid_out.copy_(out), last.copy_(state)
 
 
-Operands = tuple[
-    Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None
-]
-
-
-def _operands(given: Sequence[Any]) -> Operands:
-    query, key, value, decay, rates, beta, bonus, initial = given
-    return query, key, value, decay, rates, beta, bonus, initial
+def _in_order(args: Sequence[Any]) -> list[Any]:
+    """The operands of a call, a, b and documents behind the others."""
+    return [*args[:8], *args[9:], *[None] * (12 - len(args))]
 
 
 def _meta(value: Tensor, key: Tensor | None, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
@@ -75,7 +78,7 @@ def _backward(*args: Any) -> list[Tensor]:
     rule = parse_recurrence(spelling)
     with _autograd_on(), torch.amp.autocast(grad_out.device.type, enabled=False):
         own = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
-        out, state = cpu_recurrence.recurrence(*_operands(own), rule)
+        out, state = cpu_recurrence.recurrence(Given(*own), rule)
         learned: list[Any] = [x for x, need in zip(own, needs, strict=True) if need]
         # A step without a state, and outputs that nothing reaches, have no gradient function.
         reached = [(y, g) for y, g in ((out, grad_out), (state, grad_state)) if y.requires_grad]
@@ -104,15 +107,17 @@ def _fake_backward(*args: Any) -> list[Tensor]:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.spelling = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.spelling = inputs[8]
+    ctx.save_for_backward(*_in_order(inputs))
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
-    needs = [bool(need) for need in ctx.needs_input_grad[: len(inputs)]]
+    given = len(ctx.needs_input_grad)  # operands left to their default are not counted
+    needs = [bool(need) for need in _in_order([*ctx.needs_input_grad, *[False] * (12 - given)])]
     found = iter(RECURRENCE_BACKWARD(grad_out, grad_state, *inputs, needs, ctx.spelling))
-    return (*(next(found) if need else None for need in needs), None)
+    grads = [next(found) if need else None for need in needs]
+    return (*grads[:8], None, *grads[8:])[:given]
 
 
 library.impl("recurrence", _forward, "CompositeExplicitAutograd")

@@ -3,12 +3,15 @@
     S_t = D_t S_{t-1} + w_t k_t v_t^T             the state, (K, V) for each head; with `delta`, v_t is replaced by
     o_t = q_t^T S_t                               v_t - (D_t S_{t-1})^T k_t
 
-D_t multiplies rows of the state (`decay`), w_t is 1 or comes from beta (`gate`). With `read` "before", o_t = q_t^T
-(S_{t-1} + diag(bonus) k_t v_t^T). A normaliser divides by what the same recurrence gives for v = 1.
+D_t multiplies rows of the state (`decay`), w_t is 1 or comes from beta (`gate`). With `low_rank`, b_t (a_t^T S_{t-1}) is
+added to the state: a transition of diagonal plus low rank, of which the delta rule is a case. With `read` "before",
+o_t = q_t^T (S_{t-1} + diag(bonus) w_t k_t v_t^T). A normaliser divides by what the same recurrence gives for v = 1. With
+`packed`, S_{t-1} is zero where a document starts.
 
 Source: systems of part D of the catalogue: Yang et al. 2024, arXiv:2406.06484 (delta rule) and arXiv:2412.06464
 (gated); Dao and Gu 2024, arXiv:2405.21060 (Mamba-2); Gu and Dao 2023, arXiv:2312.00752 (Mamba); Beck et al. 2024,
-arXiv:2405.04517 (mLSTM); Peng et al. 2023, arXiv:2305.13048 (RWKV-4), and 2024, arXiv:2404.05892 (RWKV-6).
+arXiv:2405.04517 (mLSTM); Peng et al. 2023, arXiv:2305.13048 (RWKV-4), 2024, arXiv:2404.05892 (RWKV-6), and 2025,
+arXiv:2503.14456 (RWKV-7).
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ class RecurrenceRule(Rule):
     decay:      "none"; "head" (H,), constant; "token" (B, H, L); "channel" (B, H, L, K); "state": token (B, H, L) times
                 rates (H, K). As logarithms, or as factors with `factors`.
     delta:      the delta rule: what the state holds for k is replaced, not added to.
+    low_rank:   b (a^T S) is added, a and b (B, Hk or H, L, K); a reads the state before its decay.
+    packed:     several documents in a row, told apart by `documents` (B, L): neighbours that differ start anew.
     gate:       "none"; "write": beta (B, H, L) multiplies k v^T; "exp": exp(beta) does, held down by a running maximum.
     read:       "after" the update, or "before" it, with a bonus for the token itself.
     normaliser: "none"; "sum": o / (n + eps); "max1": o / (max(|n|, 1) + eps), both under the running maximum.
@@ -54,6 +59,8 @@ class RecurrenceRule(Rule):
     decay: str = "none"
     factors: bool = False
     delta: bool = False
+    low_rank: bool = False
+    packed: bool = False
     gate: str = "none"
     read: str = "after"
     normaliser: str = "none"
@@ -80,6 +87,12 @@ class RecurrenceRule(Rule):
                 "'before', allowed is a logarithmic decay by head, token or channel. Leave the other out."
             )
 
+        if self.low_rank and (self.delta or self.decay == "state" or self.factors or self.gate == "exp"):
+            raise UsageError(
+                "make a recurrence rule: found low_rank with the delta rule, decay 'state', factors or gate 'exp', "
+                "allowed is a logarithmic decay by head, token or channel and gate 'write'. Leave the other out."
+            )
+
     @property
     def columns(self) -> int:
         """Columns of the state beyond V: the normaliser, and the running maximum under an exponential gate."""
@@ -93,6 +106,8 @@ class RecurrenceRule(Rule):
         if self.delta:
             gated = {"none": "delta rule", "channel": "delta rule with decay by channel"}
             return gated.get(self.decay, "gated delta rule")
+        if self.low_rank:
+            return "diagonal plus low rank"
         if self.gate == "exp":
             return "mLSTM" if self.normaliser == "max1" else "exponential average with bonus"
         if self.decay == "state":
@@ -110,6 +125,7 @@ class RecurrenceRule(Rule):
         update_and_read = 4 * shape.K * shape.V
         in_chunk = 2 * within * (shape.K + shape.V)
         correct = self.delta * (2 * shape.K * shape.V + 2 * within * shape.K + within * (shape.K + shape.V))
+        correct += self.low_rank * (4 * shape.K * shape.V + within * (6 * shape.K + 5 * shape.V))
         return shape.B * shape.H * shape.L * (update_and_read + in_chunk + correct)
 
     def elements(self, shape: RecurrenceShape) -> int:
@@ -119,7 +135,7 @@ class RecurrenceRule(Rule):
             return tokens * 2 * shape.H + shape.H * self.conv
         per_token = {"none": 0, "head": 0, "token": 1, "channel": shape.K, "state": 1}[self.decay]
         each = 2 * shape.V + per_token + (self.gate != "none")
-        keys = 2 * shape.Hk * shape.K if shape.Hk else 0
+        keys = (4 if self.low_rank else 2) * shape.Hk * shape.K if shape.Hk else 0
         return tokens * (shape.H * each + keys) + state * (self.state_in + self.state_out)
 
     def summary(self, shape: RecurrenceShape) -> list[str]:
@@ -136,6 +152,7 @@ class RecurrenceRule(Rule):
         parts = [self.name, f"L {shape.text('L')}", heads, f"state {shape.K} x {shape.V}", f"B {shape.text('B')}"]
         parts += [f"chunk {self.chunk}"] if self.chunk > 1 else ["token by token"]
         parts += [f"conv {self.conv}"] if self.conv else []
+        parts += ["documents packed"] if self.packed else []
         parts += ["state in"] if self.state_in else []
         return parts + (["state out"] if self.state_out else [])
 

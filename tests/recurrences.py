@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attnc.op_recurrence import RECURRENCE
 from attnc.rule_recurrence import RecurrenceRule
 
-INPUTS = ("query", "key", "value", "decay", "rates", "beta", "bonus", "initial_state")
+INPUTS = ("query", "key", "value", "decay", "rates", "beta", "bonus", "initial_state", "a", "b", "documents")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Case:
     bonus: bool = False
 
     def inputs(self, length: int, dtype: torch.dtype = torch.float64, *, state: bool = False, batch: int = 2) -> list:
-        """Random operands in the order of the operator; None where the rule has none."""
+        """Random operands in the order of INPUTS; None where the rule has none. Documents are short and ragged."""
         B, H, K, V, L = batch, self.H, self.K, self.V, length
         rule = self.rule
         log_decay = {"none": None, "head": (H,), "token": (B, H, L), "channel": (B, H, L, K), "state": (B, H, L)}
@@ -41,8 +42,10 @@ class Case:
         beta = {"none": None, "write": torch.rand(B, H, L), "exp": torch.randn(B, H, L) * 3}[rule.gate]
         bonus = (torch.randn(H) if rule.gate == "exp" else torch.randn(H, K)) if self.bonus else None
         initial = torch.randn(B, H, K, V + rule.columns) if state else None
-        given = [q, k, torch.randn(B, H, L, V), decay, rates, beta, bonus, initial]
-        return [x if x is None else x.to(dtype) for x in given]
+        low_rank = [torch.randn(B, self.Hk, L, K) / K for _ in "ab"] if rule.low_rank else [None, None]
+        given = [q, k, torch.randn(B, H, L, V), decay, rates, beta, bonus, initial, *low_rank]
+        documents = (torch.rand(B, L) < 0.1).cumsum(-1) if rule.packed else None
+        return [*(x if x is None else x.to(dtype) for x in given), documents]
 
 
 R = RecurrenceRule
@@ -63,7 +66,20 @@ CASES = [
     Case("rwkv4", R(decay="head", gate="exp", normaliser="sum", read="before"), H=16, K=1, V=1, Hk=0, bonus=True),
     Case("normalised_linear_attention", R(normaliser="sum", eps=1e-6, chunk=16)),
     Case("cumulative_sum", R(), H=3, K=1, V=5, Hk=0),
+    Case("rwkv7", R(decay="channel", low_rank=True, chunk=16)),
+    Case("low_rank_by_token", R(decay="token", low_rank=True, gate="write", scale=0.5, chunk=16), Hk=2),
+    Case("low_rank_before", R(low_rank=True, read="before", chunk=16), Hk=2, bonus=True),
 ]
+CASES += [
+    replace(case, name=f"{case.name}_packed", rule=replace(case.rule, packed=True))
+    for case in CASES
+    if case.name not in ("lightning_by_token", "simple_gla_before", "delta_rule", "low_rank_by_token")
+]
+
+
+def apply(inputs: list[Tensor | None], rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
+    """The operator on inputs in the order of INPUTS."""
+    return RECURRENCE(*inputs[:8], rule.spell(), *inputs[8:])
 
 
 def in_float64(case: Case) -> RecurrenceRule:
@@ -72,9 +88,11 @@ def in_float64(case: Case) -> RecurrenceRule:
 
 def token_loop(inputs: list[Tensor | None], rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
     """The definition: one token after the other, in the dtype of the inputs, differentiable."""
-    q, k, v, decay, rates, beta, bonus, initial = inputs
+    q, k, v, decay, rates, beta, bonus, initial, a, b, documents = inputs
     H, L = v.shape[1:3]
-    q, k = (torch.ones_like(v[..., :1]) if x is None else x.repeat_interleave(H // x.shape[1], 1) for x in (q, k))
+    q, k, a, b = (
+        torch.ones_like(v[..., :1]) if x is None else x.repeat_interleave(H // x.shape[1], 1) for x in (q, k, a, b)
+    )
     if rule.qk_norm is not None:
         q, k = (x / ((x * x).sum(-1, keepdim=True) + rule.qk_norm).sqrt() for x in (q, k))
     q = q * rule.scale
@@ -84,6 +102,10 @@ def token_loop(inputs: list[Tensor | None], rule: RecurrenceRule) -> tuple[Tenso
         d, log_i = _decay_at(decay, rates, t, rule), None if beta is None else beta[:, :, t]
         w = torch.ones(()) if log_i is None else log_i
         kt, vt, qt = k[:, :, t], v[:, :, t], q[:, :, t]
+        if rule.packed and t > 0:
+            new = documents[:, t] != documents[:, t - 1]
+            fresh = _start(None, v, k.shape[-1], rule)
+            S, n, m = (torch.where(new.reshape(-1, *[1] * (x.dim() - 1)), y, x) for x, y in zip((S, n, m), fresh))
         before = S, n, m
         if rule.gate == "exp":
             f = d[..., 0].log()
@@ -93,6 +115,10 @@ def token_loop(inputs: list[Tensor | None], rule: RecurrenceRule) -> tuple[Tenso
         vt = vt - torch.einsum("bhkv,bhk->bhv", S, kt) if rule.delta else vt
         write = kt * w[..., None]
         S, n = S + write[..., None] * vt[:, :, None], n + write
+        if rule.low_rank:
+            at, bt = a[:, :, t], b[:, :, t]
+            S = S + bt[..., None] * torch.einsum("bhkv,bhk->bhv", before[0], at)[:, :, None]
+            n = n + bt * (before[1] * at).sum(-1, keepdim=True)
         outs.append(_read(qt, kt, vt, log_i, bonus, before if rule.read == "before" else (S, n, m), rule))
     columns = [n[..., None]] * (rule.normaliser != "none") + [m[..., None, None].expand_as(n[..., None])] * (
         rule.gate == "exp"

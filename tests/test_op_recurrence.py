@@ -10,16 +10,16 @@ from torch._dynamo.backends.common import aot_autograd
 from attnc.errors import UsageError
 from attnc.op_recurrence import RECURRENCE
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
-from tests.recurrences import CASES, Case, in_float64, token_loop
+from tests.recurrences import CASES, Case, apply, in_float64, token_loop
 from tests.tolerance import assert_close
 
 BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-FEW = [c for c in CASES if c.name in ("mamba1", "gated_delta_rule", "mlstm", "rwkv6")]
+FEW = [c for c in CASES if c.name in ("mamba1", "gated_delta_rule", "mlstm", "rwkv6", "rwkv7", "kda_packed")]
 A_FEW = pytest.mark.parametrize("case", FEW, ids=lambda c: c.name)
 
 
 def learnable(inputs: list[Tensor | None]) -> list[Tensor]:
-    return [x.requires_grad_() for x in inputs if x is not None]
+    return [x.requires_grad_() for x in inputs if x is not None and x.is_floating_point()]
 
 
 def scalar(out: Tensor, state: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def scalar(out: Tensor, state: Tensor) -> Tensor:
 def test_equals_the_token_loop_and_its_gradients(case: Case, length: int, state: bool) -> None:
     inputs = case.inputs(length, state=state)
     leaves, rule = learnable(inputs), in_float64(case)
-    want, got = token_loop(inputs, rule), RECURRENCE(*inputs, rule.spell())
+    want, got = token_loop(inputs, rule), apply(inputs, rule)
     for a, b in zip(got, want, strict=True):
         assert_close(a, b)
     wanted = torch.autograd.grad(scalar(*want), leaves, allow_unused=True)
@@ -46,7 +46,7 @@ def test_equals_the_token_loop_and_its_gradients(case: Case, length: int, state:
 @BY_NAME
 def test_length_200_in_fresh_memory_of_nan(case: Case, poisoned_memory: None) -> None:
     inputs = case.inputs(200)
-    for a, b in zip(RECURRENCE(*inputs, in_float64(case).spell()), token_loop(inputs, in_float64(case)), strict=True):
+    for a, b in zip(apply(inputs, in_float64(case)), token_loop(inputs, in_float64(case)), strict=True):
         assert_close(a, b)
 
 
@@ -54,9 +54,9 @@ def test_length_200_in_fresh_memory_of_nan(case: Case, poisoned_memory: None) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_narrow_inputs_are_computed_in_float32(case: Case, dtype: torch.dtype) -> None:
     inputs = case.inputs(70, dtype)
-    out, state = RECURRENCE(*inputs, case.rule.spell())
+    out, state = apply(inputs, case.rule)
     assert out.dtype == dtype and state.dtype == torch.float32
-    want, _ = token_loop([x if x is None else x.double() for x in inputs], in_float64(case))
+    want, _ = token_loop([x if x is None or not x.is_floating_point() else x.double() for x in inputs], in_float64(case))
     assert_close(out, want)
 
 
@@ -64,7 +64,7 @@ def test_narrow_inputs_are_computed_in_float32(case: Case, dtype: torch.dtype) -
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_gradients_equal_eager_ones(case: Case, backend: str) -> None:
     def mixer(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, state = RECURRENCE(*inputs, case.rule.spell())
+        out, state = apply(inputs, case.rule)
         return out.transpose(1, 2).flatten(2) * 2, state
 
     inputs = case.inputs(33, torch.float32, state=True)
@@ -90,7 +90,7 @@ def test_one_node_forward_and_one_backward(case: Case) -> None:
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     inputs = case.inputs(33, torch.float32)
     learnable(inputs)
-    mixer = torch.compile(lambda *x: RECURRENCE(*x, case.rule.spell()), backend=backend)
+    mixer = torch.compile(lambda *x: apply(x, case.rule), backend=backend)
     scalar(*mixer(*inputs)).backward()
     assert graphs == [["attnc.recurrence.default"], ["attnc.recurrence_backward.default"]]
 
@@ -99,7 +99,7 @@ def test_one_node_forward_and_one_backward(case: Case) -> None:
 def test_export_keeps_the_operator(case: Case) -> None:
     class Mixer(torch.nn.Module):
         def forward(self, *inputs: Tensor | None) -> Tensor:
-            return RECURRENCE(*inputs, case.rule.spell())[0]
+            return apply(inputs, case.rule)[0]
 
     inputs = tuple(case.inputs(33, torch.float32))
     program = torch.export.export(Mixer(), inputs)
@@ -111,22 +111,22 @@ def test_export_keeps_the_operator(case: Case) -> None:
 def test_fake_results_and_schema_are_true(case: Case) -> None:
     inputs = case.inputs(9, torch.float32, state=True)
     learnable(inputs)
-    torch.library.opcheck(RECURRENCE, (*inputs, case.rule.spell()))
+    torch.library.opcheck(RECURRENCE, (*inputs[:8], case.rule.spell(), *inputs[8:]))
 
 
 def test_lengths_stay_symbolic() -> None:
     case = FEW[0]
     compiled = torch.compile(
-        lambda *x: RECURRENCE(*x, case.rule.spell())[0], backend="aot_eager", dynamic=True, fullgraph=True
+        lambda *x: apply(x, case.rule)[0], backend="aot_eager", dynamic=True, fullgraph=True
     )
     for length in (33, 70, 5):
         inputs = case.inputs(length, torch.float32)
         with torch._dynamo.config.patch(error_on_recompile=length != 33):
-            assert_close(compiled(*inputs), RECURRENCE(*inputs, case.rule.spell())[0])
+            assert_close(compiled(*inputs), apply(inputs, case.rule)[0])
 
 
 def test_output_is_laid_out_token_by_token() -> None:
-    out, _ = RECURRENCE(*FEW[1].inputs(33), in_float64(FEW[1]).spell())
+    out, _ = apply(FEW[1].inputs(33), in_float64(FEW[1]))
     assert out.transpose(1, 2).is_contiguous()
 
 
@@ -146,8 +146,8 @@ def test_extreme_decays_stay_finite() -> None:
     case = next(c for c in CASES if c.name == "mamba2")
     inputs = case.inputs(70, torch.float32)
     inputs[3] = torch.where(torch.rand_like(inputs[3]) < 0.2, -300.0, -1e-3)
-    want, _ = token_loop([x if x is None else x.double() for x in inputs], in_float64(case))
-    assert_close(RECURRENCE(*inputs, case.rule.spell())[0], want)
+    want, _ = token_loop([x if x is None or not x.is_floating_point() else x.double() for x in inputs], in_float64(case))
+    assert_close(apply(inputs, case.rule)[0], want)
 
 
 def test_spelling_reads_back() -> None:
