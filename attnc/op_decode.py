@@ -2,6 +2,7 @@
 
     flash_decode(query, key, value, captured, sizes, spelling) -> (out, lse)
     spelling = FORM{knobs} | RULE        e.g. "flash_decode{splits=8} | score=0.125 * s; empty=never"
+               FORM{knobs} @ STORE | RULE    where kernels are kept elsewhere than in the user's own store
 
 Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32. lse is
 natural and holds the sink. On a GPU compilers see the kernels; on CPU, where Triton's interpreter runs them, one opaque
@@ -25,6 +26,7 @@ from attnc.codegen.gpu_decode import KERNELS, DecodeKnobs
 from attnc.codegen.launch import slots_of
 from attnc.forms import parse_generated
 from attnc.forms.flash_decode import FlashDecode
+from attnc.forms.generated import store_in
 from attnc.op_flash import kernels_of
 from attnc.rule_attention import AttentionRule
 
@@ -47,7 +49,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     knobs, rule = parse_decode(spelling)
     slots = slots_of(captured, [False] * len(captured))
-    kernels = kernels_of("flash_decode", rule, slots, query.device.type, KERNELS)
+    kernels = kernels_of("flash_decode", rule, slots, query.device.type, KERNELS, store_in(spelling))
     return gpu_decode.decode(kernels, query, key, value, captured, sizes, rule, knobs)
 
 

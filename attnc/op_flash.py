@@ -3,6 +3,7 @@
     flash(query, key, value, captured, sizes, spelling) -> (out, lse)
     flash_backward(grad_out, query, key, value, out, lse, captured, sizes, needs, spelling) -> Tensor[]
     spelling = FORM{knobs} | RULE        e.g. "flash{block_m=64,skip=table} | score=0.125 * s; keep=-i + j <= 0"
+               FORM{knobs} @ STORE | RULE    where kernels are kept elsewhere than in the user's own store
 
 Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32. lse is
 natural, holds the sink, is -inf for a row without keys and not differentiable. The backward gives the gradients of
@@ -33,6 +34,7 @@ from attnc.codegen.render import rule_text
 from attnc.codegen.triton_text import Slot
 from attnc.forms import parse_generated
 from attnc.forms.flash import Flash
+from attnc.forms.generated import store_in
 from attnc.options import Options
 from attnc.rule_attention import AttentionRule
 
@@ -57,17 +59,26 @@ def parse_flash(spelling: str) -> tuple[FlashKnobs, AttentionRule]:
 
 @lru_cache(maxsize=1024)
 def kernels_of(
-    skeleton: str, rule: AttentionRule, slots: tuple[Slot, ...], device: str, kernels: tuple[str, ...]
+    skeleton: str,
+    rule: AttentionRule,
+    slots: tuple[Slot, ...],
+    device: str,
+    kernels: tuple[str, ...],
+    store: str | None = None,
 ) -> ModuleType:
-    """The loaded module with `kernels` of a skeleton for a rule; knobs are arguments of a launch, not of the source."""
-    return load(rule_text(skeleton, rule, slots, device, kernels), kernel_folder(Options().store))
+    """The loaded module with `kernels` of a skeleton for a rule; knobs are arguments of a launch, not of the source.
+
+    store: where the module is kept; None: the user's own.
+    """
+    return load(rule_text(skeleton, rule, slots, device, kernels), kernel_folder(store or Options().store))
 
 
 def _launch(
     query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], sizes: Sequence[int], spelling: str
 ) -> tuple[Tensor, Tensor]:
     knobs, rule = parse_flash(spelling)
-    kernels = kernels_of("flash", rule, slots_of(captured, [False] * len(captured)), query.device.type, FORWARD)
+    slots, store = slots_of(captured, [False] * len(captured)), store_in(spelling)
+    kernels = kernels_of("flash", rule, slots, query.device.type, FORWARD, store)
     return gpu_flash.forward(kernels, query, key, value, captured, sizes, rule, knobs)
 
 
@@ -76,7 +87,8 @@ def _launch_backward(
     captured: Sequence[Tensor], sizes: Sequence[int], needs: Sequence[bool], spelling: str,
 ) -> list[Tensor]:  # fmt: skip
     knobs, rule = parse_flash(spelling)
-    kernels = kernels_of("flash", rule, slots_of(captured, needs), query.device.type, BACKWARD)
+    slots, store = slots_of(captured, needs), store_in(spelling)
+    kernels = kernels_of("flash", rule, slots, query.device.type, BACKWARD, store)
     *grads, learned = gpu_flash.backward(
         kernels, grad_out, query, key, value, out, lse, captured, sizes, rule, knobs, needs
     )

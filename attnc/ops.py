@@ -2,6 +2,7 @@
 
     attention(query, key, value, captured, sizes, spelling) -> (out, lse)
     spelling = FORM{knobs} | RULE        e.g. "dense | score=0.125 * s; keep=-i + j <= 0; empty=never"
+               FORM{knobs} @ STORE | RULE    where generated kernels are kept elsewhere than in the user's own store
 
 It is composite: tracing (AOTAutograd, export) goes through it and sees ATen or FlexAttention; autograd likewise.
 lse (B, Hq, L) is natural, float32 (float64 for float64), holds the sink, and is not differentiable; unused, it leaves
@@ -18,6 +19,7 @@ import torch
 
 from attnc import op_decode, op_flash
 from attnc.forms import parse_attention, spell_attention
+from attnc.forms.generated import Generated, store_in
 from attnc.forms.masked import scaled_rows, without_lost_rows
 
 __all__ = ["attention", "parse_attention", "spell_attention"]
@@ -51,7 +53,8 @@ def attention(
         captured = [t if t.device == query.device else t.to(query.device) for t in captured]  # numbers may lie apart
         captured, rule = without_lost_rows(key, captured, rule)
         run = form.cpu if query.device.type == "cpu" else form.gpu
-        return run(query, key, value, captured, sizes, rule)
+        kept = {"store": store_in(spelling)} if isinstance(form, Generated) else {}
+        return run(query, key, value, captured, sizes, rule, **kept)
 
 
 library.impl("attention", attention, "CompositeImplicitAutograd")

@@ -127,7 +127,7 @@ def compile_job(job: Job, *, folder: str | Path | None = None, timeout_s: float 
     refusal = refuse(job)
     if refusal is not None:
         return Failure(refusal)
-    room = Path(folder) if folder is not None else Path(Options().store) / "compiled"
+    room = Path(folder) if folder is not None else compiled_folder(Options().store)
     path = room / f"{job.key}.json"
     found = _kept(path)
     if found is None:
@@ -135,6 +135,11 @@ def compile_job(job: Job, *, folder: str | Path | None = None, timeout_s: float 
         if not found.get("transient"):
             _keep(path, found)
     return _outcome(job, found)
+
+
+def compiled_folder(store: str | Path) -> Path:
+    """Where results lie in the user's store (`Options.store`)."""
+    return Path(store) / "compiled"
 
 
 def refuse(job: Job) -> str | None:

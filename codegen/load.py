@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import linecache
 import logging
-import os
 import re
 import shutil
 import sys

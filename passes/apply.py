@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import fx
 
 from attnc.forms import parse_form
+from attnc.forms.generated import Generated, kept_in
 from attnc.options import Options
 from attnc.passes.check import Verdict, check
 from attnc.passes.pipeline import Analysis, Found, bodies
@@ -30,8 +31,9 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
         choice = found.region.choice
         if choice is None or not choice.rewrites or found.match is None or found.facts is None:
             continue
+        form = _kept_as_asked(choice.form, options)
         with analysis.timed("check"):
-            verdict = _verdict(found, store) if options.check else Verdict(True, 0.0, _unmeasured(found.region))
+            verdict = _verdict(found, store, form) if options.check else Verdict(True, 0.0, _unmeasured(found.region))
         if not verdict.passed:
             _leave(analysis, position, verdict.reason)
             continue
@@ -39,7 +41,7 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
             told = replace(choice, reason=f"{choice.reason}; {verdict.reason}")
             analysis.found[position] = replace(found, region=replace(found.region, choice=told))
         with analysis.timed("rewrite"):
-            rewrite(found.facts, found.match, choice.form)
+            rewrite(found.facts, found.match, form)
         changed = True
     if not changed:
         return None
@@ -58,13 +60,20 @@ def region_key(region: Region) -> str:
     return f"{bare!r} {dict(region.shape.symbols)} {choice.form if choice else ''}"
 
 
-def _verdict(found: Found, store: Store) -> Verdict:
+def _kept_as_asked(form: str, options: Options) -> str:
+    """The form's spelling with the store that the options name, where it has kernels and that is not the user's own."""
+    own = options.store == Options().store or not isinstance(parse_form(form), Generated)
+    return form if own else kept_in(form, options.store)
+
+
+def _verdict(found: Found, store: Store, form: str) -> Verdict:
+    """What the check of a region as `form` said, now or earlier."""
     key = region_key(found.region)
     known = store.get(key)
     if known is not None:
         return Verdict(bool(known["passed"]), float(known["error"]), str(known["reason"]))  # type: ignore[arg-type]
     assert found.region.choice is not None and found.match is not None
-    form, training = found.region.choice.form, found.region.training
+    training = found.region.training
     try:
         verdict = check(found.match, "dense" if not _is_exact(found.region) else form, training)
         if verdict.passed and not _is_exact(found.region):  # the lift holds, by an exact form: how far off is this one

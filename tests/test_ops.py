@@ -9,6 +9,8 @@ from torch._dynamo.backends.common import aot_autograd
 
 from attnc import ops
 from attnc.errors import UsageError
+from attnc.forms import parse_form
+from attnc.forms.generated import kept_in, store_in
 from attnc.rule_attention import AttentionRule
 from tests.forms.rules import Dims, inputs, rule_of
 from tests.tolerance import error
@@ -107,6 +109,14 @@ def test_no_tensor_of_the_blocked_form_is_as_large_as_the_scores() -> None:
     for graph in graphs:
         sizes = [n.meta["val"].numel() for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
         assert max(sizes) < dims.L * dims.S / 2
+
+
+def test_a_spelling_may_name_a_store_that_is_no_part_of_form_or_rule() -> None:
+    rule, form = rule_of("causal", Dims(32, 32)), parse_form("flash{block_m=32}")
+    for store in ("/a/store", "/odd | name @ place; empty=nan"):
+        text = ops.spell_attention(kept_in(form.spell(), store), rule)
+        assert ops.parse_attention(text) == (form, rule) and store_in(text) == store
+    assert store_in(ops.spell_attention(form, rule)) is None
 
 
 @pytest.mark.parametrize("text", ["dense", "dense | score=", "dense | scores=s", "dence | score=s"])

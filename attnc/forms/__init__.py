@@ -12,6 +12,7 @@ from attnc.forms.block_sparse import BlockSparse
 from attnc.forms.dense import Dense
 from attnc.forms.flash import Flash
 from attnc.forms.flash_decode import FlashDecode
+from attnc.forms.generated import BAR, IN
 from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.low_rank import LowRank
 from attnc.rule_attention import AttentionRule
@@ -48,19 +49,19 @@ def parse_form(spelling: str) -> Form:
 
 def spell_attention(form: Form | str, rule: AttentionRule) -> str:
     """The spelling of an attention operator for a form and a rule, `FORM{knobs} | RULE`; `parse_attention` reads it."""
-    return f"{form if isinstance(form, str) else form.spell()} | {rule.spell()}"
+    return f"{form if isinstance(form, str) else form.spell()}{BAR}{rule.spell()}"
 
 
 @lru_cache(maxsize=1024)
 def parse_attention(spelling: str) -> tuple[AttentionForm, AttentionRule]:
     """The form and rule of an operator's spelling. Raises: UsageError if it is not one."""
-    form, bar, rule = spelling.partition(" | ")
+    form, bar, rule = spelling.rpartition(BAR)
     if not bar:
         raise UsageError(
             f"parse the operator spelling {spelling!r:.200}: found no ' | ', allowed is 'FORM{{knobs}} | RULE'. "
             "Build it with attnc.forms.spell_attention."
         )
-    made = parse_form(form)
+    made = parse_form(form.partition(IN)[0])
     if not isinstance(made, AttentionForm):
         raise UsageError(
             f"parse the operator spelling {spelling!r:.200}: found {made.name}, a form of a {made.kind}, allowed is "

@@ -20,7 +20,19 @@ from attnc.forms.masked import SETTLED, settle_empty
 from attnc.region import AttentionRegion
 from attnc.rule_attention import AttentionRule
 
+BAR, IN = " | ", " @ "  # in an operator's spelling: before the rule, before the store that kernels are kept in
 DTYPES = ("bfloat16", "float16", "float32")
+
+
+def kept_in(form: str, store: str | None) -> str:
+    """The spelling of a form with the store that its kernels are kept in, for an operator; None: the user's own."""
+    return form if store is None else f"{form}{IN}{store}"
+
+
+def store_in(spelling: str) -> str | None:
+    """The store that an operator's spelling names."""
+    _, named, store = spelling.rpartition(BAR)[0].partition(IN)
+    return store if named else None
 
 
 @dataclass(frozen=True)
@@ -84,10 +96,13 @@ class Generated(AttentionForm):
         captured: Sequence[torch.Tensor],
         sizes: Sequence,
         rule: AttentionRule,
+        *,
+        store: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of any form; store: where the kernels are kept, None for the user's own."""
         given = (query, key, value, captured, sizes, rule)
         operator = getattr(torch.ops.attnc, self.name)
-        out, lse = operator(*given[:-1], f"{self.spell()} | {rule.spell()}")
+        out, lse = operator(*given[:-1], f"{kept_in(self.spell(), store)}{BAR}{rule.spell()}")
         if rule.sink is None and rule.empty in SETTLED:
             out = settle_empty(out, lse != -torch.inf, *given)  # a NaN is not no key
         return out, lse

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 
-from attnc.codegen.compile_stats import Compiled, Failure, Job, compile_job
+from attnc.codegen.compile_stats import Compiled, Failure, Job, compile_job, compiled_folder
 from attnc.codegen.decode_jobs import decode_jobs
 from attnc.codegen.flash_jobs import KERNELS as COMPILED
 from attnc.codegen.flash_jobs import flash_job
@@ -32,12 +32,16 @@ from attnc.tuning.problem import Outcome
 
 @dataclass(frozen=True)
 class FlashProblem:
-    """One kernel ("forward", "dq", "dkv", "decode") of a region on a device. start: the setting that others vary."""
+    """One kernel ("forward", "dq", "dkv", "decode") of a region on a device. start: the setting that others vary.
+
+    store: where what is compiled is kept; None: in the user's own.
+    """
 
     region: AttentionRegion
     gpu: Gpu
     part: str
     start: Generated
+    store: str | None = None
 
     @property
     def key(self) -> str:
@@ -77,8 +81,9 @@ class FlashProblem:
 
     def compile(self, form: Form) -> Outcome:
         assert self.gpu.target is not None, self.gpu.name
+        folder = None if self.store is None else compiled_folder(self.store)
         try:
-            made = [compile_job(job) for job in self.jobs(form, self.gpu.target)]
+            made = [compile_job(job, folder=folder) for job in self.jobs(form, self.gpu.target)]
         except LoweringError as exc:
             return Outcome(failure=str(exc))
         for one in made:
@@ -101,7 +106,7 @@ class FlashProblem:
 
     @cached_property
     def _bench(self) -> Bench:
-        return Bench(self.region, self.gpu, self.part)
+        return Bench(self.region, self.gpu, self.part, self.store)
 
 
 def slots_of(region: AttentionRegion, part: str) -> tuple[Slot, ...]:
@@ -112,9 +117,12 @@ def slots_of(region: AttentionRegion, part: str) -> tuple[Slot, ...]:
     )
 
 
-def flash_problems(regions: Iterable[Region], devices: Iterable[str]) -> list[FlashProblem]:
+def flash_problems(
+    regions: Iterable[Region], devices: Iterable[str], store: str | None = None
+) -> list[FlashProblem]:
     """What there is to tune: each kernel of each attention that Flash can compute, on each device.
 
+    store: where what is compiled and run is kept; None: in the user's own.
     Raises: UsageError for a device that is not known, or that Triton has no target for.
     """
     problems = []
@@ -129,5 +137,5 @@ def flash_problems(regions: Iterable[Region], devices: Iterable[str]) -> list[Fl
                 continue  # left whatever a record says: its weights are read elsewhere, or no form applies
             start = start_of(region, gpu)
             if start is not None:
-                problems += [FlashProblem(region, gpu, part, start) for part in kernels_of(start, region)]
+                problems += [FlashProblem(region, gpu, part, start, store) for part in kernels_of(start, region)]
     return problems

@@ -14,8 +14,10 @@ import torch
 from attnc.codegen.load import triton
 from attnc.cost_models.device import Gpu, device_from_torch_name
 from attnc.errors import UsageError
+from attnc.forms import spell_attention
 from attnc.forms.base import Form
 from attnc.forms.flash_decode import FlashDecode
+from attnc.forms.generated import kept_in
 from attnc.forms.masked import reference, settle_empty
 from attnc.region import AttentionRegion
 from attnc.tuning.bench import Clock, DeviceClock, measured
@@ -28,11 +30,12 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
 
 @dataclass(frozen=True)
 class Bench:
-    """Runs settings of one kernel of a region on the current device, which must be `gpu`."""
+    """Runs settings of one kernel of a region on the current device, which must be `gpu`; `store` keeps the kernels."""
 
     region: AttentionRegion
     gpu: Gpu
     part: str
+    store: str | None = None
 
     def run(self, form: Form) -> Outcome:
         """Seconds of the forward, or of the whole backward for its kernels; a failure where results are wrong."""
@@ -55,7 +58,7 @@ class Bench:
         return inputs_of(self.region, torch.device("cuda"))
 
     def _spelled(self, form: Form) -> str:
-        return f"{form.spell()} | {self.region.rule.spell()}"
+        return spell_attention(kept_in(form.spell(), self.store), self.region.rule)
 
     def _call(self, form: Form):
         qkv, captured = self._inputs

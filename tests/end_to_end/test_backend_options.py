@@ -10,6 +10,9 @@ from torch._inductor import config
 
 import attnc
 from attnc import backend
+from attnc.codegen.load import kernel_folder, listing
+from attnc.forms.flash import Flash
+from attnc.options import Options
 from tests.tiny import Net, compiled, rewritten, tokens
 from tests.tolerance import assert_close
 
@@ -41,6 +44,21 @@ def test_backend_is_found_by_name():
 def test_wrong_options_are_named(options, says):
     text = failure(options=options).replace("\n", " ")
     assert re.search(says, text), text
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_kernels_lie_in_the_store_that_the_options_name(inner, tmp_path, monkeypatch):
+    for asked in ("refuse", "misfit"):  # a CPU will do: Triton's interpreter runs the kernels
+        monkeypatch.setattr(Flash, asked, lambda *_: None)
+    model, x, own = Net(1), tokens(33), listing(kernel_folder(Options().store))
+    tiles = {f"{kernel}block_{axis}": 16 for kernel in ("", "dq_", "dkv_") for axis in "mn"}
+    force = Flash(**tiles, precision="ieee").spell()
+    fast = compiled(model, inner=inner, force=force, options={"store": str(tmp_path / "a | b @ c")})
+    fast(x).sum().backward()
+    assert rewritten(fast) == 1
+    found = listing(kernel_folder(tmp_path / "a | b @ c"))
+    assert len(found) == 2, "forward and backward"
+    assert listing(kernel_folder(Options().store)) == own
 
 
 def test_unknown_mode_is_named():

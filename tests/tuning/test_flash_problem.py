@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import attnc
+from attnc.codegen.compile_stats import Failure
 from attnc.errors import UsageError
 from attnc.forms.flash import Flash
 from attnc.options import Options
@@ -15,6 +16,7 @@ from attnc.plan import Plan
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice
 from attnc.rule_attention import AttentionRule, AttentionShape
 from attnc.tuned import record_key, records_in, tuned
+from attnc.tuning import flash
 from attnc.tuning.flash import flash_problems, slots_of
 from attnc.tuning.search import Settings
 from attnc.tuning.tune import tune
@@ -64,6 +66,16 @@ def test_a_setting_compiles_for_a_gpu_that_is_not_here(device: str) -> None:
     found = problem.compile(problem.space()[0])
     assert found.failure is None and found.seconds is not None
     assert 0.3 < found.seconds / problem.predict(problem.space()[0]) < 4
+
+
+def test_what_is_compiled_is_kept_in_the_store_of_the_problem(tmp_path, monkeypatch) -> None:
+    folders = []
+    monkeypatch.setattr(flash, "compile_job", lambda job, *, folder: (folders.append(folder), Failure("none"))[1])
+    for store in (None, str(tmp_path)):
+        (problem,) = flash_problems([region()], ["h100"], store)
+        problem.compile(problem.space()[0])
+    assert folders == [None, tmp_path / "compiled"]
+    assert len({record_key(p.region, p.gpu, p.part) for p in flash_problems([region()], ["h100"], "/a")}) == 1
 
 
 def test_a_gpu_without_a_triton_target_is_refused_with_a_sentence() -> None:
