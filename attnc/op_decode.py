@@ -4,6 +4,8 @@
     spelling = FORM{knobs} | RULE        e.g. "flash_decode{splits=8} | score=0.125 * s; empty=never"
                FORM{knobs} @ STORE | RULE    where kernels are kept elsewhere than in the user's own store
 
+With the knob value=in_key the value must be key[..., :Ev]; it is then read from the key's tile and never by itself.
+
 Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32. lse is
 natural and holds the sink. On a GPU compilers see the kernels; on CPU, where Triton's interpreter runs them, one opaque
 operator.
@@ -38,19 +40,24 @@ library.define(
 
 
 @lru_cache(maxsize=1024)
-def parse_decode(spelling: str) -> tuple[DecodeKnobs, AttentionRule]:
-    """The schedule and the rule of a spelling. Raises: UsageError if it is not one."""
+def parse_decode(spelling: str) -> tuple[DecodeKnobs, bool, AttentionRule]:
+    """The schedule, whether the value is the key's first channels, and the rule of a spelling.
+
+    Raises: UsageError if it is not one.
+    """
     form, rule = parse_generated(spelling, FlashDecode)
-    return form.schedule, rule
+    return form.schedule, form.value_in_key, rule
 
 
 def _launch(
     query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], sizes: Sequence[int], spelling: str
 ) -> tuple[Tensor, Tensor]:
-    knobs, rule = parse_decode(spelling)
+    knobs, value_in_key, rule = parse_decode(spelling)
     slots = slots_of(captured, [False] * len(captured))
     kernels = kernels_of("flash_decode", rule, slots, query.device.type, KERNELS, store_in(spelling))
-    return gpu_decode.decode(kernels, query, key, value, captured, sizes, rule, knobs)
+    return gpu_decode.decode(
+        kernels, query, key, value, captured, sizes, rule, knobs, value_in_key=value_in_key
+    )
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, captured: Any, sizes: Any, spelling: str) -> tuple[Tensor, Tensor]:

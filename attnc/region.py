@@ -131,6 +131,7 @@ class AttentionRegion(Region):
     mask:     a label of what the mask means: none, causal, window, ..., see `passes.masks.label`.
     sizes:    the sizes n0, n1, ... of the rule, as seen at compile time.
     repeats_heads: whether key and value heads are written out once per query head.
+    value_in_key: whether the graph proves that the value is the key's first Ev channels.
     """
 
     rule: AttentionRule
@@ -140,15 +141,17 @@ class AttentionRegion(Region):
     captured: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
     repeats_heads: bool = False
+    value_in_key: bool = False
 
     @property
     def facts(self) -> dict[str, Any]:
         own = {"group": self.shape.group, "mask": self.mask, "fill": self.fill, "captured": list(self.captured)}
-        return {**super().facts, **own, "sizes": list(self.sizes), "repeats_heads": self.repeats_heads}
+        held = {"repeats_heads": self.repeats_heads, "value_in_key": self.value_in_key}
+        return {**super().facts, **own, "sizes": list(self.sizes), **held}
 
     @property
     def data(self) -> tuple[str, ...]:
-        return (*self.captured, *map(str, self.sizes))
+        return (*self.captured, *map(str, self.sizes), *(["value in key"] if self.value_in_key else []))
 
     @property
     def title(self) -> str:

@@ -33,7 +33,7 @@ def region_of(content: Mapping[str, object]) -> Region:
     choice, facts = given["choice"], given["facts"]
     rule, shape, region = KINDS[given["kind"]]
     names = {f.name for f in fields(region)} - {f.name for f in fields(Region)}
-    own: dict[str, Any] = {n: tuple(facts[n]) if isinstance(facts[n], list) else facts[n] for n in names}
+    own: dict[str, Any] = {n: tuple(facts[n]) if isinstance(facts[n], list) else facts[n] for n in names if n != "value_in_key" or n in facts}
     parsed = rule.parse(given["rule"])
     return region(
         **{name: given[name] for name in _TEXTS if name != "kind"},

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from attnc.passes.attention.extent import inside, leaves_of
 from attnc.passes.attention.factors import settle
 from attnc.passes.attention.lift import Match, anchors, lift
+from attnc.passes.attention.within import share
 from attnc.passes.graph import GraphFacts, NoMatch, hint, tensor_of
 from attnc.passes.rewrite import rewrite
 
@@ -85,7 +86,7 @@ def check(match: Match, spelling: str, training: bool, *, exact: bool = True) ->
 def lift_again(facts: GraphFacts, anchor: fx.Node) -> Match:
     found = lift(facts, anchor)
     assert isinstance(found, Match), found
-    return settle(found)
+    return share(facts, settle(found))
 
 
 def _substitution(match: Match, leaves: Sequence[fx.Node], exact: bool) -> dict[int, int] | str:

@@ -23,6 +23,7 @@ from attnc.passes.attention.lift import Match, anchors, lift
 from attnc.passes.attention.repeats import Repeats
 from attnc.passes.attention.rules import label
 from attnc.passes.attention.shared import own_weights
+from attnc.passes.attention.within import share
 from attnc.passes.capture import capture
 from attnc.passes.choose import choose, target_device
 from attnc.passes.dead import dead_ends
@@ -153,7 +154,7 @@ def _lifted(facts: GraphFacts, anchor: fx.Node, repeats: Repeats) -> Match | NoM
     cut = cut_gradient(facts, match)
     if cut is not None:
         return cut
-    match = settle(match)
+    match = share(facts, settle(match))
     repeats.add(match)
     return match
 
@@ -191,5 +192,6 @@ def describe(facts: GraphFacts, match: Match) -> AttentionRegion:
         captured=captured,
         sizes=tuple(hint(node) for node in size_nodes(facts, match)),
         repeats_heads=match.repeats_heads,
+        value_in_key=bool(match.within),
         training=any(map(facts.needs_grad, [*sources, *match.captured])),
     )

@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import product
 from typing import ClassVar
 
-from attnc.codegen.gpu_decode import ROWS, DecodeKnobs
+from attnc.codegen.gpu_decode import ROWS, DecodeKnobs, shares_latent
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.tile_model import FlashTiles, FlashWork, fits, flash_seconds
 from attnc.forms.base import Form, knob
@@ -30,7 +30,10 @@ SPLITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class FlashDecode(Generated):
-    """Tiles of `block_m` packed query rows and `block_n` keys, over `splits` parts of the keys."""
+    """Tiles of `block_m` packed query rows and `block_n` keys, over `splits` parts of the keys.
+
+    value: "in_key" where the value is the key's first Ev channels, which are then read once.
+    """
 
     name: ClassVar[str] = "flash_decode"
     block_m: int = knob(16, 32, 64, unit="packed query rows")
@@ -38,6 +41,7 @@ class FlashDecode(Generated):
     splits: int = knob(8, 1, 2, 4, 16, 32, 64, 128, unit="parts of the keys")
     warps: int = knob(4, 2, 8, 1, unit="warps")
     stages: int = knob(2, 3, 1, 4, 5, unit="tiles in flight")
+    value: str = knob("apart", "in_key", role="semantic")
 
     def spell(self) -> str:
         """One line; knobs at their default are left out."""
@@ -49,7 +53,23 @@ class FlashDecode(Generated):
             return "flash_decode has no backward, found a region that trains; use flash."
         if region.kind == "attention" and (region.shape.L > ROWS or "L" in region.shape.symbols):
             return f"flash_decode takes at most {ROWS} query rows, found {region.shape.text('L')}; use flash."
-        return self.unfit(region, WIDEST)
+        return self.unfit(region, WIDEST) or self._unshared(region)
+
+    def _unshared(self, region: AttentionRegion) -> str | None:
+        E, Ev = region.shape.E, region.shape.Ev
+        if self.value == "apart":
+            return None
+        if not region.value_in_key:
+            return (
+                "flash_decode{value=in_key} reads values from the key's first channels, found values that the graph "
+                "does not prove to be those; use value=apart."
+            )
+        if not shares_latent(E, Ev):
+            return (
+                f"flash_decode{{value=in_key}} takes values as wide as the key's leading power of two, found E={E}, "
+                f"Ev={Ev}; use value=apart."
+            )
+        return None
 
     @property
     def tiles(self) -> FlashTiles:
@@ -59,13 +79,18 @@ class FlashDecode(Generated):
     @property
     def schedule(self) -> DecodeKnobs:
         """The knobs as the launcher takes them."""
-        return DecodeKnobs(**{f.name: getattr(self, f.name) for f in fields(self)})
+        return DecodeKnobs(**{f.name: getattr(self, f.name) for f in fields(self) if f.name != "value"})
+
+    @property
+    def value_in_key(self) -> bool:
+        """Whether the kernel takes the value from the key's tile."""
+        return self.value == "in_key"
 
     def work(self, region: AttentionRegion) -> FlashWork:
-        return work_of(region)
+        return replace(work_of(region), value_in_key=self.value_in_key)
 
     def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
-        return flash_seconds(work_of(region), self.tiles, gpu)
+        return flash_seconds(self.work(region), self.tiles, gpu)
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
         if not isinstance(device, Gpu) or device.target is None or self.refuse(region) is not None:
@@ -75,16 +100,18 @@ class FlashDecode(Generated):
 
     def settings(self, region: AttentionRegion, gpu: Gpu, kernel: str = "forward") -> tuple[Form, ...]:
         """Every setting that fits `gpu`, this one first."""
-        work = work_of(region)
-        names, choices = [f.name for f in fields(self)], [sorted(k.choices) for k in self.knobs().values()]
-        forms = (FlashDecode(**dict(zip(names, values, strict=True))) for values in product(*choices))
+        work = self.work(region)
+        names, choices = zip(*((n, sorted(k.choices)) for n, k in self.knobs().items() if n != "value"), strict=True)
+        forms = (replace(self, **dict(zip(names, values, strict=True))) for values in product(*choices))
         return (self, *(f for f in forms if f != self and fits(work, f.tiles, gpu, backward=False) is None))
 
 
 @lru_cache(maxsize=512)
 def decode_default(region: AttentionRegion, gpu: Gpu) -> FlashDecode | None:
     """The knobs the cost model picks: a tile at parts that fill the device, then the parts; None where none fits."""
-    work, s = work_of(region), region.shape
+    s = region.shape
+    held = "in_key" if region.value_in_key and shares_latent(s.E, s.Ev) else "apart"
+    work = FlashDecode(value=held).work(region)
     rows = 16 if s.group * s.L <= 16 else 32 if s.group * s.L <= 32 else 64
 
     def best(tried: list[FlashDecode]) -> FlashDecode | None:
@@ -94,5 +121,5 @@ def decode_default(region: AttentionRegion, gpu: Gpu) -> FlashDecode | None:
 
     wanted = max(1, 2 * gpu.sms // max(1, s.B * s.H))
     near = min(SPLITS, key=lambda n: abs(n - wanted))
-    tile = best([FlashDecode(rows, n, near, warps, stages) for n, warps, stages in QUICK])
+    tile = best([FlashDecode(rows, n, near, warps, stages, held) for n, warps, stages in QUICK])
     return tile and best([replace(tile, splits=n) for n in SPLITS])

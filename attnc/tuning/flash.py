@@ -75,7 +75,7 @@ class FlashProblem:
 
     def _seconds(self, form: Form, made: Compiled | None) -> float:
         if isinstance(form, FlashDecode):
-            return flash_seconds(work_of(self.region), form.tiles, self.gpu, made)
+            return flash_seconds(form.work(self.region), form.tiles, self.gpu, made)
         assert isinstance(form, Flash)
         return kernel_seconds(form, work_of(self.region, form.skip), self.gpu, self.part, made)
 
@@ -96,7 +96,10 @@ class FlashProblem:
         """What is compiled ahead of time for a setting; the first decides its time."""
         s, slots, dtype = self.region.shape, slots_of(self.region, self.part), getattr(torch, self.region.dtype)
         if isinstance(form, FlashDecode):
-            return decode_jobs(self.region.rule, slots, dtype, s.group, s.E, s.Ev, form.schedule, target)
+            held = form.value_in_key
+            return decode_jobs(
+                self.region.rule, slots, dtype, s.group, s.E, s.Ev, form.schedule, target, value_in_key=held
+            )
         assert isinstance(form, Flash)
         kernel = COMPILED[list(KERNELS).index(self.part)]
         return [flash_job(kernel, self.region.rule, slots, dtype, s.group, s.E, s.Ev, form.schedule, target)]

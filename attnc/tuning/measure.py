@@ -131,7 +131,8 @@ def inputs_of(region: AttentionRegion, device: torch.device) -> tuple[list[torch
         x = torch.randn(s.B, length, heads, width, generator=generator, device=device)
         return x.to(dtype).transpose(1, 2)
 
-    qkv = [drawn(s.L, s.Hq, s.E), drawn(s.S, s.H, s.E), drawn(s.S, s.H, s.Ev)]
+    query, key = drawn(s.L, s.Hq, s.E), drawn(s.S, s.H, s.E)
+    qkv = [query, key, key[..., : s.Ev] if region.value_in_key else drawn(s.S, s.H, s.Ev)]
     captured = []
     for kind, sizes in captured_types(region):
         if kind.is_floating_point:

@@ -13,7 +13,8 @@ from attnc.passes.graph import GraphFacts, NoMatch, tensor_of
 
 def leaves_of(match: Match) -> list[fx.Node]:
     """The nodes at which the region begins: operands and captured tensors."""
-    nodes = [*match.query.sources, *match.key.sources, *match.value.sources, *match.captured]
+    held = match.within or (*match.key.sources, *match.value.sources)
+    nodes = [*match.query.sources, *held, *match.captured]
     return list(dict.fromkeys(nodes))
 
 

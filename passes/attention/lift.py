@@ -53,6 +53,8 @@ class Match:
     row_factor: Expr | None = None
     readers: list[fx.Node] = field(default_factory=list)  # what else reads the weights, which must then stay
     products: tuple[Product, Product] | None = None  # of the scores and with the values, where they are written out
+    summed: tuple[Product, ...] = ()  # all products that the scores are a sum of
+    within: tuple[fx.Node, ...] = ()  # what the key is made of, where the value is its first channels
 
 
 def anchors(graph: fx.Graph) -> list[fx.Node]:
@@ -228,7 +230,7 @@ def _assemble(facts, anchor, weights, pulling, value, sink, kept, found, row, co
         lengths, (sum(width_of(part) for part, _ in found), int(widths[1].value)), layout,
         sink=None if sink is None else sub(rename(sink), masked.shift), dropout=weights.dropout,
         repeats_heads=_heads_of(score_product.right) > key.heads(q_heads), readers=weights.readers,
-        products=(score_product, final),
+        products=(score_product, final), summed=tuple(part for part, _ in found),
     )
 
 

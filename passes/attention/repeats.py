@@ -148,5 +148,7 @@ def _moved(match: Match, image: Mapping[fx.Node, fx.Node]) -> Match:
         key=match.key.moved(image),
         value=match.value.moved(image),
         captured=[image[node] for node in match.captured],
+        within=tuple(image[node] for node in match.within),
         products=None,
+        summed=(),
     )
