@@ -7,45 +7,31 @@ model's buffers are as before. A cache that is passed among the inputs is filled
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import inspect
-import random
-import re
-import sys
-import types
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
-from torch._dynamo.pgo import get_code_state
-from torch._dynamo.symbolic_convert import InstructionTranslator
 
-from attnc.cost_models.device import gpu_named
-from attnc.errors import CaptureError, UsageError
+from attnc.budget import Batch, batches_of, checked_limit, within
+from attnc.cost_models.device import Gpu, device_named
+from attnc.errors import UsageError
+from attnc.observe import as_written, name_of, observed
 from attnc.options import Options
 from attnc.passes.choose import checked_forms, choose
-from attnc.passes.hooks import table as hooks
 from attnc.passes.pipeline import analyse
 from attnc.plan import Plan
-from attnc.region import AttentionRegion
+from attnc.probes import identities
+from attnc.region import AttentionRegion, Region
 from attnc.report import Report
 from attnc.tuned import records_in
 from attnc.tuning.flash import flash_problems
 from attnc.tuning.measure import is_here
 from attnc.tuning.search import Settings
 from attnc.tuning.tune import tune
-
-# Further than any run goes: a limit would make Dynamo run later frames without showing them.
-MAX_GRAPHS = 1 << 20
-
-# How Dynamo quotes what an operator raised while it traced.
-WHILE_TRACING = re.compile(r"got (\w+)\(['\"](.*?)['\"]\)\s*$", re.MULTILINE)
 
 
 def explain(
@@ -69,20 +55,14 @@ def explain(
     if device is not None:
         chosen = replace(chosen, device=str(device))
     checked_forms(chosen)
-    if isinstance(model, torch.export.ExportedProgram):
-        graphs = [_read(model.graph_module, _exported_inputs(model), chosen)]
-        name = type(model).__name__
-    else:
-        model = _as_written(model)
-        name = getattr(model, "__qualname__", type(model).__name__)
-        graphs = _graphs_of_run(model, name, chosen, args, kwargs)
-    merged = Report.merge(graphs)
+    graphs = _graphs(model, args, kwargs, chosen)
+    merged = Report.merge(_placed(report, place) for place, report in graphs)
     on = next((region.device for region in merged.regions), "cpu")
-    report = replace(merged, model=name, device=chosen.device or on)
+    report = replace(merged, model=_name(model), device=chosen.device or on)
     if graphs:
         return report
     nothing = (
-        f"Dynamo made no graph of {name}: nothing in it runs on tensors, or compiling is switched off "
+        f"Dynamo made no graph of {_name(model)}: nothing in it runs on tensors, or compiling is switched off "
         "(TORCH_COMPILE_DISABLE, torch.compiler.disable, a stance). Switch it on, or pass the part of the model that "
         "computes."
     )
@@ -98,64 +78,120 @@ def autotune(
     fidelity: str | None = None,
     seed: int = 0,
     workers: int = 1,
+    allow: Iterable[str] = (),
+    max_error: float = 0.02,
+    data: Iterable[Any] | None = None,
     options: Options | Mapping[str, object] | None = None,
     **kwargs: Any,
 ) -> Plan:
     """Search the kernels of `model` for `device`, keep the records, and return the plan that follows from them.
 
-    model, args, kwargs, options: as for `explain`. device: as "h100"; it need not be here.
+    model, args, kwargs, options: as for `explain`. device: as "h100"; it need not be here. For "cpu" there are no
+              kernels to search, and the plan follows from the forms alone.
     trials, seconds: the budget of each kernel, and of all of them; what earlier runs found counts.
     fidelity: "predict" (closed form), "compile" (ahead of time) or "measure" (on the device); None: measured where the
               device is here, compiled elsewhere.
-    Raises: UsageError as `explain` does, and for a wrong budget.
+    allow:    approximations by name, with those of the options. Their settings are measured on `data`; a region takes
+              the fastest whose error is at most `max_error`, if the model's output is within it as well, and else what
+              is exact. The compiled model takes them where its own `allow` names them too.
+    max_error: the norm of an error over that of the output, above 0 and at most 1; see `attnc.budget`.
+    data:     inputs of the model, each a tensor, a tuple of arguments or a dict of keywords; they should have the
+              lengths and the contents of use. None: `args` and `kwargs`.
+    Raises: UsageError as `explain` does, for a wrong budget, and for data that the model does not run on.
     """
-    chosen = replace(_options(options), device=device)
-    report = explain(model, *args, options=chosen, **kwargs)
-    folder = Path(chosen.store)
-    dearest = fidelity or ("measure" if is_here(gpu_named(device)) else "compile")
-    asked = Settings(trials, seconds, dearest, seed=seed, workers=workers, folder=folder / "studies")
-    problems = flash_problems(report.regions, [device])
-    if problems:
-        tune(problems, asked, records=records_in(chosen.store))
-    regions = [
-        choose(r, chosen) if isinstance(r, AttentionRegion) and r.choice and r.choice.offers else r
-        for r in report.regions
+    chosen = _with_allowed(replace(_options(options), device=device), allow)
+    target = device_named(device)
+    limit, batches = checked_limit(max_error), [(args, kwargs)] if data is None else batches_of(data)
+    if chosen.allow:
+        _check_measurable(model, chosen)
+    elif data is not None:
+        raise UsageError("autotune data: found no approximation in allow to measure on it. Name one, or leave it out.")
+    exact = replace(chosen, allow=())
+    graphs = [(place, report.regions) for place, report in _graphs(model, args, kwargs, exact)]
+    if isinstance(target, Gpu):
+        problems = flash_problems([region for _, regions in graphs for region in regions], [device], chosen.store)
+        dearest = fidelity or ("measure" if is_here(target) else "compile")
+        asked = Settings(trials, seconds, dearest, seed=seed, workers=workers, folder=Path(chosen.store) / "studies")
+        if problems:
+            tune(problems, asked, records=records_in(chosen.store))
+    return plan_of(model, graphs, batches, chosen, limit)
+
+
+def plan_of(
+    model: Any,
+    graphs: Sequence[tuple[str, Sequence[Region]]],
+    batches: Sequence[Batch],
+    options: Options,
+    limit: float,
+) -> Plan:
+    """The plan that follows from the records there are, with the approximations of `options.allow` within `limit`.
+
+    graphs: the place in the model and the regions of each graph; the plan names them by the paths the backend sees.
+    """
+    exact = replace(options, allow=())
+    chosen = [
+        choose(r, exact) if isinstance(r, AttentionRegion) and r.choice and r.choice.offers else r
+        for _, regions in graphs
+        for r in regions
     ]
-    paths = Counter(r.path for r in regions)
-    named = {(r.path if paths[r.path] == 1 else r.key): r.choice for r in regions if r.choice is not None}
-    return Plan(named, gpu_named(device).name)
+    paths = Counter(r.path for r in chosen)
+    names = [r.path if paths[r.path] == 1 else r.key for r in chosen]
+    choices = [r.choice for r in chosen]
+    if options.allow:
+        named = list(zip(names, identities(graphs), chosen, strict=True))
+        choices = within(as_written(model), named, batches, options, limit)
+    made = {name: choice for name, choice in zip(names, choices, strict=True) if choice is not None}
+    return Plan(made, device_named(options.device or "cpu").name)
+
+
+def _with_allowed(options: Options, allow: Iterable[str]) -> Options:
+    """`options` with the names of `allow` added. Raises: UsageError for a name that is no approximation's."""
+    names = (*options.allow, *Options(allow=allow).allow)  # type: ignore[arg-type]  # checked there
+    chosen = replace(options, allow=tuple(dict.fromkeys(names)))
+    checked_forms(chosen)
+    return chosen
+
+
+def _check_measurable(model: Any, options: Options) -> None:
+    if isinstance(model, torch.export.ExportedProgram):
+        raise UsageError(
+            f"autotune with allow={options.allow!r}: found a torch.export.ExportedProgram, which is read without "
+            "running, allowed is a model to measure errors of. Pass the module that was exported."
+        )
+    if options.force is not None:
+        raise UsageError(
+            f"autotune with allow={options.allow!r}: found force={options.force!r}, allowed is none: the settings are "
+            "searched. Leave force out."
+        )
 
 
 def _options(options: Options | Mapping[str, object] | None) -> Options:
     return options if isinstance(options, Options) else Options.from_torch(options)
 
 
-def _as_written(model: Any) -> Callable[..., Any]:
-    """The model under torch.compile's wrappers."""
-    while True:
-        if isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        elif isinstance(model, types.FunctionType) and hasattr(model, "_torchdynamo_orig_callable"):
-            model = model._torchdynamo_orig_callable
-        else:
-            break
-    if not callable(model) or isinstance(model, type):
-        found = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__} {model!r:.80}"
-        raise UsageError(
-            f"explain a model: found {found}, allowed are an nn.Module, a function or a torch.export.ExportedProgram. "
-            "Pass the model and then its inputs: attnc.explain(model, *inputs)."
-        )
-    return model
+def _graphs(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> list[tuple[str, Report]]:
+    """What is in each graph of the model, with the place of the graph in it."""
+    if isinstance(model, torch.export.ExportedProgram):
+        inputs = [node.meta.get("val") for node in model.graph_module.graph.nodes if node.op == "placeholder"]
+        return [("", _read(model.graph_module, inputs, options))]
+    model = as_written(model)
+    reports: list[tuple[str, Report]] = []
+
+    def read(gm: fx.GraphModule, example_inputs: Sequence[Any], place: str) -> Callable[..., Any]:
+        reports.append((place, _read(gm, example_inputs, options)))
+        return gm.forward
+
+    with observed(model, read) as run:
+        run(args, kwargs, f"explain {name_of(model)} on the given inputs")
+    return reports
 
 
-# An exported program.
+def _name(model: Any) -> str:
+    exported = isinstance(model, torch.export.ExportedProgram)
+    return type(model).__name__ if exported else name_of(as_written(model))
 
 
-def _exported_inputs(program: torch.export.ExportedProgram) -> list[Any]:
-    return [node.meta.get("val") for node in program.graph_module.graph.nodes if node.op == "placeholder"]
-
-
-def _read(gm: fx.GraphModule, example_inputs: Any, options: Options) -> Report:
+def _read(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
     found = analyse(gm, example_inputs, options)
     return Report(
         tuple(found.regions),
@@ -167,51 +203,6 @@ def _read(gm: fx.GraphModule, example_inputs: Any, options: Options) -> Report:
     )
 
 
-# A run.
-
-
-hooks.install()
-
-
-@hooks.mine
-class _Reader:
-    """A backend that reads graphs and runs them as they are.
-
-    Dynamo's cache outlives the run and holds the backend, so `close` lets go of the model.
-    """
-
-    def __init__(self, model: Callable[..., Any], options: Options) -> None:
-        owner = _module(model)
-        self.places = {id(module): place for place, module in owner.named_modules()} if owner else {}
-        self.options = options
-        self.reports: list[Report] = []
-        self.failure: Exception | None = None
-
-    def read(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        try:
-            report = _read(gm, example_inputs, self.options)
-        except Exception as exc:  # noqa: BLE001  # raised by `close`, without Dynamo's wrapping
-            self.failure = self.failure or exc
-        else:
-            self.reports.append(_placed(report, self._place()))
-        return gm.forward
-
-    def _place(self) -> str:
-        """Where the module of the frame being compiled is in the model; after a graph break it may be any of them."""
-        frame = InstructionTranslator.current_tx()
-        first = frame.f_code.co_varnames[:1]
-        owner = frame.f_locals.get(*first) if first else None
-        return self.places.get(id(owner), "")
-
-    def close(self) -> list[Report]:
-        """The reports. Raises: what reading a graph raised."""
-        reports, failure = self.reports, self.failure
-        self.places, self.reports, self.failure = {}, [], None
-        if failure is not None:
-            raise failure
-        return reports
-
-
 def _placed(report: Report, place: str) -> Report:
     """`report` with paths that start at the model."""
     regions = [replace(r, path=_joined(place, r.path)) for r in report.regions]
@@ -221,108 +212,3 @@ def _placed(report: Report, place: str) -> Report:
 
 def _joined(place: str, path: str) -> str:
     return ".".join(part for part in (place, path) if part)
-
-
-def _graphs_of_run(
-    model: Callable[..., Any], name: str, options: Options, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Report]:
-    reader = _Reader(model, options)
-    # Since torch 2.13 a compile can have cache entries of its own, which count towards nobody's limit.
-    known = inspect.signature(torch.compile).parameters
-    apart: dict[str, Any] = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
-    compiled = torch.compile(_entry(model), backend=reader.read, dynamic=False, **apart)
-    limits = {"recompile_limit": MAX_GRAPHS, "accumulated_recompile_limit": MAX_GRAPHS}
-    try:
-        with torch._dynamo.config.patch(limits), _lengths_kept(), _random_streams_kept(), _buffers_kept(model):
-            compiled(*args, **kwargs)
-    except Exception as exc:
-        reader.close()
-        raise _error_of_run(name, exc) from exc
-    return reader.close()
-
-
-def _module(model: Callable[..., Any]) -> torch.nn.Module | None:
-    """The module that `model` is, or is a method of."""
-    owner = model.__self__ if isinstance(model, types.MethodType) else model
-    return owner if isinstance(owner, torch.nn.Module) else None
-
-
-def _entry(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A function around `model` with code of its own: Dynamo keeps caches by code, so the model's stay untouched."""
-    fn: Any = model  # a name that module paths are known to start with
-    if isinstance(model, types.MethodType):
-        fn, method = model.__self__, model.__func__
-
-        def entry(*args: Any, **kwargs: Any) -> Any:
-            return method(fn, *args, **kwargs)
-    else:
-
-        def entry(*args: Any, **kwargs: Any) -> Any:
-            return fn(*args, **kwargs)
-
-    return types.FunctionType(entry.__code__.replace(), entry.__globals__, "entry", None, entry.__closure__)
-
-
-def _error_of_run(name: str, exc: Exception) -> Exception:
-    """The caller's mistake as a UsageError, Dynamo's own trouble as a CaptureError."""
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    raised = [type(exc).__name__, lines[0] if lines else "(no message)"]
-    inside = WHILE_TRACING.search(str(exc)) if isinstance(exc, TorchRuntimeError) else None
-    said = ": ".join(inside.groups() if inside else raised).rstrip(".")
-    if isinstance(exc, TorchDynamoException) and not isinstance(exc, TorchRuntimeError):
-        return CaptureError(
-            f"explain {name}: Dynamo cannot read it and raises {said}. Keep the part it names out of the graph with "
-            "torch.compiler.disable, or explain the parts of the model that compile."
-        )
-    return UsageError(
-        f"explain {name} on the given inputs: found that running it raises {said}; allowed are inputs it runs on. "
-        f"Call {name} itself with them first."
-    )
-
-
-@contextlib.contextmanager
-def _random_streams_kept() -> Iterator[None]:
-    """Torch's random streams, Python's and NumPy's go on as if nothing had been drawn."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    numpy = sys.modules.get("numpy")
-    state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-
-
-@contextlib.contextmanager
-def _buffers_kept(model: Callable[..., Any]) -> Iterator[None]:
-    """Buffers a run updates, as batch normalisation does, get their values back."""
-    owner = _module(model)
-    kept = [
-        (module, name, buffer, buffer.clone())
-        for module in (owner.modules() if owner else ())
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, values in kept:
-            if module._buffers.get(name) is not buffer:
-                module._buffers[name] = buffer
-            # By value: batch normalisation writes without counting the write in the tensor's version.
-            if not buffer.is_meta and not torch.equal(buffer, values):
-                with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
-                    buffer.copy_(values)
-
-
-@contextlib.contextmanager
-def _lengths_kept() -> Iterator[None]:
-    """Lengths seen here make nothing dynamic in a later compile of the same code."""
-    seen = get_code_state()
-    before = copy.deepcopy(dict(seen))
-    try:
-        yield
-    finally:
-        seen.clear()
-        seen.update(before)

@@ -28,7 +28,13 @@ LOG_LEVELS = {
 
 @runtime_checkable
 class Planned(Protocol):
-    """What the options need of a plan, which is made of what lies above them."""
+    """What the options need of a plan, which is made of what lies above them.
+
+    A plan names approximations, and gives no leave for them: one is taken only where the plan has it and `allow`
+    names its form as well, so that without a name in `allow` the compiled model computes the same function, whoever
+    made the plan. Where `allow` does not name it, the region stays as written and says which name is missing. Regions
+    that a plan for the device does not name get exact forms only: nothing measured an approximation of them.
+    """
 
     @property
     def choices(self) -> Mapping[str, Any]: ...
@@ -46,10 +52,12 @@ class Options:
     strict:   raise where a region is in trouble, instead of leaving it as written with one warning.
     check:    validate each rewrite numerically against the subgraph it replaces.
     forms:    the only forms considered for rewriting; None means all of them.
-    allow:    approximations by name, ("low_rank",): forms that are not exact are taken only where named here.
+    allow:    approximations by name, ("low_rank",): forms that are not exact are taken only where named here, with the
+              knobs that cost least and an error that nothing has measured; `attnc.autotune` measures it on data.
     force:    a form's spelling, used wherever it applies whatever the cost rule says.
     device:   the GPU that choices are made for, as "h100" (`attnc devices` lists them); None: the one the model is on.
-    plan:     an `attnc.Plan`, whose choices are taken where they apply; regions it does not name are chosen as without.
+    plan:     an `attnc.Plan`, whose choices are taken where they apply, its approximations where `allow` names them;
+              regions it does not name are chosen as without, among exact forms.
     store:    directory of verdicts, records and kernels; ATTNC_STORE, else a per-user cache directory, when left out.
 
     Raises: UsageError for a value of the wrong type or range.

@@ -2,12 +2,13 @@
 
 Nothing is rewritten that is not predicted to be faster than what is written; the choice then states the length at
 which the answer would change. A form that does not equal the region is taken only where `allow` names it, whether
-by cost, by force or by a plan.
+by cost, by force or by a plan; under a plan for the device, only where the plan has it as well.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -18,6 +19,7 @@ from attnc.cost_models.attention import written_seconds
 from attnc.cost_models.device import Device, Gpu, device_from_torch_name, device_named
 from attnc.errors import UsageError
 from attnc.forms import FORMS, Form, form_named, parse_form
+from attnc.forms.base import Knob
 from attnc.options import Options, Planned
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice
 from attnc.tuned import tuned
@@ -43,7 +45,34 @@ def choose(region: AttentionRegion, options: Options) -> AttentionRegion:
     if planned is not None:
         return replace(there, choice=planned)
     record = tuned(bare, device, options.store) if isinstance(device, Gpu) else None
-    return replace(there, choice=_choose(bare, options.forms, options.allow, options.force, device, record))
+    # What a plan does not name was not measured when the plan was made: exact forms only.
+    allow = () if options.plan is not None and options.plan.device == device.name else options.allow
+    return replace(there, choice=_choose(bare, options.forms, allow, options.force, device, record))
+
+
+def approximations(region: AttentionRegion, options: Options) -> tuple[list[tuple[float, Form]], dict[str, str]]:
+    """(predicted seconds, setting), fastest first, of the approximations in `options.allow` that apply to `region`.
+
+    Each combination of semantic knobs is a setting; those that equal the region are none. With the sentences of those
+    that refuse, by spelling, the same sentence of one form once.
+    """
+    device = target_device(options.device, region.device)
+    unfit = _unfit(region)
+    offers, refused = [], {}
+    for name in dict.fromkeys(options.allow):
+        form = form_named(name)
+        if options.forms is not None and name not in options.forms:
+            refused[name] = f"the option forms leaves {name} out; add it there."
+            continue
+        for setting in _settings(form, lambda k: k.role == "semantic"):
+            why = unfit or setting.refuse(region) or setting.misfit(region, device)
+            if why is not None:
+                refused.setdefault(setting.spell(), why)
+                if why == form().refuse(region) or why == unfit:
+                    break  # not for the knobs of this setting
+            elif not setting.is_exact(region):
+                offers.append((setting.seconds(region, device), setting))
+    return sorted(offers, key=lambda offer: offer[0]), refused
 
 
 def _planned(region: AttentionRegion, plan: Planned, allow: tuple[str, ...], device: Device) -> Choice | None:
@@ -177,8 +206,12 @@ def _mistrusted(form: Form, region: AttentionRegion) -> str | None:
 
 def _starts(form: type[Form]) -> list[Form]:
     """One setting of `form` for each combination of its named (not numeric) knobs of schedule."""
-    knobs = form().knobs().items()
-    named = {name: k.choices for name, k in knobs if isinstance(k.choices[0], str) and k.role == "schedule"}
+    return _settings(form, lambda k: isinstance(k.choices[0], str) and k.role == "schedule")
+
+
+def _settings(form: type[Form], varies: Callable[[Knob], bool]) -> list[Form]:
+    """One setting of `form` for each combination of the knobs that vary, the others at their defaults."""
+    named = {name: k.choices for name, k in form().knobs().items() if varies(k)}
     return [form(**dict(zip(named, values, strict=True))) for values in product(*named.values())]
 
 

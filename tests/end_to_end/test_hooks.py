@@ -17,8 +17,7 @@ from torch import Tensor
 
 import attnc
 from attnc.backend import attnc_backend
-from attnc.offline import _Reader
-from attnc.options import Options
+from attnc.observe import Reader
 from attnc.passes.hooks import table as hooks
 from attnc.passes.hooks.hook import Hook
 from tests.tolerance import assert_close
@@ -186,7 +185,7 @@ def test_attnc_is_known_under_what_wraps_it() -> None:
         functools.partial(attnc_backend, options={}),
         counting,
         lambda gm, given: attnc_backend(gm, given),
-        _Reader(torch.nn.Linear(2, 2), Options()).read,
+        Reader(torch.nn.Linear(2, 2), lambda gm, given, place: gm.forward).compile,
         torch._TorchCompileWrapper("attnc", None, {"inner": "eager"}, False),
     ]
     theirs = [torch._dynamo.lookup_backend("inductor"), lambda gm, given: gm.forward, print, None]

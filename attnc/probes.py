@@ -1,0 +1,202 @@
+"""Probes: what stands for a region while a model runs, to measure the error of approximations on real inputs.
+
+A graph of the model is rewritten as the backend would, but each region of a unit becomes a module that computes it
+exactly, or as the unit has it; while a batch is judged, it also computes the region in float64 in every setting, keeps
+
+    error = ||o - o_exact||_F / ||o_exact||_F
+
+the worst of the batches, and drops the tensors.
+
+Source: DESIGN.md, section 1 (an error budget measured on the user's data).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnc.forms import Form
+from attnc.forms.masked import as_float64
+from attnc.options import Options
+from attnc.passes.capture import ambient_autocast_off, device_of
+from attnc.passes.check import check
+from attnc.passes.found import Found
+from attnc.passes.pipeline import analyse, bodies
+from attnc.passes.rewrite import rewrite
+from attnc.region import AttentionRegion, Region
+
+EXACT = "dense"  # how a probe computes what no approximation replaces
+CHUNK = 1 << 22  # elements compared at a time
+
+
+@dataclass
+class Unit:
+    """Regions that share one name in the plan, and so one choice.
+
+    settings: setting -> predicted seconds, of those that pay, fastest first.
+    errors: setting -> worst error. failed: setting -> why it is out of question. batches: numbers of those measured.
+    """
+
+    settings: dict[Form, float]
+    refused: dict[str, str]
+    errors: dict[Form, float] = field(default_factory=dict)
+    failed: dict[Form, str] = field(default_factory=dict)
+    batches: set[int] = field(default_factory=set)
+    taken: Form | None = None
+
+    def exacter(self, limit: float) -> Form | None:
+        """The fastest setting within `limit` that errs less than the one that is taken."""
+        below = math.inf if self.taken is None else self.errors[self.taken]
+        fit = (f for f in self.settings if f in self.errors and f not in self.failed)
+        return next((f for f in fit if self.errors[f] <= limit and self.errors[f] < below), None)
+
+    def measured(self, form: Form) -> str:
+        count = len(self.batches)
+        return f"measured error {self.errors[form]:.2g} on {count} batch{'es' if count != 1 else ''}"
+
+
+class Session:
+    """What runs in place of the model's graphs: as written, or with a probe for each region that is measured.
+
+    units: by the identity of a region. judging: the number of the batch that probes measure; None: they compute what
+    is taken. written: graphs run as written.
+    """
+
+    def __init__(self, units: Mapping[str, Unit], options: Options) -> None:
+        self.units, self.options = dict(units), options
+        self.written = False
+        self.judging: int | None = None
+        self.checked: dict[str, str] = {}
+
+    def close(self) -> None:
+        """Let go of the units; Dynamo's cache outlives the run and holds the probes."""
+        self.units = {}
+
+    def read(self, gm: fx.GraphModule, example_inputs: Sequence[Any], place: str) -> Callable[..., Any]:
+        analysis = analyse(gm, example_inputs, self.options)
+        kind = device_of(example_inputs)
+        names = identities([(place, [found.region for found in analysis.found])])
+        probes = sum(self._probe(found, name) for found, name in zip(analysis.found, names, strict=True))
+        if not probes:
+            return gm.forward
+        assert analysis.gm is not None
+        probed = analysis.gm
+        for part in bodies(probed):
+            part.graph.eliminate_dead_code()
+            part.graph.lint()
+            part.recompile()
+
+        def run(*args: Any) -> Any:
+            if self.written:
+                return gm(*args)
+            with ambient_autocast_off(kind):
+                return probed(*args)
+
+        return run
+
+    def _probe(self, found: Found, name: str) -> bool:
+        region = found.region
+        unit = self.units.get(f"{name} {region.key}") or self.units.get(name)
+        if unit is None or not unit.settings or found.match is None or found.facts is None:
+            return False
+        if found.match.readers or not isinstance(region, AttentionRegion):
+            return False
+        if why := self._mislifted(found):
+            unit.failed |= dict.fromkeys(unit.settings, why)
+            return False
+        settings = [form for form in unit.settings if form.refuse(region) is None]
+        call = rewrite(found.facts, found.match, EXACT)
+        *given, spelling = call.args
+        probe = Probe(self, unit, settings, str(spelling).partition(" | ")[2])
+        owner = call.graph.owning_module
+        assert owner is not None
+        at = f"attnc_probe_{call.name}"
+        owner.add_module(at, probe)
+        with call.graph.inserting_before(call):
+            call.replace_all_uses_with(call.graph.call_module(at, tuple(given)))
+        call.graph.erase_node(call)
+        return True
+
+    def _mislifted(self, found: Found) -> str:
+        """Why the exact form may not stand for the region; "" where it may. Asked once for regions of one key."""
+        key = found.region.key
+        if key not in self.checked:
+            try:
+                self.checked[key] = check(found.match, EXACT, found.region.training).reason
+            except Exception as exc:  # noqa: BLE001  # told as the reason
+                self.checked[key] = f"its check raised {type(exc).__name__}: {exc}".splitlines()[0]
+        return self.checked[key]
+
+
+def identities(graphs: Iterable[tuple[str, Sequence[Region]]]) -> list[str]:
+    """A text for each region of graphs, each with its place, that is the same whatever the lengths of the inputs."""
+    return [name for place, regions in graphs for name in _identities(place, regions)]
+
+
+def _identities(place: str, regions: Sequence[Region]) -> Iterator[str]:
+    seen: dict[str, int] = {}
+    for region in regions:
+        shape = region.shape.sizes()
+        fixed = [f"{name}={size}" for name, size in shape.items() if name not in ("B", "L", "S")]
+        text = " ".join([place, region.path, region.kind, region.dtype, *fixed])
+        seen[text] = seen.get(text, -1) + 1
+        yield f"{text} {seen[text]}"
+
+
+class Probe(torch.nn.Module):
+    """A region of the graph: measured where the session says so, else computed as its unit has it."""
+
+    def __init__(self, session: Session, unit: Unit, settings: Sequence[Form], rule: str) -> None:
+        super().__init__()
+        self.session, self.unit, self.settings, self.rule = session, unit, settings, rule
+
+    def forward(self, query: Any, key: Any, value: Any, captured: Sequence[Any], sizes: Sequence[Any]) -> Any:
+        if self.session.judging is not None:
+            with torch.no_grad():
+                self.judge(self.session.judging, query, key, value, captured, sizes)
+        form = self.unit.taken if self.unit.taken in self.settings else None
+        return self.computed(form, query, key, value, captured, sizes)
+
+    def computed(self, form: Form | None, *given: Any) -> Any:
+        spelling = f"{EXACT if form is None else form.spell()} | {self.rule}"
+        return torch.ops.attnc.attention.default(*given, spelling)
+
+    def judge(self, batch: int, query: Any, key: Any, value: Any, captured: Sequence[Any], sizes: Sequence[Any]) -> None:
+        query, key, value, *captured = as_float64(*(x.cpu() for x in (query, key, value, *captured)))
+        given = (query, key, value, captured, sizes)
+        exact, unit = self.computed(None, *given)[0], self.unit
+        unit.batches.add(batch)
+        for form in self.settings:
+            try:
+                error = relative([self.computed(form, *given)[0]], [exact])
+            except Exception as exc:  # noqa: BLE001  # as a solver that does not converge: told as the reason
+                unit.failed[form] = f"on batch {batch} it raises {type(exc).__name__}: {exc}".splitlines()[0]
+            else:
+                unit.errors[form] = max(error, unit.errors.get(form, 0.0))
+
+
+def relative(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+    """The Frobenius norm of the difference over that of `exact`, the worst of the tensors.
+
+    Where both are NaN, or the same infinity, they agree; where only one is, the error is infinite.
+    """
+    return max((_relative(f, e) for f, e in zip(found, exact, strict=True)), default=0.0)
+
+
+def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    if found.shape != exact.shape:
+        return math.inf
+    off = size = 0.0
+    for f, e in zip(found.detach().flatten().split(CHUNK), exact.detach().flatten().split(CHUNK), strict=True):
+        f, e = f.double(), e.double()
+        same = (f == e) | (f.isnan() & e.isnan())
+        off += float(torch.where(same, 0.0, f - e).square().sum())
+        size += float(torch.where(e.isfinite(), e, 0.0).square().sum())
+    if not math.isfinite(off):
+        return math.inf
+    return math.sqrt(off / size) if size else (0.0 if off == 0 else math.inf)
