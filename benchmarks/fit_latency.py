@@ -17,21 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from calibration import inside, interval, rounded_bounds
 from fitting import MEASURED, Rows, evaluate, fit, left_out_parts, left_out_shapes, rows_by_model
 
 COEFFICIENTS = Path(__file__).resolve().parents[1] / "cost_models" / "latency" / "coefficients.json"
 RESULT = Path(__file__).resolve().parent / "results" / "latency_fit.json"
-# Rows of a model that its intervals hold: the first of these at which their median width is at most WIDEST.
-HELD, WIDEST = (0.85, 0.84, 0.83, 0.82, 0.81, 0.8, 0.79, 0.78, 0.77), 1.78
-SHARES = tuple(0.5 + 0.02 * i for i in range(24))
-REGIMES = (0.2, 0.5, 0.8)
-FEWEST = 60  # rows of one regime
 
 
 def errors(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
@@ -42,54 +36,6 @@ def errors(predicted: np.ndarray, measured: np.ndarray) -> dict[str, float]:
         "bias": float(np.median(off)),
         "rows": len(off),
     }
-
-
-def shortest(off: np.ndarray, held: float) -> tuple[float, float]:
-    """The shortest interval that holds the share `held` of the values."""
-    ordered = np.sort(off)
-    inside = min(len(ordered) - 1, math.ceil(held * len(ordered)))
-    widths = ordered[inside:] - ordered[: len(ordered) - inside]
-    i = int(np.argmin(widths))
-    return float(ordered[i]), float(ordered[i + inside])
-
-
-def interval(off: np.ndarray, share: np.ndarray) -> dict[str, list[float]]:
-    """Bounds on measured / predicted, by regime: the fixed share of the latency, cut where rows are enough.
-
-    Regimes hold different shares of their rows, so that all together hold one of HELD at the least width: where the
-    formula is far off for a few rows, width buys little.
-    """
-    edges: list[float] = []
-    for edge in REGIMES:
-        last = edges[-1] if edges else 0.0
-        if np.sum((share >= last) & (share < edge)) >= FEWEST and np.sum(share >= edge) >= FEWEST:
-            edges.append(edge)
-    regime = np.digitize(share, edges)
-    rows = np.bincount(regime, minlength=len(edges) + 1)
-    bounds = [[shortest(-off[regime == i], held) for held in SHARES] for i in range(len(rows))]
-    widths = np.array([[b - a for a, b in each] for each in bounds])
-    every = np.array(list(product(range(len(SHARES)), repeat=len(rows))))
-    held = np.array(SHARES)[every] @ rows
-    total = sum(n * widths[i][every[:, i]] for i, n in enumerate(rows))
-    narrow = sum(n * (widths[i][every[:, i]] <= math.log(WIDEST)) for i, n in enumerate(rows)) >= rows.sum() / 2
-    for share_held in HELD:
-        lawful = (held >= share_held * rows.sum()) & narrow
-        if lawful.any():
-            break
-    else:
-        lawful = held >= HELD[-1] * rows.sum()
-    chosen = every[np.argmin(np.where(lawful, total, np.inf))]
-    low = [min(math.exp(each[c][0]), 0.98) for each, c in zip(bounds, chosen, strict=True)]
-    high = [max(math.exp(each[c][1]), 1.02) for each, c in zip(bounds, chosen, strict=True)]
-    return {"edges": edges, "low": low, "high": high}
-
-
-def inside(bounds: dict[str, list[float]], off: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each measured value lies in its interval, and the interval's width."""
-    regime = np.digitize(share, bounds["edges"])
-    low, high = np.array(bounds["low"])[regime], np.array(bounds["high"])[regime]
-    ratio = np.exp(-off)
-    return (ratio >= low) & (ratio <= high), high / low
 
 
 def covered(frame: pd.DataFrame, rows: Rows) -> dict[str, dict[str, list[float]]]:
@@ -106,7 +52,7 @@ def covered(frame: pd.DataFrame, rows: Rows) -> dict[str, dict[str, list[float]]
         at, rest = part == name, part != name
         judged, _ = inside(interval(off[rest], share[rest]), off[at], share[at])
         frame.loc[at, "inside_others"] = judged.astype(float)
-    return {key: {k: [round(v, 4) for v in values] for k, values in bounds.items()} for key, bounds in found.items()}
+    return {key: rounded_bounds(bounds) for key, bounds in found.items()}
 
 
 def study(rows: Rows) -> tuple[dict, pd.DataFrame]:

@@ -12,14 +12,15 @@ of 2.5 forwards as in Dao 2023, arXiv:2307.08691; memory roof and launch from sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 
 from sympy import Integer
 
 from attnc.cost_models.device_kinds import LAUNCH_S, MEMORY_SHARE, Cpu, Device, Gpu
-from attnc.cost_models.latency import Estimate, predict
+from attnc.cost_models.estimate import PLAIN, Estimate
+from attnc.cost_models.latency import predict
 from attnc.cost_models.layers import USUAL, Conventions, Experts, FeedForward, Layer, Norms, Product
 from attnc.cost_models.mixers import Attention, LatentAttention, Recurrence
 from attnc.cost_models.model_card import PHASES, ModelCard
@@ -38,7 +39,6 @@ USABLE = 0.9  # of the memory; the rest is left for activations and the allocato
 KEPT_FP32, MOVED_FP32 = 12.0, 24.0
 PASSES = {"products": 3.0, "attention": 3.5}
 ROWS = {"mixer": "projections", "ffn": "feed-forward", "router": "router", "head": "output head"}
-PLAIN_LOW, PLAIN_HIGH = 0.6, 2.0  # of a plain roofline, which nobody fitted
 
 
 @dataclass(frozen=True)
@@ -286,8 +286,7 @@ def call_estimate(call: Call, device: Device) -> Estimate:
         one = predict(call.kind, device, {**(call.shape or {}), "dtype": table})
     else:
         one = plain(call, device)
-    times = call.count * call.passes
-    return Estimate(one.seconds * times, one.low * times, one.high * times)
+    return one * (call.count * call.passes)
 
 
 def plain(call: Call, device: Device) -> Estimate:
@@ -296,7 +295,7 @@ def plain(call: Call, device: Device) -> Estimate:
     launch = device.launch_s if isinstance(device, Cpu) else LAUNCH_S
     share = 1.0 if isinstance(device, Cpu) else MEMORY_SHARE
     seconds = max(compute, call.bytes / (share * device.bandwidth)) + launch
-    return Estimate(seconds, PLAIN_LOW * seconds, PLAIN_HIGH * seconds)
+    return PLAIN.around(seconds)
 
 
 def matrix_rate(device: Device, dtype: str) -> float:
@@ -330,9 +329,7 @@ def step_time(card: ModelCard, device: Device, at: Setting) -> dict[str, Estimat
 
 
 def _sum(parts: Iterable[Estimate]) -> Estimate:
-    listed = list(parts)
-    columns: tuple[Callable[[Estimate], float], ...] = (lambda e: e.seconds, lambda e: e.low, lambda e: e.high)
-    return Estimate(*(sum(map(column, listed)) for column in columns))
+    return sum(parts, Estimate(0.0, 0.0, 0.0))
 
 
 # Memory.

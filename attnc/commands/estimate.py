@@ -12,6 +12,7 @@ import typer
 
 from attnc.cost_models.device import device_named
 from attnc.cost_models.device_kinds import Device
+from attnc.cost_models.estimate import Estimate
 from attnc.cost_models.layers import Conventions
 from attnc.cost_models.model_card import PHASES, ModelCard, model_card
 from attnc.cost_models.model_time import DTYPES, USABLE, Setting, memory, step_time
@@ -182,9 +183,7 @@ def _line(name: str, value: str) -> str:
 
 
 def _time(row: Mapping[str, float]) -> str:
-    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if row["seconds"] >= s), ("us", 1e-6))
-    low, mid, high = (row[name] / scale for name in ("low", "seconds", "high"))
-    return f"{mid:.3g} {unit} ({low:.3g} to {high:.3g})"
+    return str(Estimate(row["seconds"], row["low"], row["high"]))
 
 
 def _bytes(value: float) -> str:

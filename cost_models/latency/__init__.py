@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -19,23 +18,15 @@ from importlib.resources import files
 import sympy
 
 from attnc.cost_models.device_kinds import Device
+from attnc.cost_models.estimate import Bounds, Estimate
 from attnc.cost_models.latency import attention, delta, gemm, mla, moe, sparse
 from attnc.cost_models.latency.matrix_units import DTYPES, GpuFigures, figures_of, figures_of_sheet, of_class
 from attnc.cost_models.latency.terms import Model
 from attnc.errors import UsageError, did_you_mean
 
-__all__ = ["KINDS", "MODELS", "Estimate", "Kind", "encode", "figures_of", "figures_of_sheet", "predict", "scalar"]
+__all__ = ["KINDS", "MODELS", "Kind", "encode", "figures_of", "figures_of_sheet", "predict", "scalar"]
 
 Encode = Callable[[str, Mapping], tuple[str, tuple[float, ...]]]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds of one call, and the interval that holds about 80% of the measured ones."""
-
-    seconds: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -132,9 +123,7 @@ class _Prepared:
     device: object
     call: Callable[..., tuple[float, float]]
     tail: tuple[float, ...]
-    edges: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
+    bounds: Bounds
 
 
 # By identity of the device: hashing all its figures would take longer than the prediction. Each entry keeps its device.
@@ -146,14 +135,7 @@ def _prepare(name: str, device: Device | GpuFigures, dtype: str) -> _Prepared:
     stored = coefficients()[name]
     values = tuple(of_class(stored["coefficients"][c.name]["value"], figures.arch) for c in MODELS[name].coefficients)
     interval = stored["interval"]["seen" if figures.arch in stored["classes"] else "unseen"]
-    made = _Prepared(
-        device,
-        scalar(name),
-        figures.values(dtype) + values,
-        tuple(interval["edges"]),
-        tuple(interval["low"]),
-        tuple(interval["high"]),
-    )
+    made = _Prepared(device, scalar(name), figures.values(dtype) + values, Bounds.of(interval))
     if len(_PREPARED) > 500:
         _PREPARED.clear()
     _PREPARED[id(device), name, dtype] = made
@@ -174,5 +156,4 @@ def predict(kind: str, device: Device | GpuFigures, shape: Mapping) -> Estimate:
         raise UsageError(_complaint(KINDS[kind], shape)) from None
     if not 0 < seconds < math.inf:
         raise UsageError(f"{kind}: found {seconds} seconds for {dict(shape)}; sizes must be finite. Correct them.")
-    regime = bisect_right(ready.edges, fixed / seconds)
-    return Estimate(seconds, seconds * ready.low[regime], seconds * ready.high[regime])
+    return ready.bounds.around(seconds, fixed / seconds)
