@@ -31,6 +31,8 @@ EXPANDED: dict[str, Callable[[Iterable[str]], tuple[str, ...]]] = {
     "captured_grads": gradient_names,
 }
 WIDTH = 120
+HEAD = "import triton.language as tl\n"
+SHARED = re.compile(r"^from attnc\.codegen\.skeletons\.(\w+) import (?:\([^)]*\)|[^(\n]*)\n", re.MULTILINE)
 
 
 def source_hash(text: str) -> str:
@@ -40,12 +42,13 @@ def source_hash(text: str) -> str:
 
 @cache
 def skeleton_text(name: str) -> str:
-    """The source of skeleton `name`. Raises: LoweringError if there is none."""
+    """The source of skeleton `name`, what it imports from others in place. Raises: LoweringError if there is none."""
     folder = Path(__file__).parent / "skeletons"
     known = sorted(path.stem for path in folder.glob("[!_]*.py"))
     if name not in known:
         raise LoweringError(f"read the skeleton {name!r}: found none of this name, there are {', '.join(known)}.")
-    return (folder / f"{name}.py").read_text(encoding="utf-8")
+    text = (folder / f"{name}.py").read_text(encoding="utf-8")
+    return SHARED.sub(lambda found: skeleton_text(found[1]).partition(HEAD)[2].lstrip(), text)
 
 
 def holes_in(skeleton: str) -> tuple[str, ...]:

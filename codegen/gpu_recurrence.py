@@ -1,0 +1,389 @@
+"""Launch the kernels of chunked recurrences, forward: what a rule is to them, and what they leave for the backward.
+
+    forward(kernels, query, key, value, decay, rates, beta, bonus, initial, a, b, documents, rule, knobs)
+        -> (out, final_state, saved)
+
+Shapes: query, key (B, Hk, L, K), value (B, H, L, V), a, b (B, H or Hk, L, K), documents (B, L), the rest as the rule
+says; out (B, H, L, V) laid out as (B, L, H, V); final_state (B, H, K, V + rule.columns) float32. Any strides.
+
+N chunks of C = knobs.chunk_size tokens; the last may be ragged. `Saved`, contiguous, M the type of products (bfloat16
+for bfloat16 inputs, else float32), None where the rule has no use for it:
+
+    decay        the decay that kernels saw: the rule's, or under an exponential gate (B, H, L), <= 0
+    beta         the gate that kernels saw: the rule's, or under an exponential gate exp(beta - maximum)
+    sums         G, float32: (B, H, L) for decays by token, (B, H, L, K) by channel; inclusive, from the chunk's start,
+                 of max(decay, LEAST). By head G = (i + 1) decay, nowhere stored
+    norms        (2, B, Hk, L) float32: 1 / |k|, 1 / |q| with qk_norm; kernels take q and k as they were given
+    segments     (B, L) int32: number of the document of a token, counted from 0 along the row
+    states       (B, H, N, K, V) M: the state each chunk begins with, before any of its decay
+    normalisers  (B, H, N, K) float32: the normaliser's column likewise
+    inverse      (B, H, L, C) M: row i of T = (I + A_kk)^-1, or (I - A_ab)^-1, of the token's chunk; beta is in A_kk
+    scores       (B, H, L, C) M: A_qk with scale, w and norms, for decays by channel and for low rank; else not stored
+    keys, reads  (B, H, L, C) M: A_ak with w, A_qb with scale, low rank
+    corrected    (B, H, L, V) M: v_new = T beta (v - exp(G) k S) under the delta rule, x for low rank
+    maximum      (B, H, L) float32: the running maximum under an exponential gate
+
+Runs as it is on CPU tensors under Triton's interpreter, eagerly on a GPU, and traced: nothing here depends on data.
+
+Source: Yang et al. 2024, arXiv:2406.06484, section 3 (delta rule in chunks); Dao and Gu 2024, arXiv:2405.21060.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnc.codegen.launch import launch, strides
+from attnc.codegen.load import kernel_folder, load, triton
+from attnc.codegen.render import render, skeleton_text
+from attnc.codegen.tiles import blocks
+from attnc.errors import LoweringError
+from attnc.options import Options
+from attnc.rule_recurrence import RecurrenceRule
+
+KERNELS = {
+    "chunk_within": ("chunk_sums", "row_norms", "chunk_within"),
+    "chunk_state": ("chunk_state",),
+    "chunk_output": ("chunk_output",),
+}
+DECAYS = {"none": 0, "head": 1, "token": 2, "channel": 3}
+DELTA, RANK = 1, 2
+WIDEST = 256
+
+
+@dataclass(frozen=True)
+class RecurrenceKnobs:
+    """Schedule of the kernels: chunk_size 16, 32, 64 or 128 tokens; columns of a tile of keys and of values.
+
+    precision: of products of float32, "ieee", "tf32" or "tf32x3"; T is never made with less than "tf32x3".
+    """
+
+    chunk_size: int = 64
+    block_k: int = 64
+    block_v: int = 64
+    out_block_v: int = 64
+    warps: int = 4
+    stages: int = 2
+    within_warps: int = 4
+    out_warps: int = 4
+    out_stages: int = 2
+    precision: str = "ieee"
+
+
+class Saved(NamedTuple):
+    """What the backward needs; see the module."""
+
+    decay: Tensor | None
+    beta: Tensor | None
+    sums: Tensor | None
+    norms: Tensor | None
+    segments: Tensor | None
+    states: Tensor
+    normalisers: Tensor | None
+    inverse: Tensor | None
+    scores: Tensor | None
+    keys: Tensor | None
+    reads: Tensor | None
+    corrected: Tensor | None
+    maximum: Tensor | None
+
+
+class Operands(NamedTuple):
+    """Inputs as kernels take them: one dtype of query, key, value, a and b; nothing left that kernels do not know."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    decay: Tensor | None
+    beta: Tensor | None
+    bonus: Tensor | None
+    initial: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    segments: Tensor | None
+    maximum: Tensor | None
+
+
+@lru_cache(maxsize=8)
+def kernels_of(device: str) -> SimpleNamespace:
+    """The loaded kernels by name: the same for all rules, which are constants of a launch."""
+    found: dict[str, Any] = {}
+    for skeleton, names in KERNELS.items():
+        module = load(text_of(skeleton, device), kernel_folder(Options().store))
+        found |= {name: getattr(module, name) for name in names}
+    return SimpleNamespace(**found)
+
+
+@lru_cache(maxsize=32)
+def text_of(skeleton: str, device: str) -> str:
+    """A skeleton's kernels as one file."""
+    return render(skeleton_text(skeleton), {}, (), spelling=skeleton, device=device, kernels=KERNELS[skeleton])
+
+
+def refuse(rule: RecurrenceRule, K: int, V: int, *, query: bool = True) -> str | None:
+    """Why kernels do not compute a rule, as one sentence, or None."""
+    found = [
+        (not query or K == 1, "a state of one row, which is scanned token by token"),
+        (rule.memory != "state", "taps, which are a convolution"),
+        (rule.factors, "decays as factors, allowed are logarithms"),
+        (rule.decay not in DECAYS, f"a decay by {rule.decay}, allowed are {', '.join(DECAYS)}"),
+        (rule.state != "float32", f"a state of {rule.state}, allowed is float32"),
+        (max(K, V) > WIDEST, f"a state of {K} x {V}, allowed are {WIDEST} x {WIDEST}"),
+        (rule.delta and rule.normaliser != "none", "a normaliser under the delta rule"),
+        (rule.gate == "exp" and rule.read == "before", "an exponential gate read before the update"),
+        (rule.gate == "exp" and rule.decay == "channel", "an exponential gate with a decay by channel"),
+    ]
+    reasons = [why for holds, why in found if holds]
+    if not reasons:
+        return None
+    return f"chunked GPU kernels of {rule.name}: found {reasons[0]}. Use the chunked form of the CPU path instead."
+
+
+def forward(
+    kernels: Any,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor,
+    decay: Tensor | None,
+    rates: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    initial: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    documents: Tensor | None,
+    rule: RecurrenceRule,
+    knobs: RecurrenceKnobs,
+) -> tuple[Tensor, Tensor, Saved]:
+    """Outputs, last state and what the backward needs. Raises: LoweringError for what `refuse` refuses."""
+    K, V = 1 if key is None else key.shape[3], value.shape[3]
+    why = refuse(rule, K, V, query=query is not None and key is not None)
+    if why is not None:
+        raise LoweringError(why)
+    x = operands_of(query, key, value, decay, beta, bonus, initial, a, b, documents, rule)
+    (B, H, L, _), C = value.shape, knobs.chunk_size
+    constants = constants_of(rule, x, knobs)
+    mid = product_type(x.value.dtype)
+    sums, norms = _sums(kernels, x, rule, knobs), _norms(kernels, x, rule, knobs)
+    solve, stored = constants["SOLVE"], constants["STORED"]
+
+    def pairs(wanted: bool) -> Tensor | None:
+        return value.new_empty(B, H, L, C, dtype=mid) if wanted else None
+
+    N = blocks(L, C)
+    normalised = rule.normaliser != "none"
+    saved = Saved(
+        decay=x.decay,
+        beta=x.beta,
+        sums=sums,
+        norms=norms,
+        segments=x.segments,
+        states=value.new_empty(B, H, N, K, V, dtype=mid),
+        normalisers=value.new_empty(B, H, N, K, dtype=torch.float32) if normalised else None,
+        inverse=pairs(solve != 0),
+        scores=pairs(stored),
+        keys=pairs(solve == RANK),
+        reads=pairs(solve == RANK),
+        corrected=value.new_empty(B, H, L, V, dtype=mid) if solve else None,
+        maximum=x.maximum,
+    )
+    out = value.new_empty(B, L, H, V, dtype=value.dtype if rule.out == "value" else torch.float32).transpose(1, 2)
+    last = value.new_empty(B, H, K, V + rule.columns, dtype=torch.float32)
+    if rule.gate == "exp":
+        last[..., -1] = _end(x, initial, rule)[..., None]
+    given = constants | _pointers(x, saved, constants["DECAY"]) | {"p_out": out, "p_final": last, **strides("o", out)}
+    if solve or stored:
+        _run(kernels.chunk_within, N * B * H, given, knobs.within_warps, 1)
+    _run(kernels.chunk_state, blocks(V, constants["BLOCK_V"]) * B * H, given, knobs.warps, knobs.stages)
+    given |= _reading(x, saved, rule, knobs)
+    _run(kernels.chunk_output, blocks(V, given["BLOCK_V"]) * N * B * H, given, knobs.out_warps, knobs.out_stages)
+    return out, last, saved
+
+
+# What kernels are given.
+
+
+def operands_of(
+    query: Any, key: Any, value: Tensor, decay: Any, beta: Any, bonus: Any, initial: Any, a: Any, b: Any,
+    documents: Tensor | None, rule: RecurrenceRule,
+) -> Operands:  # fmt: skip
+    """Inputs of one dtype, documents counted, an exponential gate held down by its running maximum."""
+    several = [t for t in (query, key, value, a, b) if t is not None]
+    dtype = several[0].dtype
+    for t in several[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    query, key, value, a, b = (t if t is None else t.to(dtype) for t in (query, key, value, a, b))
+    segments = None if documents is None else segments_of(documents)
+    maximum = None
+    if rule.gate == "exp":
+        decay, beta, maximum = held_down(decay, beta, initial, segments, rule)
+    return Operands(query, key, value, decay, beta, bonus, initial, a, b, segments, maximum)
+
+
+def segments_of(documents: Tensor) -> Tensor:
+    """Documents counted along each row: two of the same number with another between them are two."""
+    starts = documents[:, 1:] != documents[:, :-1]
+    return torch.nn.functional.pad(starts.cumsum(1, dtype=torch.int32), (1, 0)).contiguous()
+
+
+def held_down(
+    decay: Tensor | None, beta: Tensor, initial: Tensor | None, segments: Tensor | None, rule: RecurrenceRule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decay, gate and running maximum m (B, H, L): the state is kept times exp(-m). Sums over tokens in float64."""
+    B, H, L = beta.shape
+    g = torch.zeros_like(beta) if decay is None else decay.view(1, H, 1) if decay.dim() == 1 else decay
+    f, i = g.double().expand(B, H, L), beta.double()
+    start = _start(beta, initial, rule).double()[..., None].expand(B, H, L)
+    total, lift = f.cumsum(-1), torch.zeros((), dtype=torch.float64, device=beta.device)
+    if segments is not None:  # sums from the document's first token; later documents lie above all earlier ones
+        first = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)[:, None]
+        total = total - torch.where(first, total - f, torch.inf).cummin(-1).values
+        start = torch.where(segments[:, None] == 0, start, _start(beta, None, rule).double()[..., None])
+        lift = segments[:, None] * ((i - total).amax(-1, True) - (i - total).amin(-1, True) + 1.0)
+    m = total + torch.maximum(start, (i - total + lift).cummax(-1).values - lift)
+    before = torch.cat([start[..., :1], m[..., :-1]], -1)
+    if segments is not None:
+        before = torch.where(first, start, before)
+    return (f + before - m).float(), torch.exp(i - m).float(), m.float().contiguous()
+
+
+def _start(beta: Tensor, initial: Tensor | None, rule: RecurrenceRule) -> Tensor:
+    if initial is not None:
+        return initial[..., 0, -1]
+    return beta.new_full(beta.shape[:2], 0.0 if rule.normaliser == "max1" else -1e38, dtype=torch.float32)
+
+
+def _end(x: Operands, initial: Tensor | None, rule: RecurrenceRule) -> Tensor:
+    assert x.beta is not None and x.maximum is not None
+    return x.maximum[..., -1] if x.beta.shape[2] else _start(x.beta, initial, rule)
+
+
+def product_type(dtype: torch.dtype) -> torch.dtype:
+    """Type of states, corrected values and scores between products: float16 would not hold their range."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def tile_width(width: int, block: int) -> int:
+    """Columns of a tile: a power of two, at least 16, no wider than the whole."""
+    return max(16, min(block, 1 << (width - 1).bit_length()))
+
+
+def constants_of(rule: RecurrenceRule, x: Operands, knobs: RecurrenceKnobs) -> dict[str, Any]:
+    """The compile-time arguments of all kernels; those of `chunk_output` differ in BLOCK_V and K's decay only."""
+    (_, Hk, _, K), H, V = x.key.shape, x.value.shape[1], x.value.shape[3]
+    rank = x.a is not None
+    return {
+        **_groups(x),
+        **kinds_of(rule, low_rank=rank, packed=x.segments is not None, bonus=x.bonus is not None),
+        "GROUP": H // Hk,
+        "K": K,
+        "V": V,
+        "INITIAL": x.initial is not None,
+        **types_of(x.value.dtype, knobs, "hip" if torch.version.hip else "cuda"),
+        **sizes_of(K, V, knobs),
+    }
+
+
+def kinds_of(rule: RecurrenceRule, *, low_rank: bool, packed: bool, bonus: bool) -> dict[str, Any]:
+    """What a rule is to the kernels."""
+    decay = "token" if rule.gate == "exp" else rule.decay
+    return {
+        "COLUMNS": rule.columns,
+        "DECAY": DECAYS[decay],
+        "SOLVE": DELTA if rule.delta else RANK if low_rank else 0,
+        "RANK": low_rank,
+        "GATED": rule.gate != "none",
+        "NORMED": rule.qk_norm is not None,
+        "PACKED": packed,
+        "NORMALISED": rule.normaliser != "none",
+        "MAX1": rule.normaliser == "max1",
+        "BEFORE": rule.read == "before",
+        "BONUS": bonus,
+        "STORED": decay == "channel" or low_rank,
+        "SCORES": decay == "channel" or low_rank,
+        "SCALE": rule.scale,
+        "EPS": rule.eps,
+    }
+
+
+def types_of(dtype: torch.dtype, knobs: RecurrenceKnobs, backend: str) -> dict[str, Any]:
+    """Types and precisions of products; AMD's matrix units multiply float32 as it is."""
+    language = triton().language
+    products = knobs.precision if dtype == torch.float32 else "tf32"
+    return {
+        "MID": language.bfloat16 if dtype == torch.bfloat16 else language.float32,
+        "PRECISION": "ieee" if backend == "hip" else products,
+        "EXACT": "ieee" if backend == "hip" or knobs.precision == "ieee" and dtype == torch.float32 else "tf32x3",
+    }
+
+
+def sizes_of(K: int, V: int, knobs: RecurrenceKnobs) -> dict[str, int]:
+    """Tiles of `chunk_within` and `chunk_state`."""
+    return {
+        "BLOCK_C": knobs.chunk_size,
+        "BLOCK_K": tile_width(K, knobs.block_k),
+        "BLOCK_V": tile_width(V, knobs.block_v),
+    }
+
+
+def _groups(x: Operands) -> dict[str, int]:
+    H = x.value.shape[1]
+    return {f"GROUP_{name}": 1 if t is None else H // t.shape[1] for name, t in (("A", x.a), ("B", x.b))}
+
+
+def _pointers(x: Operands, saved: Saved, kind: int) -> dict[str, Any]:
+    """Tensors and strides by parameter name; an absent tensor has strides 0."""
+    B, H, L, _ = x.value.shape
+    given: dict[str, Any] = {"B": B, "H": H, "L": L}
+    for name, t in (("q", x.query), ("k", x.key), ("v", x.value), ("a", x.a), ("b", x.b), ("i", x.initial)):
+        given[f"p_{'initial' if name == 'i' else name}"] = t
+        given |= dict.fromkeys((f"{name}_{axis}" for axis in "bhle"), 0) if t is None else strides(name, t)
+    beta = (0, 0, 0) if x.beta is None else x.beta.stride()
+    bonus = (0, 0) if x.bonus is None else x.bonus.stride()
+    given |= dict(zip(("beta_b", "beta_h", "beta_l", "bonus_h", "bonus_e"), (*beta, *bonus), strict=True))
+    given |= {"p_beta": x.beta, "p_bonus": x.bonus, "p_rate": x.decay if DECAYS["head"] == kind else None}
+    names = ("sums", "norms", "segments", "states", "normalisers", "inverse", "scores", "keys", "reads", "corrected",
+             "maximum")  # fmt: skip
+    return given | {f"p_{name}": getattr(saved, name) for name in names}
+
+
+def _reading(x: Operands, saved: Saved, rule: RecurrenceRule, knobs: RecurrenceKnobs) -> dict[str, Any]:
+    """What `chunk_output` is given otherwise: under the delta rule the corrected values, which hold the gate."""
+    given: dict[str, Any] = {"BLOCK_V": tile_width(x.value.shape[3], knobs.out_block_v)}
+    if rule.delta:
+        assert saved.corrected is not None
+        given |= {"p_v": saved.corrected, **strides("v", saved.corrected), "GATED": False}
+    return given
+
+
+def _sums(kernels: Any, x: Operands, rule: RecurrenceRule, knobs: RecurrenceKnobs) -> Tensor | None:
+    if x.decay is None or x.decay.dim() == 1:
+        return None
+    B, H, L, K = *x.value.shape[:3], x.decay.shape[3] if x.decay.dim() == 4 else 1
+    decay = x.decay if x.decay.dim() == 4 else x.decay[..., None]
+    sums = torch.empty_like(decay, dtype=torch.float32, memory_format=torch.contiguous_format)
+    sizes = {"H": H, "L": L, "K": K, "BLOCK_C": knobs.chunk_size, "BLOCK_K": 1 if K == 1 else tile_width(K, 64)}
+    given = {"p_decay": decay, "p_sums": sums, **strides("g", decay), **sizes}
+    _run(kernels.chunk_sums, blocks(L, knobs.chunk_size) * B * H, given, 4, 1)
+    return sums if x.decay.dim() == 4 else sums[..., 0]
+
+
+def _norms(kernels: Any, x: Operands, rule: RecurrenceRule, knobs: RecurrenceKnobs) -> Tensor | None:
+    if rule.qk_norm is None:
+        return None
+    B, Hk, L, K = x.key.shape
+    norms = x.key.new_empty(2, B, Hk, L, dtype=torch.float32)
+    given = {"p_q": x.query, "p_k": x.key, "p_norms": norms, **strides("q", x.query), **strides("k", x.key)}
+    given |= {"B": B, "H": Hk, "L": L, "K": K, "EPS": rule.qk_norm, "BLOCK_C": 64, "BLOCK_K": tile_width(K, 64)}
+    _run(kernels.row_norms, blocks(L, 64) * B * Hk, given, 4, 1)
+    return norms
+
+
+def _run(kernel: Any, programs: Any, given: dict[str, Any], warps: int, stages: int) -> None:
+    bound = {name: given[name] for name in kernel.arg_names}
+    launch(kernel, programs, bound, num_warps=warps, num_stages=stages)
