@@ -1,6 +1,7 @@
 """The command line: `attnc explain package.module:factory` and its sisters, one file each in `attnc.commands`.
 
-A mistake of the user ends in one sentence on stderr and exit code 2; `--debug` shows the traceback instead.
+A command's module is imported when the command runs: help and the table of devices need no torch. A mistake of the
+user ends in one sentence on stderr and exit code 2; `--debug` shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -8,43 +9,45 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
-import torch
 import typer
+from typer.core import TyperGroup
 
-from attnc import __version__, offline
-from attnc.commands import devices, estimate, explain, forms, kernels, tune
-from attnc.commands.target import Call
+from attnc import __version__
+from attnc.commands.loading import command as command_named
 from attnc.errors import AttncError
-from attnc.tuning.flash import flash_problems
-from attnc.tuning.problem import Problem
 
-
-def _problems(call: Call, devices: Sequence[str]) -> Sequence[Problem]:
-    with torch.set_grad_enabled(getattr(call.model, "training", False)):  # as --train says
-        report = offline.explain(call.model, *call.args, device=devices[0], **call.kwargs)
-    return flash_problems(report.regions, devices)
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "estimate": estimate.run,
-    "explain": explain.run,
-    "forms": forms.run,
-    "devices": devices.run,
-    "kernels": kernels.run,
-    "tune": tune.command(_problems),
+# Name and first line of each command: `run` of the file of that name.
+COMMANDS = {
+    "estimate": (
+        "Count parameters, memory and FLOP of a model from its config, and predict the time of a step on a device."
+    ),
+    "explain": "Show the attention of a model: what is there, what it costs, what attnc would choose and why.",
+    "forms": "List the forms: what each computes, its knobs (default first), and when it is exact.",
+    "devices": "Show the devices attnc knows, or compare some: peaks, roofs, limits, and where the figures come from.",
+    "kernels": "List, show or clear the kernels that attnc has rendered.",
+    "tune": "Find fast settings of a model's kernels for devices that need not be here, and keep them as records.",
 }
 DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+
+
+class Commands(TyperGroup):
+    """Commands that stand in the help by their line in COMMANDS, and are loaded when one is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, found, rest = super().resolve_command(ctx, args)
+        return name, found and _loaded(str(name)), rest
+
 
 app = typer.Typer(
+    cls=Commands,
     name="attnc",
     help="Recognise attention by meaning and rewrite it exactly.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    **PLAIN,
 )
 
 
@@ -66,6 +69,12 @@ def _attnc(
     ] = False,
 ) -> None:
     pass
+
+
+def _loaded(name: str) -> Any:
+    alone = typer.Typer(**PLAIN)
+    alone.command(name)(_in_sentences(command_named(name)))
+    return typer.main.get_command(alone)
 
 
 def _in_sentences(run: Callable[..., None]) -> Callable[..., None]:
@@ -92,5 +101,9 @@ def _in_sentences(run: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-for _name, _run in COMMANDS.items():
-    app.command(_name)(_in_sentences(_run))
+def _not_loaded() -> None:
+    raise AssertionError("a command is loaded before it runs")
+
+
+for _name, _line in COMMANDS.items():
+    app.command(_name, help=_line)(_not_loaded)

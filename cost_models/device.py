@@ -6,15 +6,15 @@ with `like`.
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Literal, overload
-
-import torch
 
 from attnc.cost_models.device_kinds import ENGINES, NAME, Cpu, Device, Engine, Gpu, Limits
 from attnc.cost_models.figures import Allowed, as_table, figure_fields, read_table, read_toml, read_value
@@ -178,7 +178,8 @@ def device_named(name: str, threads: int | None = None, *, file: str | Path | No
 def device_named(name: str = "cpu", threads: int | None = None, *, file: str | Path | None = None) -> Device:
     """The device called `name`: as in the table ("h100"), as sold ("H100 SXM") or as torch reports it.
 
-    threads: of a CPU, by default as many as torch uses now. file: where to look first.
+    threads: of a CPU, by default as many as torch uses now, or as there are where nothing has loaded torch.
+    file: where to look first.
     Raises: UsageError for an unknown device.
     """
     devices = {**shipped().devices, **(load_devices(file) if file is not None else {})}
@@ -189,8 +190,13 @@ def device_named(name: str = "cpu", threads: int | None = None, *, file: str | P
             + (did_you_mean(name.casefold(), devices) or " Leave device out for the local CPU.")
         )
     if isinstance(device, Cpu):
-        return device.at(threads if threads is not None else torch.get_num_threads())
+        return device.at(threads if threads is not None else _threads())
     return device
+
+
+def _threads() -> int:
+    torch = sys.modules.get("torch")
+    return int(torch.get_num_threads()) if torch else os.cpu_count() or 1
 
 
 def gpu_named(name: str, *, file: str | Path | None = None) -> Gpu:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 import attnc
-from attnc.cli import app
+from attnc.cli import COMMANDS, app
+from attnc.commands.loading import command
 from attnc.commands.target import IDS_BELOW, _input_spec
 from attnc.errors import UsageError
 from attnc.report_json import SCHEMA_ID
@@ -135,8 +137,8 @@ def test_each_length_gives_a_report(run):
 
 
 MISTAKES = [
-    (("factories_of_test",), "found no name of the form package.module:factory"),
-    ((":bare",), "found no name of the form package.module:factory"),
+    (("factories_of_test",), "found no name of the form package.module:name"),
+    ((":bare",), "found no name of the form package.module:name"),
     (("no_such_module:bare",), "importing no_such_module raised ModuleNotFoundError"),
     (("broken_of_test:bare",), "importing broken_of_test raised ModuleNotFoundError: No module named 'no_such_module'"),
     (("factories_of_test:bear",), "found no 'bear' in factories_of_test, which has"),
@@ -214,8 +216,24 @@ def test_the_version_is_printed_by_the_module():
     assert (done.returncode, done.stdout) == (0, f"attnc {attnc.__version__}\n")
 
 
+@pytest.mark.parametrize("words", [("--help",), ("devices",), ("devices", "h100", "--json"), ("--version",)])
+def test_help_and_devices_do_not_import_torch(words):
+    code = "import sys\nfrom attnc.cli import app\napp(sys.argv[1:], standalone_mode=False)\n"
+    code += "print('imported', *(m for m in ('torch', 'optuna', 'attnc.options') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "imported", done.stdout[-200:] + done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_line_of_the_help_is_the_first_of_the_command(name):
+    assert inspect.getdoc(command(name)).splitlines()[0] == COMMANDS[name]
+
+
 def test_help_names_the_commands(run):
     assert "explain" in run("--help").stdout
+    assert all(f"  {name} " in run("--help").stdout for name in COMMANDS)
+    assert run("tune", "--help").stdout.startswith("Usage: attnc tune [OPTIONS] ")
+    assert "Did you mean 'explain'" in run("explane").stderr
     assert "NAME=SHAPE:DTYPE" in run("explain", "--help").stdout
 
 

@@ -31,7 +31,8 @@ PACKAGES = {
 SIZED = ("tests", "benchmarks", "examples")  # held to the size and name rules only
 OPTIONAL = {"triton", "onnx", "onnxruntime", "onnxscript", "plotly", "transformers"}
 FACE = "attnc"
-LOADS_BY_NAME = {FACE, "attnc.commands.target"}  # may import a name that is only known when it runs
+# These may import a name that is only known when it runs.
+LOADS_BY_NAME = {FACE, "attnc.commands.target", "attnc.commands.loading"}
 PRINTS = {"attnc.cli", "attnc.__main__"}
 ENVIRONMENT = {"attnc.options"}
 BANNED = {"util", "utils", "helper", "helpers", "common", "misc"}

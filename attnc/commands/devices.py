@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from attnc.cost_models.cpu_probe import device_text, measure_cpu
+from attnc.commands.loading import command
 from attnc.cost_models.device import Cpu, Device, Engine, Gpu, device_named, load_devices, shipped
 from attnc.cost_models.device_kinds import TENSOR_TYPES
 from attnc.errors import UsageError
@@ -45,7 +45,7 @@ def run(
             raise UsageError(
                 "devices --measure: found a name or --file beside it; it measures this CPU. Leave them out."
             )
-        _measure(as_json, write)
+        command("measure")(as_json, write)
         return
     if write is not None:
         raise UsageError(f"devices --write {write}: found no --measure, so there is nothing to write. Add --measure.")
@@ -59,20 +59,6 @@ def run(
 def _all(file: Path | None) -> list[Device]:
     own = load_devices(file) if file is not None else {}
     return [device_named(name, file=file) for name in {**shipped().devices, **own}]
-
-
-def _measure(as_json: bool, write: Path | None) -> None:
-    cpu = measure_cpu()
-    text = device_text(cpu)
-    if write is not None:
-        try:
-            with write.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError as exc:
-            raise UsageError(f"devices --write {write}: found a file there, which is kept. Name another one.") from exc
-        except (OSError, ValueError) as exc:
-            raise UsageError(f"devices --write {write}: cannot be written ({exc}). Name another file.") from exc
-    typer.echo(json.dumps(to_json(cpu), indent=2) if as_json else text, nl=as_json)
 
 
 # JSON.

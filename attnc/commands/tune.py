@@ -16,12 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from attnc.commands.target import INPUT_HELP, TARGET_HELP, Call, input_specs, load_call
+from attnc.budget import checked_limit
+from attnc.commands.target import DATA_HELP, INPUT_HELP, TARGET_HELP, Call, input_specs, load_call, load_data
+from attnc.cost_models.device import Gpu, device_named
 from attnc.errors import UsageError
+from attnc.offline import autotune, explain
 from attnc.options import Options
+from attnc.plan import Plan
 from attnc.records import TIMES, Record, Records
 from attnc.tuning import search
 from attnc.tuning.durations import parse_duration, spell_duration
+from attnc.tuning.flash import flash_problems
 from attnc.tuning.problem import FIDELITIES, Problem
 from attnc.tuning.samplers import DEFAULT, SAMPLERS
 from attnc.tuning.tune import tune
@@ -32,6 +37,9 @@ STORAGE_HELP = (
     "Where trials are kept: a file, a folder, an Optuna URL as sqlite:///trials.db, or memory. By default a journal "
     "per search in the store."
 )
+ALLOW_HELP = "Approximations to consider, as low_rank; measured on --data, taken within --max-error. Makes a plan."
+ERROR_HELP = "The most that an approximation may be off: the error's norm over the output's, above 0, at most 1."
+JSON_HELP = "Print the records as JSON; with --allow, --data or --plan an object of records and plan."
 
 
 def command(problems_of: ProblemsOf) -> Callable[..., None]:
@@ -50,7 +58,11 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
         workers: Annotated[int, typer.Option(help="Processes that compile side by side.")] = 1,
         storage: Annotated[str | None, typer.Option(help=STORAGE_HELP)] = None,
         train: Annotated[bool, typer.Option("--train", help="Training mode with gradients.")] = False,
-        as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+        allow: Annotated[list[str] | None, typer.Option(help=ALLOW_HELP)] = None,
+        max_error: Annotated[float, typer.Option(help=ERROR_HELP)] = 0.02,
+        data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+        plan: Annotated[Path | None, typer.Option(help="Write the plan for the device to this file, as JSON.")] = None,
+        as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     ) -> None:
         """Find fast settings of a model's kernels for devices that need not be here, and keep them as records."""
         store = Path(Options().store)
@@ -64,23 +76,43 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
             storage=storage,
             folder=store / "studies",
         )
-        names = device_names(device)
+        names = listed(device)
+        asks = bool(allow or data or plan)
+        if asks and len(names) > 1:
+            raise UsageError(f"--device {device}: found {len(names)} devices, a plan is made for one. Name one.")
+        if asks:
+            checked_limit(max_error)
         with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the result
             call = _call(target, inputs or [], length, train)
-            problems = problems_of(call, names)
+            with_kernels = [name for name in names if not asks or isinstance(device_named(name), Gpu)]
+            problems = problems_of(call, with_kernels) if with_kernels else ()
             records = _tuned(problems, asked, Records(store / "records"))
-        typer.echo(_json(records) if as_json else _text(problems, records, fidelity, store / "records"))
+            made = _plan(call, names[0], train, allow or [], max_error, data) if asks else None
+        if plan is not None and made is not None:
+            _write(plan, made)
+        told = _text(problems, records, fidelity, store / "records")
+        typer.echo(_json(records, made) if as_json else "\n\n".join([told, *_told(made, plan)]))
         if any(record.best is None for record in records):
             raise typer.Exit(1)
 
     return run
 
 
-def device_names(text: str) -> list[str]:
+def model_problems(call: Call, devices: Sequence[str]) -> Sequence[Problem]:
+    """The kernels of the attentions in a call of a model."""
+    with torch.set_grad_enabled(getattr(call.model, "training", False)):  # as --train says
+        report = explain(call.model, *call.args, device=devices[0], **call.kwargs)
+    return flash_problems(report.regions, devices)
+
+
+run = command(model_problems)
+
+
+def listed(text: str, option: str = "--device", example: str = "a100,h200") -> list[str]:
     """The names in "a100,h200", each once. Raises: UsageError where there is none."""
     names = [word.strip() for word in text.split(",")]
     if not all(names):
-        raise UsageError(f"--device {text!r}: found an empty name; allowed are names with commas. Write a100,h200.")
+        raise UsageError(f"{option} {text!r}: found an empty name; allowed are names with commas. Write {example}.")
     return list(dict.fromkeys(names))
 
 
@@ -91,6 +123,33 @@ def _call(target: str, inputs: list[str], length: int | None, train: bool) -> Ca
     if isinstance(call.model, torch.nn.Module):
         call.model.train(train)
     return replace(call, kwargs={**call.kwargs, **{spec.name: spec.draw(length) for spec in specs}})
+
+
+def _plan(call: Call, device: str, train: bool, allow: list[str], max_error: float, data: str | None) -> Plan:
+    """The plan that follows from the records."""
+    names = [name for text in allow for name in listed(text, "--allow", "low_rank,hierarchical")]
+    given = {} if data is None else {"data": load_data(data)}
+    with torch.set_grad_enabled(train):
+        return autotune(
+            call.model, *call.args, device=device, trials=0, allow=names, max_error=max_error, **given, **call.kwargs
+        )
+
+
+def _write(file: Path, plan: Plan) -> None:
+    try:
+        file.write_text(plan.to_json() + "\n", encoding="utf-8")
+    except OSError as exc:
+        raise UsageError(f"--plan {file}: it cannot be written ({exc.strerror}). Name a file that can.") from exc
+
+
+def _told(plan: Plan | None, file: Path | None) -> list[str]:
+    """The plan in words."""
+    if plan is None:
+        return []
+    lines = [f"plan for {plan.device}:"]
+    for where, choice in plan.choices.items():
+        lines.append(f"  {where or 'the model'}: {choice.form}\n    {choice.reason}")
+    return ["\n".join([*lines, *([] if file is None else [f"written to {file}"])])]
 
 
 def _tuned(problems: Sequence[Problem], asked: search.Settings, records: Records) -> list[Record]:
@@ -168,6 +227,6 @@ def _seconds(record: Record, name: str | None) -> float | None:
     return None if timing is None else next((s for f in reversed(TIMES) if (s := timing.at(f)) is not None), None)
 
 
-def _json(records: Sequence[Record]) -> str:
+def _json(records: Sequence[Record], plan: Plan | None) -> str:
     found: list[Any] = [json.loads(record.to_json()) for record in dict.fromkeys(records)]
-    return json.dumps(found, indent=1)
+    return json.dumps(found if plan is None else {"records": found, "plan": json.loads(plan.to_json())}, indent=1)

@@ -11,7 +11,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
-from attnc.commands import devices
+from attnc.commands import devices, measure
 from attnc.cost_models.cpu_probe import cpu_model, device_text, measure_cpu
 from attnc.cost_models.device import device_named, gpu_named, load_devices, shipped
 from attnc.errors import UsageError
@@ -41,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "measure_cpu", lambda: measure_cpu(0.002, 1 << 16, 32))
+    monkeypatch.setattr(measure, "measure_cpu", lambda: measure_cpu(0.002, 1 << 16, 32))
 
 
 def said(result: Result) -> str:
