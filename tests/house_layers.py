@@ -23,6 +23,7 @@ LAYERS = {
     "attnc.plan": 4,
     "attnc.ops": 5,
     "attnc.op_recurrence": 5,
+    "attnc.mixers": 5,
     "attnc.store": 5,
     "attnc.records": 5,
     "attnc.op_flash": 5,

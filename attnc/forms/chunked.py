@@ -1,0 +1,127 @@
+"""Chunkwise recurrences: products of matrices inside a chunk of tokens, the state from one chunk to the next.
+
+    G = cumulative sum of log decays in a chunk, E(i, j) = exp(G_i - G_j)
+    out = (scale q exp(G)) S_n + tril(scale q k^T * E) v',   S_{n+1} = exp(G_C) S_n + (k exp(G_C - G))^T v'
+    v' = v, or under the delta rule T (beta v) - T (beta k exp(G)) S_n with T = (I + tril(beta k k^T * E, -1))^-1
+
+Shapes: q, k (B, Hk, L, K); v, out (B, H, L, V); S (B, H, K, V) at the start of each chunk. On GPUs three kernels,
+`within`, `state` and `output`, and one more of each for the gradients; on CPUs segments that stay in the cache.
+
+Source: Yang et al. 2024, arXiv:2412.06464, section 3.3; Yang et al. 2023, arXiv:2312.06635, section 4.
+Exact:  always, but for rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import ClassVar
+
+from torch import Tensor
+
+from attnc.codegen import cpu_recurrence
+from attnc.codegen.cpu_recurrence import Given
+from attnc.cost_models.chunk_model import ChunkKnobs, ChunkWork, chunk_fits, chunk_seconds
+from attnc.cost_models.cost import Cost
+from attnc.cost_models.device import Device, Gpu
+from attnc.forms.base import Form, knob
+from attnc.forms.recurrent import RecurrentForm, cost_in_chunks, is_elementwise
+from attnc.region import Region
+from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
+
+WIDEST = 256  # columns and rows of the state that kernels take
+ON_CPU = (64, 32, 128, 16, 256)
+BY_CHANNEL_ON_CPU = (64, 32, 16, 128)
+QUICK = tuple(product((64, 32, 128), (32, 64, 128, 16), (4, 8, 2), (2, 3, 1)))
+
+
+@dataclass(frozen=True)
+class Chunked(RecurrentForm):
+    """Chunks of `chunk_size` tokens; on GPUs blocks that keep `block_v` columns of the state."""
+
+    name: ClassVar[str] = "chunked"
+    chunk_size: int = knob(64, 16, 32, 128, 256, unit="tokens")
+    block_v: int = knob(64, 16, 32, 128, unit="columns of the state")
+    warps: int = knob(4, 1, 2, 8, unit="warps")
+    stages: int = knob(2, 1, 3, 4, unit="tiles in flight")
+
+    def refuse(self, region: Region) -> str | None:
+        why = self.unfit(region)
+        if why is not None:
+            return why
+        rule, shape = region.rule, region.shape
+        assert isinstance(rule, RecurrenceRule) and isinstance(shape, RecurrenceShape)
+        if is_elementwise(rule, shape):
+            return "chunked needs a product of matrices in a chunk, found a decay or a state by element; use scan."
+        if region.device == "cuda" and max(shape.K, shape.V) > WIDEST:
+            return f"chunked takes states of up to {WIDEST} x {WIDEST} on GPUs, found {shape.K} x {shape.V}; use scan."
+        return None
+
+    def misfit(self, region: Region, device: Device) -> str | None:
+        if not isinstance(device, Gpu):
+            return None
+        return self.untargeted(device) or chunk_fits(work_of(region), self.schedule, device)
+
+    @property
+    def schedule(self) -> ChunkKnobs:
+        """The knobs as the cost model and the launcher take them."""
+        return ChunkKnobs(self.chunk_size, self.block_v, self.warps, self.stages)
+
+    def cost(self, region: Region, device: Device) -> Cost:
+        return cost_in_chunks(region, self.chunk_size)
+
+    def gpu_seconds(self, region: Region, gpu: Gpu) -> float:
+        return chunk_seconds(work_of(region), self.schedule, gpu)
+
+    def run(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
+        return cpu_recurrence.recurrence(given, rule, self.chunk_size)
+
+    def space(self, region: Region, device: Device) -> tuple[Form, ...]:
+        if self.refuse(region) is not None or self.untargeted(device) is not None:
+            return ()
+        bare = replace(region, path="", node="", choice=None)
+        if isinstance(device, Gpu):
+            start = default_for(bare, device)
+            return () if start is None else (start,)
+        rule = region.rule
+        assert isinstance(rule, RecurrenceRule)
+        sizes = BY_CHANNEL_ON_CPU if rule.decay == "channel" else ON_CPU
+        return tuple(sorted(map(Chunked, sizes), key=lambda form: form.seconds(bare, device)))
+
+    def settings(self, region: Region, gpu: Gpu) -> tuple[Chunked, ...]:
+        """Every setting that fits `gpu`, this one first."""
+        work, choices = work_of(region), [sorted(k.choices) for k in self.knobs().values()]
+        forms = (Chunked(*values) for values in product(*choices))
+        fitting = [f for f in forms if f != self and chunk_fits(work, f.schedule, gpu) is None]
+        useful = [f for f in fitting if f.block_v < 2 * work.V and f.chunk_size < 2 * max(16, work.L)]
+        return (self, *useful)
+
+
+@lru_cache(maxsize=512)
+def default_for(region: Region, gpu: Gpu) -> Chunked | None:
+    """The knobs the cost model picks among QUICK; None where none fits. Deterministic."""
+    work = work_of(region)
+    fitting = [f for f in (Chunked(*values) for values in QUICK) if chunk_fits(work, f.schedule, gpu) is None]
+    offers = [(chunk_seconds(work, f.schedule, gpu), n, f) for n, f in enumerate(fitting)]
+    return min(offers)[2] if offers else None
+
+
+@lru_cache(maxsize=512)
+def work_of(region: Region) -> ChunkWork:
+    """What the region has to compute, as the cost model takes it."""
+    rule, s = region.rule, region.shape
+    assert isinstance(rule, RecurrenceRule) and isinstance(s, RecurrenceShape)
+    return ChunkWork(
+        s.B,
+        s.H,
+        s.Hk,
+        s.L,
+        s.K,
+        s.V + rule.columns,
+        region.dtype,
+        rule.decay,
+        rule.delta,
+        rule.low_rank,
+        region.training,
+    )
