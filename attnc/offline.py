@@ -58,7 +58,8 @@ def explain(
     graphs = _graphs(model, args, kwargs, chosen)
     merged = Report.merge(_placed(report, place) for place, report in graphs)
     on = next((region.device for region in merged.regions), "cpu")
-    report = replace(merged, model=_name(model), device=chosen.device or on)
+    asked = None if chosen.device is None else device_named(chosen.device).name
+    report = replace(merged, model=_name(model), device=asked or on)
     if graphs:
         return report
     nothing = (

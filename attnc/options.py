@@ -55,7 +55,8 @@ class Options:
     allow:    approximations by name, ("low_rank",): forms that are not exact are taken only where named here, with the
               knobs that cost least and an error that nothing has measured; `attnc.autotune` measures it on data.
     force:    a form's spelling, used wherever it applies whatever the cost rule says.
-    device:   the GPU that choices are made for, as "h100" (`attnc devices` lists them); None: the one the model is on.
+    device:   the GPU that choices are made for, as "h100" (`attnc devices` lists them), or one of a device file of
+              yours, "my_gpu.toml" or "my_gpu.toml:mine"; None: the one the model is on.
     plan:     an `attnc.Plan`, whose choices are taken where they apply, its approximations where `allow` names them;
               regions it does not name are chosen as without, among exact forms.
     store:    directory of verdicts, records and kernels; ATTNC_STORE, else a per-user cache directory, when left out.

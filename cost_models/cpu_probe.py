@@ -28,7 +28,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def measure_cpu(budget_s: float = BUDGET_S, copied_bytes: int = COPIED_BYTES, side: int = SIDE) -> Cpu:
-    """The figures of one thread of this CPU, under the name "cpu"; about 8 * `budget_s` seconds.
+    """The figures of one thread of this CPU, under the name "this-cpu"; about 8 * `budget_s` seconds.
 
     copied_bytes: of the copy that bandwidth is measured with. side: of the square matrices multiplied.
     """
@@ -51,7 +51,7 @@ def measure_cpu(budget_s: float = BUDGET_S, copied_bytes: int = COPIED_BYTES, si
         for name, engine in known.engines
     }
     return Cpu(
-        name="cpu",
+        name="this-cpu",
         bandwidth=_rounded(alone),
         bandwidth_threads=min(max(round(together / alone), 1), threads),
         matmul=_rounded(matmul),

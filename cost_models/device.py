@@ -1,7 +1,7 @@
 """Devices by name: GPUs from their datasheets, the local CPU from measurements.
 
 `device_named("h100")` needs no GPU. Users add devices in a file of the same layout as devices.toml, or vary a known one
-with `like`.
+with `like`, and name them by the file: "my_gpu.toml", or "my_gpu.toml:mine" where it holds several.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "Engine",
     "Gpu",
     "Limits",
+    "answers_to",
     "device_from_torch_name",
     "device_named",
     "gpu_named",
@@ -62,11 +63,15 @@ def read_devices(path: Path, known: Table = EMPTY) -> Table:
     top = read_toml(path)
     limits = dict(known.limits)
     for name, table in as_table(top.pop("arch", {}), f"{path}: arch").items():
+        if name in known.limits:
+            raise _known(f"{path}: arch {name}", "an architecture")
         limits[_named(name, f"{path}: arch")] = _limits(table, f"{path}: arch {name}")
     devices: dict[str, Device] = {}
     raw = dict(known.raw)
     for name, value in top.items():
         where = f"{path}: device {_named(name, str(path))}"
+        if name in known.devices:
+            raise _known(where, "a device")
         table = _like(dict(as_table(value, where)), raw, where)
         kind = read_value(table.pop("kind", Gpu.kind), Allowed("text", names=(Gpu.kind, Cpu.kind)), f"{where}: kind")
         devices[name] = _gpu(name, table, limits, where) if kind == Gpu.kind else _cpu(name, table, where)
@@ -81,6 +86,13 @@ def _named(name: str, where: str) -> str:
             "digit first. Rename it."
         )
     return name
+
+
+def _known(where: str, what: str) -> UsageError:
+    return UsageError(
+        f"{where}: found the name of {what} that attnc knows; allowed is one that it does not, because plans and "
+        "records go by names. Rename it."
+    )
 
 
 def _like(table: dict[str, object], known: Mapping[str, Mapping[str, object]], where: str) -> dict[str, object]:
@@ -176,22 +188,65 @@ def device_named(name: Literal["cpu"] = "cpu", threads: int | None = None) -> Cp
 @overload
 def device_named(name: str, threads: int | None = None, *, file: str | Path | None = None) -> Device: ...
 def device_named(name: str = "cpu", threads: int | None = None, *, file: str | Path | None = None) -> Device:
-    """The device called `name`: as in the table ("h100"), as sold ("H100 SXM") or as torch reports it.
+    """The device called `name`: as in the table ("h100"), as sold ("H100 SXM"), as torch reports it, or by its file.
 
     threads: of a CPU, by default as many as torch uses now, or as there are where nothing has loaded torch.
     file: where to look first.
     Raises: UsageError for an unknown device.
     """
-    devices = {**shipped().devices, **(load_devices(file) if file is not None else {})}
-    device = devices.get(name) or devices.get(_spellings(devices.values()).get(_plain(name), ""))
-    if device is None:
-        raise UsageError(
-            f"device {name!r}: no such device; known are {', '.join(devices)}."
-            + (did_you_mean(name.casefold(), devices) or " Leave device out for the local CPU.")
-        )
+    by_file = IN_FILE.fullmatch(name)
+    if by_file is not None:
+        device = _of_file(name, by_file["file"], by_file["name"] or "")
+    else:
+        own = load_devices(file) if file is not None else {}
+        devices = {**own, **shipped().devices}
+        found = _called(name, devices)
+        if found is None:
+            raise UsageError(
+                f"device {name!r}: no such device; known are {', '.join(devices)}."
+                + (did_you_mean(name.casefold(), devices) or OTHERWISE)
+            )
+        device = found
     if isinstance(device, Cpu):
         return device.at(threads if threads is not None else _threads())
     return device
+
+
+IN_FILE = re.compile(r"(?P<file>.+?\.toml)(?::(?P<name>[^:/\\]*))?")
+OTHERWISE = " Leave device out for the local CPU, or name a device file, as my_gpu.toml."
+
+
+def _called(name: str, devices: Mapping[str, Device]) -> Device | None:
+    return devices.get(name) or devices.get(_spellings(devices.values()).get(_plain(name), ""))
+
+
+def _of_file(asked: str, file: str, name: str) -> Device:
+    """The device of `file` that is called `name`; "" is the only one."""
+    path = Path(file).expanduser()
+    try:
+        info = path.stat()
+        devices = _devices_in(path, (info.st_mtime_ns, info.st_size, info.st_ino))
+    except (OSError, ValueError):  # told as any file that cannot be read
+        devices = load_devices(path)
+    found = _called(name, devices) if name else next(iter(devices.values())) if len(devices) == 1 else None
+    if found is not None:
+        return found
+    if not devices:
+        raise UsageError(f"device {asked!r}: found no device in {file}, needed is one. Write it as in devices.toml.")
+    if not name:
+        raise UsageError(
+            f"device {asked!r}: found {len(devices)} devices in {file}: {', '.join(devices)}; allowed is one. "
+            f"Write {file}:{next(iter(devices))}."
+        )
+    raise UsageError(
+        f"device {asked!r}: no such device in {file}; it has {', '.join(devices)}."
+        + (did_you_mean(name.casefold(), devices) or " Name one of them.")
+    )
+
+
+@lru_cache(maxsize=16)
+def _devices_in(path: Path, stamp: tuple[int, int, int]) -> Mapping[str, Device]:
+    return load_devices(path)
 
 
 def _threads() -> int:
@@ -227,6 +282,13 @@ def device_from_torch_name(name: str, capability: tuple[int, int] | None = None)
             "device file."
         )
     return gpu
+
+
+def answers_to(device: Device, name: str, capability: tuple[int, int] | None = None) -> bool:
+    """Whether `torch.cuda.get_device_name` calls this device `name`, and get_device_capability agrees."""
+    if not isinstance(device, Gpu) or _plain(name) not in _spellings([device]):
+        return False
+    return capability is None or device.capability == f"{capability[0]}.{capability[1]}"
 
 
 VENDOR_WORDS = re.compile(r"\b(nvidia|amd|intel|r|tm|geforce|tesla|instinct|radeon|graphics|data center gpu)\b")

@@ -237,7 +237,6 @@ def crossover(
     return lengths[bisect_left(lengths, True, key=pays)]
 
 
-@lru_cache(maxsize=64)
 def target_device(name: str | None, kind: str) -> Device:
     """The device that choices are made for: the one asked for, else the one that tensors of type `kind` are on.
 

@@ -137,8 +137,8 @@ def test_each_length_gives_a_report(run):
 
 
 MISTAKES = [
-    (("factories_of_test",), "found no name of the form package.module:name"),
-    ((":bare",), "found no name of the form package.module:name"),
+    (("factories_of_test",), "found no name of the form package.module:factory"),
+    ((":bare",), "found no name of the form package.module:factory"),
     (("no_such_module:bare",), "importing no_such_module raised ModuleNotFoundError"),
     (("broken_of_test:bare",), "importing broken_of_test raised ModuleNotFoundError: No module named 'no_such_module'"),
     (("factories_of_test:bear",), "found no 'bear' in factories_of_test, which has"),
@@ -235,6 +235,23 @@ def test_help_names_the_commands(run):
     assert run("tune", "--help").stdout.startswith("Usage: attnc tune [OPTIONS] ")
     assert "Did you mean 'explain'" in run("explane").stderr
     assert "NAME=SHAPE:DTYPE" in run("explain", "--help").stdout
+
+
+MINE = """[mine]
+title = "H100 at half its clock"
+like = "h100"
+clock_hz = 0.99e9
+tensor_clock_hz = 0.915e9
+source = { figures = "nvidia-smi" }
+"""
+
+
+def test_choices_are_made_for_a_device_of_a_file(run, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(MINE)
+    for asked in ("own.toml", tmp_path / "own.toml:mine"):
+        shown = explained(run, "bare", *IDS, "--device", asked, "--json")
+        assert json.loads(shown.stdout)["device"] == "mine"
+    assert "Did you mean 'mine'" in run("explain", "factories_of_test:bare", *IDS, "--device", "own.toml:mime").stderr
 
 
 def test_choices_are_made_for_the_named_device(run) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from attnc.commands.target import INPUT_HELP, TARGET_HELP, Call, InputSpec, input_specs, load_call
+from attnc.commands.target import DEVICE_HELP, INPUT_HELP, TARGET_HELP, Call, InputSpec, input_specs, load_call
 from attnc.offline import explain
 from attnc.report import Report
 
@@ -23,7 +23,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; an array where --length is repeated.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Training mode with gradients, not eval without.")] = False,
     device: Annotated[
-        str | None, typer.Option(help="The device to choose for, as h100; it need not be here. `attnc devices`.")
+        str | None, typer.Option(help=DEVICE_HELP)
     ] = None,
 ) -> None:
     """Show the attention of a model: what is there, what it costs, what attnc would choose and why."""

@@ -23,6 +23,10 @@ TARGET_HELP = (
     "package.module:factory; called without arguments it returns a model, or (model, args), (model, kwargs) or "
     "(model, args, kwargs)."
 )
+DEVICE_HELP = (
+    "The device to choose for, as h100, or of a file of your own, my_gpu.toml or my_gpu.toml:mine; it need not be "
+    "here. `attnc devices`."
+)
 INPUT_HELP = (
     f"A random input NAME=SHAPE:DTYPE, as input_ids=1x128:int64. Integers are below {IDS_BELOW}, or below N with "
     "'DTYPE<N'. L in a shape stands for --length. May be repeated."

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from attnc.codegen.load import triton
-from attnc.cost_models.device import Gpu, device_from_torch_name
+from attnc.cost_models.device import Gpu, answers_to
 from attnc.errors import UsageError
 from attnc.forms import spell_attention
 from attnc.forms.base import Form
@@ -98,10 +98,7 @@ def is_here(gpu: Gpu) -> bool:
     """Whether the current device of torch is `gpu`."""
     if not torch.cuda.is_available():
         return False
-    try:
-        return device_from_torch_name(torch.cuda.get_device_name(), torch.cuda.get_device_capability()) == gpu
-    except UsageError:  # a GPU that is not in the table
-        return False
+    return answers_to(gpu, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 
 
 def check_here(gpu: Gpu) -> None:

@@ -104,8 +104,9 @@ def test_what_is_measured_can_be_written_and_used(run, tmp_path: Path) -> None:
     assert result.exit_code == 0 and result.output == path.read_text()
     (cpu,) = load_devices(path).values()
     assert device_text(cpu) == path.read_text()
-    assert cpu.name == "cpu" and device_named("cpu", 1, file=path) == cpu
-    assert json.loads(run("cpu", "--file", path, "--json").output)[0]["source"] == dict(cpu.source)
+    assert cpu.name == "this-cpu" and device_named(str(path), 1) == device_named("this-cpu", 1, file=path) == cpu
+    assert json.loads(run(path, "--json").output) == json.loads(run("this-cpu", "--file", path, "--json").output)
+    assert json.loads(run("this-cpu", "--file", path, "--json").output)[0]["source"] == dict(cpu.source)
     assert "a file there, which is kept" in said(run("--measure", "--write", path))
     assert "cannot be written" in said(run("--measure", "--write", tmp_path / "no" / "cpu.toml"))
     assert json.loads(run("--measure", "--json").output)["kind"] == "cpu"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from attnc.cost_models.device import Cpu, Device, Gpu, device_named, gpu_named, load_devices
+from attnc.cost_models.device import Cpu, Device, Gpu, answers_to, device_named, gpu_named, load_devices
 from attnc.errors import UsageError
 
 ARCH = """[arch.sm77]
@@ -92,6 +92,59 @@ def test_a_file_adds_devices_to_the_known_ones(write) -> None:
     assert device_named("h100", file=path) == device_named("h100")
     two = device_named("box", 2, file=path)
     assert isinstance(two, Cpu) and two.bandwidth == 2e10 == device_named("box", 8, file=path).bandwidth
+
+
+def test_a_name_may_be_a_file_with_a_device(write) -> None:
+    path = write(WHOLE)
+    file, own = str(path), load_devices(path)
+    assert device_named(f"{file}:mine") == gpu_named(f"{file}:My GPU 24GB") == own["mine"]
+    assert device_named(f"{file}:box", 2) == device_named("box", 2, file=path)
+    assert device_named(str(write(ARCH + GPU))) == own["mine"], "the only one needs no name, and a new file is read"
+    assert gpu_named(str(write(ARCH + GPU.replace("sms = 80", "sms = 40")))).sms == 40
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "says"),
+    [
+        (WHOLE, "", r"found 3 devices in .*mine\.toml: mine, slow, box; allowed is one. Write .*mine\.toml:mine\."),
+        (WHOLE, ":", "found 3 devices"),
+        (WHOLE, ":h100", r"no such device in .*mine\.toml; it has mine, slow, box\."),
+        (WHOLE, ":mime", "Did you mean 'mine'"),
+        ("", "", r"found no device in .*mine\.toml"),
+        (GPU, "", "device mine: arch: found 'sm77'"),
+    ],
+)
+def test_a_file_that_names_no_device_is_a_sentence(write, text: str, name: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        device_named(f"{write(text)}{name}")
+
+
+def test_a_file_that_is_not_there_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"^mine\.toml: found no TOML that can be read"):
+        device_named("mine.toml")
+    with pytest.raises(UsageError, match=r"or name a device file, as my_gpu\.toml"):
+        device_named("quantum")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (LIKE.replace("[slow]", "[h200]"), "device h200: found the name of a device that attnc knows; allowed is one"),
+        (CPU.replace("[box", "[cpu"), "device cpu: found the name of a device that attnc knows"),
+        (ARCH.replace("sm77", "sm90"), "arch sm90: found the name of an architecture that attnc knows"),
+    ],
+)
+def test_what_is_known_is_not_defined_anew(write, text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        load_devices(write(text))
+
+
+def test_a_gpu_of_a_file_answers_to_its_own_names(write) -> None:
+    mine = gpu_named("mine", file=write(WHOLE))
+    assert answers_to(mine, "NVIDIA My GPU 24GB", (7, 7)) and answers_to(mine, "my gpu")
+    assert not answers_to(mine, "NVIDIA My GPU 24GB", (9, 0)) and not answers_to(mine, "NVIDIA H100")
+    assert not answers_to(device_named("cpu"), "cpu")
 
 
 def test_like_takes_figures_over_but_not_names_and_documents(write) -> None:

@@ -61,6 +61,18 @@ def test_kernels_lie_in_the_store_that_the_options_name(inner, tmp_path, monkeyp
     assert listing(kernel_folder(Options().store)) == own
 
 
+def test_the_device_may_be_one_of_a_file(tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text('[mine]\nlike = "cpu"\nsource = { figures = "me" }\n')
+    fast = torch.compile(Net(1), backend="attnc", options={"device": str(file), "inner": "eager"})
+    fast(tokens())
+    (region,) = attnc.last_report(fast).regions
+    assert "mine" in region.choice.reason or region.choice.predicted_s is not None
+    assert "no such device in" in failure(options={"device": f"{file}:h100"})
+    file.write_text('[mine]\nlike = "h100"\ntitle = "Mine"\nsource = { figures = "me" }\n')
+    assert "found a model on cpu, allowed is one on a GPU" in failure(options={"device": str(file)})
+
+
 def test_unknown_mode_is_named():
     assert "no such mode of Inductor" in failure(mode="max-autotun")
 

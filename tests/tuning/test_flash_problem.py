@@ -129,6 +129,23 @@ def test_a_plan_that_does_not_apply_leaves_the_region(options: Options) -> None:
     assert chosen is not None and not chosen.rewrites and "at most 16 query rows" in chosen.reason
 
 
+def test_a_device_of_a_file_is_tuned_and_chosen_for_under_its_name_wherever_the_file_lies(options, tmp_path) -> None:
+    found = []
+    for folder in ("a", "b"):
+        file = tmp_path / folder / "own.toml"
+        file.parent.mkdir()
+        file.write_text('[mine]\nlike = "h100"\ntitle = "Mine"\nsource = { figures = "me" }\n')
+        (problem,) = flash_problems([region()], [str(file)])
+        settings = Settings(trials=20, fidelity="predict", storage="memory")
+        (record,) = tune([problem], settings, records=records_in(options.store))
+        choice = choose(region(), Options(device=f"{file}:mine", store=options.store)).choice
+        plan = Plan({"layers.0": choice}, problem.device)
+        taken = choose(region(), Options(device=str(file), store=str(tmp_path / folder), plan=plan)).choice
+        assert "by the plan for mine" in taken.reason
+        found.append((record.key, choice.form))
+    assert found[0] == found[1] and found[0][0].device == "mine" and choice.reason.startswith("tuned")
+
+
 def test_autotune_returns_a_plan_and_keeps_records(options: Options) -> None:
     class Attend(torch.nn.Module):
         def forward(self, x):
