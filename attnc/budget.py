@@ -1,10 +1,10 @@
-"""Approximations inside an error budget: their settings measured on the user's data, region by region and end to end.
+"""Approximations inside an error budget: their settings measured on the user's data, by region and end to end.
 
-The model runs on each batch through `attnc.observe`, as `explain` runs it, each region that an approximation may replace
-behind a probe of `attnc.probes`. The first pass over the data measures every setting; each region then takes the one of
-least predicted time within the budget. Further passes run the model with all of these together: its output is to be
-within the same budget of the output as written, in every tensor of it; until that holds, the region that is furthest
-off takes its next setting of less error, at last the exact form.
+The model runs on each batch through `attnc.observe`, as `explain` runs it, with a probe of `attnc.probes` for each
+region that an approximation may replace. The first pass over the data measures every setting; each region then takes
+the one of least predicted time within the budget. Further passes run the model with all of these together: its output
+is to be within the same budget of the output as written, in every tensor of it; until that holds, the region that is
+furthest off takes its next setting of less error, at last the exact form.
 
 Source: DESIGN.md, sections 1 and 7 (semantic knobs move only inside the error budget, verified end to end).
 """
@@ -21,6 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from attnc.errors import UsageError
+from attnc.forms import Form
 from attnc.observe import name_of, observed
 from attnc.options import Options
 from attnc.passes.choose import GAIN, approximations
@@ -38,8 +39,8 @@ def checked_limit(max_error: object) -> float:
     """The budget. Raises: UsageError where it is no number in (0, 1]."""
     if isinstance(max_error, bool) or not isinstance(max_error, int | float) or not 0 < max_error <= 1:
         raise UsageError(
-            f"autotune max_error={max_error!r:.80}: found {type(max_error).__name__}, allowed is a number above 0 and at "
-            "most 1: the norm of the error over that of the output. Use max_error=0.02."
+            f"autotune max_error={max_error!r:.80}: found {type(max_error).__name__}, allowed is a number above 0 and "
+            "at most 1: the norm of the error over that of the output. Use max_error=0.02."
         )
     return float(max_error)
 

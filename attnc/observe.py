@@ -34,6 +34,7 @@ WHILE_TRACING = re.compile(r"got (\w+)\(['\"](.*?)['\"]\)\s*$", re.MULTILINE)
 # (graph, its inputs, place of its frame's module in the model) -> what runs in the graph's stead
 Read = Callable[[fx.GraphModule, Sequence[Any], str], Callable[..., Any]]
 
+
 def as_written(model: Any) -> Callable[..., Any]:
     """The model under torch.compile's wrappers."""
     while True:

@@ -89,7 +89,8 @@ def autotune(
 
     model, args, kwargs, options: as for `explain`. device: as "h100"; it need not be here. For "cpu" there are no
               kernels to search, and the plan follows from the forms alone.
-    trials, seconds: the budget of each kernel, and of all of them; what earlier runs found counts.
+    trials, seconds: the budget of each kernel, and of all of them; what earlier runs found counts. trials=0 searches
+              nothing: the plan follows from the records there are.
     fidelity: "predict" (closed form), "compile" (ahead of time) or "measure" (on the device); None: measured where the
               device is here, compiled elsewhere.
     allow:    approximations by name, with those of the options. Their settings are measured on `data`; a region takes
@@ -109,7 +110,7 @@ def autotune(
         raise UsageError("autotune data: found no approximation in allow to measure on it. Name one, or leave it out.")
     exact = replace(chosen, allow=())
     graphs = [(place, report.regions) for place, report in _graphs(model, args, kwargs, exact)]
-    if isinstance(target, Gpu):
+    if isinstance(target, Gpu) and trials != 0:
         problems = flash_problems([region for _, regions in graphs for region in regions], [device], chosen.store)
         dearest = fidelity or ("measure" if is_here(target) else "compile")
         asked = Settings(trials, seconds, dearest, seed=seed, workers=workers, folder=Path(chosen.store) / "studies")

@@ -166,18 +166,26 @@ class Probe(torch.nn.Module):
         spelling = f"{EXACT if form is None else form.spell()} | {self.rule}"
         return torch.ops.attnc.attention.default(*given, spelling)
 
-    def judge(self, batch: int, query: Any, key: Any, value: Any, captured: Sequence[Any], sizes: Sequence[Any]) -> None:
+    def judge(
+        self, batch: int, query: Any, key: Any, value: Any, captured: Sequence[Any], sizes: Sequence[Any]
+    ) -> None:
         query, key, value, *captured = as_float64(*(x.cpu() for x in (query, key, value, *captured)))
         given = (query, key, value, captured, sizes)
         exact, unit = self.computed(None, *given)[0], self.unit
         unit.batches.add(batch)
         for form in self.settings:
-            try:
-                error = relative([self.computed(form, *given)[0]], [exact])
-            except Exception as exc:  # noqa: BLE001  # as a solver that does not converge: told as the reason
-                unit.failed[form] = f"on batch {batch} it raises {type(exc).__name__}: {exc}".splitlines()[0]
+            error = self._error(form, given, exact)
+            if isinstance(error, str):  # as a solver that does not converge
+                unit.failed[form] = f"on batch {batch} it raises {error}"
             else:
                 unit.errors[form] = max(error, unit.errors.get(form, 0.0))
+
+    def _error(self, form: Form, given: Sequence[Any], exact: torch.Tensor) -> float | str:
+        """The error of a setting, or what it raises."""
+        try:
+            return relative([self.computed(form, *given)[0]], [exact])
+        except Exception as exc:  # noqa: BLE001  # told as the reason
+            return f"{type(exc).__name__}: {exc}".splitlines()[0]
 
 
 def relative(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -22,6 +23,10 @@ INPUT = re.compile(r"(?P<name>[A-Za-z_]\w*)=(?P<shape>(?:\d+|L)(?:x(?:\d+|L))*):
 TARGET_HELP = (
     "package.module:factory; called without arguments it returns a model, or (model, args), (model, kwargs) or "
     "(model, args, kwargs)."
+)
+DATA_HELP = (
+    "package.module:batches, an iterable of inputs of the model or a function that returns one; each a tensor, a tuple "
+    "of arguments or a dict of keywords. Without it the model's own inputs."
 )
 DEVICE_HELP = (
     "The device to choose for, as h100, or of a file of your own, my_gpu.toml or my_gpu.toml:mine; it need not be "
@@ -101,28 +106,38 @@ def _input_spec(text: str) -> InputSpec:
 
 def load_call(target: str) -> Call:
     """Import the factory that `target` names and call it."""
-    module_name, colon, path = target.partition(":")
-    if not (module_name and colon and path):
-        raise UsageError(
-            f"model {target}: found no name of the form package.module:factory. Write for instance "
-            "mymodels.llama:build, where build() returns the model."
-        )
-    value = _attribute(_module(module_name, target), path, target)
+    asked = f"model {target}"
+    value = _named(target, asked, "factory", "mymodels.llama:build, where build() returns the model")
     if isinstance(value, torch.nn.Module):
         return _call_of(value, target)
     if not callable(value):
         raise UsageError(
-            f"model {target}: found {type(value).__name__}, allowed is a function that returns the model. "
-            f"Write a function around {path}."
+            f"{asked}: found {type(value).__name__}, allowed is a function that returns the model. "
+            f"Write a function around {target.partition(':')[2]}."
         )
-    return _call_of(_made(value, f"model {target}: calling {path}()"), target)
+    return _call_of(_made(value, f"{asked}: calling {target.partition(':')[2]}()"), target)
 
 
-def _module(name: str, target: str) -> Any:
+def load_data(target: str) -> Any:
+    """Import the inputs that `target` names, or the function that returns them."""
+    asked = f"--data {target}"
+    value = _named(target, asked, "batches", "mydata.text:batches, where batches() returns an iterable of inputs")
+    return _made(value, f"{asked}: calling {target.partition(':')[2]}()") if inspect.isroutine(value) else value
+
+
+def _named(target: str, asked: str, name: str, example: str) -> Any:
+    """What package.module:name stands for."""
+    module_name, colon, path = target.partition(":")
+    if not (module_name and colon and path):
+        raise UsageError(f"{asked}: found no name of the form package.module:{name}. Write for instance {example}.")
+    return _attribute(_module(module_name, asked), path, asked)
+
+
+def _module(name: str, asked: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    return _made(lambda: importlib.import_module(name), f"model {target}: importing {name}")
+    return _made(lambda: importlib.import_module(name), f"{asked}: importing {name}")
 
 
 def _made(make: Callable[[], Any], doing: str) -> Any:
@@ -135,14 +150,14 @@ def _made(make: Callable[[], Any], doing: str) -> Any:
         ) from exc
 
 
-def _attribute(module: Any, path: str, target: str) -> Any:
+def _attribute(module: Any, path: str, asked: str) -> Any:
     value = module
     for name in path.split("."):
         if not hasattr(value, name):
             where = module.__name__ if value is module else path.partition("." + name)[0]
             known = [n for n in dir(value) if not n.startswith("_")]
             raise UsageError(
-                f"model {target}: found no {name!r} in {where}, which has {', '.join(known[:8]) or 'no public name'}"
+                f"{asked}: found no {name!r} in {where}, which has {', '.join(known[:8]) or 'no public name'}"
                 f"{', ...' if len(known) > 8 else ''}.{did_you_mean(name, known) or ' Name one of them.'}"
             )
         value = getattr(value, name)

@@ -165,7 +165,7 @@ class Hierarchical(AttentionForm):
         return score.softmax(-1) @ value, score.logsumexp(-1)
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
-        return () if self.refuse(region) else (self,)  # both knobs are the user's: they change results
+        return () if self.refuse(region) else (self,)  # both knobs change results: attnc.budget searches them
 
 
 def _scored(rule: AttentionRule, raw: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ class LowRank(AttentionForm):
 
     name: ClassVar[str] = "low_rank"
     approximates: ClassVar[bool] = True
-    rank: int = knob(64, 16, 32, 96, 128, role="semantic", unit="directions")
+    rank: int = knob(64, 8, 16, 24, 32, 48, 96, 128, role="semantic", unit="directions")
 
     def refuse(self, region: AttentionRegion) -> str | None:
         if region.kind != "attention":
@@ -93,7 +93,7 @@ class LowRank(AttentionForm):
         return reference(query, key @ right.mT @ right, value, captured, sizes, rule)
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
-        return () if self.refuse(region) else (self,)  # the rank is the user's: it changes results
+        return () if self.refuse(region) else (self,)  # the rank changes results: attnc.budget searches it
 
 
 def leading_directions(key: torch.Tensor, rank: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from attnc.commands.target import Call
-from attnc.commands.tune import command, device_names, spell_seconds
+from attnc.commands.tune import command, listed, spell_seconds
 from attnc.errors import UsageError
 from tests.tuning.landscapes import CASES, CHIPS, Landscape
 from tests.tuning.test_tune import Stopped
@@ -90,8 +90,8 @@ def test_a_mistake_is_a_sentence(arguments: list[str], says: str) -> None:
     assert isinstance(found.exception, UsageError) and says in str(found.exception)
 
 
-def test_device_names_come_once() -> None:
-    assert device_names("a100, h200,a100") == ["a100", "h200"]
+def test_listed_come_once() -> None:
+    assert listed("a100, h200,a100") == ["a100", "h200"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, "-"), (2.0, "2 s"), (1.234e-3, "1.23 ms"), (5e-8, "50 ns")])
