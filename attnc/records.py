@@ -27,6 +27,7 @@ except ImportError:  # not a Unix: writers are then not kept apart
 from attnc import __version__
 from attnc.atomic_file import private_folder, replace_file
 from attnc.codegen.compile_stats import triton_version
+from attnc.cost_models.estimate import Estimate
 from attnc.errors import ArtifactError
 
 log = logging.getLogger("attnc.records")
@@ -91,6 +92,13 @@ class Timing:
     def at(self, fidelity: str) -> float | None:
         """Seconds at "predict", "compile" or "measure"; None where unknown or the setting failed."""
         return None if self.failure else getattr(self, TIMES[fidelity])
+
+    @property
+    def spread(self) -> Estimate:
+        """A measured time with its error on either side."""
+        assert self.measured_s is not None
+        error = min(1.0, _or(self.error, 0.0))
+        return Estimate(self.measured_s, self.measured_s * (1 - error), self.measured_s * (1 + error))
 
     def merged(self, later: Timing) -> Timing:
         """Both: a failure stays; of two measured times the slower one, so that luck never wins."""

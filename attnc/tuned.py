@@ -5,7 +5,6 @@ Source: shared vocabulary of DESIGN.md, section 2 (record).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -24,12 +23,14 @@ from attnc.codegen import (
 )
 from attnc.codegen.render import skeleton_text, source_hash
 from attnc.cost_models.device import Gpu
+from attnc.cost_models.estimate import Estimate
+from attnc.cost_models.tile_estimate import predicted
 from attnc.errors import UsageError
 from attnc.forms import parse_form
 from attnc.forms.flash import KERNELS, TILES, Flash, default_for, skips
 from attnc.forms.flash_decode import FlashDecode, decode_default
 from attnc.forms.generated import Generated
-from attnc.records import Record, RecordKey, Records
+from attnc.records import TIMES, RecordKey, Records, Timing
 from attnc.region import AttentionRegion
 
 SOURCES = (derivative, gpu_decode, gpu_flash, gpu_tables, holes, launch, ranges, render, tiles, triton_text)
@@ -73,8 +74,11 @@ def records_in(store: str) -> Records:
     return Records(Path(store) / "records")
 
 
-def tuned(region: AttentionRegion, gpu: Gpu, store: str) -> tuple[Generated, float] | None:
-    """The tuned setting and its seconds, at the dearest fidelity known of all; None where a kernel has no record."""
+def tuned(region: AttentionRegion, gpu: Gpu, store: str) -> tuple[Generated, Estimate] | None:
+    """The tuned setting and its time, at the dearest fidelity known of all; None where a kernel has no record.
+
+    A measured time has the interval of its own repetitions, another that of such predictions.
+    """
     try:
         stamp = records_in(store).directory.stat().st_mtime_ns  # a record that is written anew replaces a file here
     except OSError:
@@ -83,23 +87,30 @@ def tuned(region: AttentionRegion, gpu: Gpu, store: str) -> tuple[Generated, flo
 
 
 @lru_cache(maxsize=1024)
-def _tuned(region: AttentionRegion, gpu: Gpu, store: str, stamp: int) -> tuple[Generated, float] | None:
+def _tuned(region: AttentionRegion, gpu: Gpu, store: str, stamp: int) -> tuple[Generated, Estimate] | None:
     form = start_of(region, gpu)
     if form is None:
         return None
-    times: list[Mapping[str, float]] = []
+    times: list[Timing] = []
     for kernel in kernels_of(form, region):
         record = records_in(store).find(record_key(region, gpu, kernel))
-        best = None if record is None else _setting(record)
-        if record is None or type(best) is not type(form) or best.misfit(region, gpu) is not None:
+        if record is None or record.best is None:
+            return None
+        best = _setting(record.best)
+        if best is None or type(best) is not type(form) or best.misfit(region, gpu) is not None:
             return None
         form = with_kernel(form, best, kernel) if isinstance(form, Flash) and isinstance(best, Flash) else best
-        times.append(_times(record))
-    for fidelity in ("measure", "compile", "predict"):
-        if all(fidelity in known for known in times):
+        times.append(record.timings[record.best])
+    for fidelity in reversed(TIMES):
+        known = [timing.at(fidelity) for timing in times]
+        if None in known:
+            continue
+        if fidelity == "measure":
             # What is measured for either kernel of the backward is the whole backward.
-            counted = times[:1] + times[2:] if fidelity == "measure" else times
-            return form, sum(known[fidelity] for known in counted)
+            return form, sum((timing.spread for timing in times[:1] + times[2:]), Estimate(0.0, 0.0, 0.0))
+        made, forward = fidelity == "compile", not region.training
+        total = sum(s for s in known if s is not None)
+        return form, predicted(total, form.work(region), form.tiles, gpu, compiled=made, forward=forward)
     return None
 
 
@@ -109,16 +120,9 @@ def with_kernel(form: Flash, other: Flash, kernel: str) -> Flash:
     return replace(form, **{name: getattr(other, name) for name in names})
 
 
-def _setting(record: Record) -> Generated | None:
+def _setting(spelling: str) -> Generated | None:
     try:
-        form = None if record.best is None else parse_form(record.best)
+        form = parse_form(spelling)
     except UsageError:  # a record by hand: its key is right, its spelling is none
         return None
     return form if isinstance(form, Generated) else None
-
-
-def _times(record: Record) -> dict[str, float]:
-    """Seconds of the best setting by fidelity."""
-    assert record.best is not None
-    timing = record.timings[record.best]
-    return {name: s for name in ("measure", "compile", "predict") if (s := timing.at(name)) is not None}

@@ -27,6 +27,21 @@ def shortest(off: np.ndarray, held: float) -> tuple[float, float]:
     return float(ordered[i]), float(ordered[i + inside])
 
 
+def around_one(ratios: Sequence[float], held: float) -> tuple[float, float]:
+    """The narrowest interval around 1 that holds the share `held` of measured over predicted times."""
+    off = np.sort(np.log(np.asarray(ratios, float)))
+    best = (float(off[0]), float(off[-1]))
+    for low in (*off[off < math.log(0.98)], math.log(0.98)):
+        above = np.sort(off[off >= low])
+        need = math.ceil(held * len(off))
+        if len(above) < need:
+            break
+        high = max(float(above[need - 1]), math.log(1.02))
+        if high - low < best[1] - best[0]:
+            best = (float(low), high)
+    return math.exp(best[0]), math.exp(best[1])
+
+
 def interval(off: np.ndarray, share: np.ndarray, regimes: Sequence[float] = REGIMES) -> dict[str, list[float]]:
     """Bounds on measured / predicted by regime; off: log(predicted / measured) of rows, share: their fixed share.
 

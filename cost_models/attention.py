@@ -12,7 +12,8 @@ from __future__ import annotations
 from attnc.cost_models import latency
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.device_kinds import LAUNCH_S, MEMORY_SHARE, TENSOR_TYPE_OF
-from attnc.cost_models.roofline import COMPOSED_PASSES, seconds, written_cost
+from attnc.cost_models.estimate import PLAIN, Estimate
+from attnc.cost_models.roofline import COMPOSED_PASSES, estimate, written_cost
 from attnc.expr import TRUE
 from attnc.region import ITEM_BYTES, AttentionRegion
 
@@ -27,25 +28,33 @@ DECODE_ROWS = 16  # query rows of one key head that libraries pack into one tile
 
 def written_seconds(region: AttentionRegion, device: Device) -> float:
     """Predicted time of the region as it is written."""
+    return written_estimate(region, device).seconds
+
+
+def written_estimate(region: AttentionRegion, device: Device) -> Estimate:
+    """Predicted time of the region as it is written, with its interval."""
     if not isinstance(device, Gpu):
-        return seconds(written_cost(region, device), device, region.dtype)
+        return estimate(written_cost(region, device), device, region.dtype)
     if region.written == "composed":
-        return composed_seconds(region, device)
+        return PLAIN.around(composed_seconds(region, device))
     s = region.shape
     causal = region.written == "sdpa_causal"
     masked = not causal and (region.rule.keep != TRUE or region.rule.bias is not None)
     # Repeated heads are written and read again.
     copied = 0 if s.group == 1 else 2 * s.B * s.Hq * s.S * (s.E + s.Ev) * ITEM_BYTES.get(region.dtype, 4)
     again = copied / (MEMORY_SHARE * device.bandwidth) + LAUNCH_S if copied else 0.0
-    return library_seconds(region, device, causal=causal, masked=masked) + again
+    return library_estimate(region, device, causal=causal, masked=masked) + PLAIN.around(again)
 
 
-def library_seconds(region: AttentionRegion, gpu: Gpu, *, causal: bool, masked: bool = False) -> float:
-    """Predicted time of scaled_dot_product_attention; masked: with an additive mask in memory, all pairs computed."""
+def library_estimate(region: AttentionRegion, gpu: Gpu, *, causal: bool, masked: bool = False) -> Estimate:
+    """Predicted time of scaled_dot_product_attention; masked: with an additive mask in memory, all pairs computed.
+
+    Its interval is that of the tables where they show the call, else of a plain roofline.
+    """
     s = region.shape
     pairs = s.L * s.S / (2 if causal and s.L == s.S else 1)
     if region.dtype not in ("bfloat16", "float16"):
-        time = _fp32_seconds(region, gpu, pairs)
+        time = PLAIN.around(_fp32_seconds(region, gpu, pairs))
     else:
         kind = "attn_prefill" if causal else "attn_encoder"
         kind = "attn_decode" if s.group * s.L <= DECODE_ROWS and s.S > s.L else kind
@@ -62,11 +71,12 @@ def library_seconds(region: AttentionRegion, gpu: Gpu, *, causal: bool, masked: 
         }
         if kind != "attn_decode" and s.L != s.S:  # tables have as many queries as keys: as many pairs
             columns["seq_q"] = columns["seq_kv"] = max(1, round((s.L * s.S) ** 0.5))
-        time = latency.predict(kind, gpu, columns).seconds
+        time = latency.predict(kind, gpu, columns)
     if masked:
         added = s.B * s.L * s.S * ITEM_BYTES.get(region.dtype, 4)
-        time = time / MASKED_SHARE + added / (MEMORY_SHARE * gpu.bandwidth)
-    return time * (1 + BACKWARD_TIME if region.training else 1)
+        slower = time.seconds / MASKED_SHARE + added / (MEMORY_SHARE * gpu.bandwidth)
+        time = PLAIN.around(slower)
+    return time * (1 + BACKWARD_TIME) if region.training else time
 
 
 def _fp32_seconds(region: AttentionRegion, gpu: Gpu, pairs: float) -> float:

@@ -1,7 +1,8 @@
 """The local CPU measured: memory by copying, matrix products per dtype, softmax, the cost of a call.
 
 Engines of cpu.toml, which take a compiler and minutes to measure (benchmarks/cost_fit.py), are carried over in the
-ratio of the products and of the softmax measured here to those of that file; their launches as they stand there.
+ratio of the products and of the softmax measured here to those of that file; their launches, and the interval of times
+predicted from them, as they stand there.
 
 Source: copy bandwidth as in McCalpin, STREAM, https://www.cs.virginia.edu/stream/ (read and write counted once each).
 """
@@ -58,6 +59,7 @@ def measure_cpu(budget_s: float = BUDGET_S, copied_bytes: int = COPIED_BYTES, si
         exps=_rounded(exps),
         launch_s=_rounded(launch),
         dtype_speed=Figures(tuple((name, _rounded(speed)) for name, speed in speeds.items())),
+        interval=known.interval,
         source=(("figures", f"attnc devices --measure: {cpu_model()}, torch {torch.__version__}"),),
         engines=tuple(engines.items()),
     )
@@ -68,7 +70,8 @@ def device_text(cpu: Cpu) -> str:
     lines = [
         "# Written by `attnc devices --measure`. Units: FLOP/s, scores/s, bytes/s, seconds, each of one thread.",
         "# bandwidth, matmul, exps, launch_s and dtype_speed were measured; the engines are those of attnc's cpu.toml",
-        "# in the ratio of matmul and of exps (scores/s of a softmax), with their launches as they stand there.",
+        "# in the ratio of matmul and of exps (scores/s of a softmax); launches and interval (of measured over predicted",
+        "# times) as they stand there.",
         "",
         f"[{cpu.name}]",
         'kind = "cpu"',
@@ -78,6 +81,7 @@ def device_text(cpu: Cpu) -> str:
         f"exps = {cpu.exps:g}",
         f"launch_s = {cpu.launch_s:g}",
         f"dtype_speed = {_inline(cpu.dtype_speed)}",
+        f"interval = {_inline(cpu.interval)}",
         "source = { " + ", ".join(f'{key} = "{text}"' for key, text in cpu.source) + " }",
     ]
     for name, engine in cpu.engines:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from attnc.cost_models.estimate import Bounds
 from attnc.cost_models.figures import Figures, figure
 from attnc.errors import UsageError
 
@@ -65,7 +66,8 @@ class Cpu(Device):
     """A CPU at a number of threads. `dtype_speed` multiplies rates for types other than float32.
 
     In a file the figures are those of one thread; `bandwidth_threads` of them saturate the memory. matmul: a large
-    float32 product. exps: scores per second of a softmax spelled out. launch_s: of one operation.
+    float32 product. exps: scores per second of a softmax spelled out. launch_s: of one operation. interval: of measured
+    over predicted times, holding about 80%; where none is given, a factor of two is assumed.
     """
 
     kind: ClassVar[str] = "cpu"
@@ -76,6 +78,9 @@ class Cpu(Device):
     dtype_speed: Mapping[str, float] = figure(
         "figures", 1e-3, 1e3, "times float32", names=("float64", "bfloat16", "float16"), default=Figures()
     )
+    interval: Mapping[str, float] = figure(
+        "figures", 1e-2, 1e2, "times the predicted time", names=("low", "high"), default=Figures()
+    )
     source: tuple[tuple[str, str], ...] = figure("sources", names=SOURCES)
     engines: tuple[tuple[str, Engine], ...] = ()
     threads: int = 1
@@ -85,6 +90,11 @@ class Cpu(Device):
 
     def speed(self, dtype: str) -> float:
         return self.dtype_speed.get(dtype, 1.0)
+
+    @property
+    def bounds(self) -> Bounds:
+        """Bounds of measured over predicted time."""
+        return Bounds((), (self.interval.get("low", 0.5),), (self.interval.get("high", 2.0),))
 
     def at(self, threads: int) -> Cpu:
         """This CPU, given for one thread, at `threads`: compute scales, memory until it is saturated."""

@@ -11,7 +11,8 @@ arXiv:2307.08691, section 4.1.
 from __future__ import annotations
 
 from attnc.cost_models.cost import Cost, Work
-from attnc.cost_models.device import Device
+from attnc.cost_models.device import Cpu, Device
+from attnc.cost_models.estimate import PLAIN, Estimate
 from attnc.expr import TRUE
 from attnc.region import ITEM_BYTES, AttentionRegion
 from attnc.rule_attention import linear_score
@@ -69,6 +70,12 @@ def seconds(cost: Cost, device: Device, dtype: str = "float32") -> float:
         compute = work.flops / (engine.rate * device.speed(dtype)) + work.exps / engine.elements
         total += max(compute, work.bytes / device.bandwidth) + work.launches * engine.launch_s
     return total
+
+
+def estimate(cost: Cost, device: Device, dtype: str = "float32") -> Estimate:
+    """`seconds` with its interval: of a CPU by its fit, of a GPU as of any plain roofline."""
+    bounds = device.bounds if isinstance(device, Cpu) else PLAIN
+    return bounds.around(seconds(cost, device, dtype))
 
 
 def written_cost(region: AttentionRegion, device: Device) -> Cost:

@@ -334,7 +334,7 @@ def coefficients(instruction: str, device: Gpu) -> Coefficients:
 
     Where no table shows the class, its efficiency is a share of what the best dense matmul reaches there.
     """
-    table = _table()
+    table = fitted_table()
     found = {f.name: float(table["classes"][instruction][f.name]) for f in fields(Coefficients)}
     if instruction in table["guessed"]:
         found["efficiency"] *= device.matmul_share()
@@ -342,7 +342,8 @@ def coefficients(instruction: str, device: Gpu) -> Coefficients:
 
 
 @lru_cache(maxsize=1)
-def _table() -> dict:
+def fitted_table() -> dict:
+    """The content of tile_model.json."""
     return json.loads(files("attnc.cost_models").joinpath("tile_model.json").read_text(encoding="utf-8"))
 
 

@@ -15,8 +15,9 @@ from itertools import product
 
 import torch
 
-from attnc.cost_models.attention import written_seconds
+from attnc.cost_models.attention import written_estimate, written_seconds
 from attnc.cost_models.device import Device, Gpu, device_from_torch_name, device_named
+from attnc.cost_models.estimate import Estimate
 from attnc.errors import UsageError
 from attnc.forms import FORMS, Form, form_named, parse_form
 from attnc.forms.base import Knob
@@ -97,7 +98,7 @@ def _choose(
     allow: tuple[str, ...],
     force: str | None,
     device: Device,
-    record: tuple[Form, float] | None,
+    record: tuple[Form, Estimate] | None,
 ) -> Choice:
     why = _unfit(region)
     if why is not None:
@@ -107,8 +108,9 @@ def _choose(
     offers, refused = _offers(region, allowed, allow, device)
     if record is not None and (allowed is None or record[0].name in allowed):
         offers = [(time, form) for time, form in offers if form.name != record[0].name]
-        offers.append((record[1], record[0]))
-    written = written_seconds(region, device)
+        offers.append((record[1].seconds, record[0]))
+    as_written = written_estimate(region, device)
+    written = as_written.seconds
     if not offers:
         return Choice(AS_WRITTEN, "every form refuses", written_s=written, refused=refused)
     offers.sort(key=lambda offer: offer[0])
@@ -119,11 +121,15 @@ def _choose(
         when = f"; from length {at} on it would" if at is not None else ""
         figures = f"{_milliseconds(time)} against {_milliseconds(written)} as written"
         reason = f"{best.spell()} is not predicted to pay ({figures}){when}"
-        return Choice(AS_WRITTEN, reason, written, written, refused, offered)
-    by = "tuned, " if record is not None and best == record[0] else ""
+        return Choice(
+            AS_WRITTEN, reason, written, written, refused, offered, low_s=as_written.low, high_s=as_written.high
+        )
+    is_tuned = record is not None and best == record[0]
+    found = record[1] if record is not None and is_tuned else best.estimate(region, device)
+    by = "tuned, " if is_tuned else ""
     reason = f"{by}predicted {written / time:.1f}x faster than as written on {device.name}"
     reason += "" if best.is_exact(region) else f"; {best.name} is an approximation by name"
-    return Choice(best.spell(), reason, time, written, refused, offered)
+    return Choice(best.spell(), reason, time, written, refused, offered, low_s=found.low, high_s=found.high)
 
 
 def _unfit(region: AttentionRegion) -> str | None:

@@ -22,9 +22,10 @@ from attnc.codegen.cpu_composed import composed
 from attnc.codegen.cpu_flash import Part, flash
 from attnc.codegen.cpu_scores import additive, as_tensor, constant_bias, factor_of, is_zero
 from attnc.codegen.gpu_sdpa import sdpa
-from attnc.cost_models.attention import library_seconds
+from attnc.cost_models.attention import library_estimate
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
+from attnc.cost_models.estimate import Estimate
 from attnc.cost_models.roofline import attention_cost
 from attnc.expr import TRUE, Expr, I, J, sub, terms_of
 from attnc.forms.base import AttentionForm, Form
@@ -76,11 +77,14 @@ class Dense(AttentionForm):
         return attention_cost(region, "flash", pairs)
 
     def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
+        return self.gpu_estimate(region, gpu).seconds
+
+    def gpu_estimate(self, region: AttentionRegion, gpu: Gpu) -> Estimate:
         causal, rest = split_causal(region.rule.keep)
         plain = rest == TRUE and region.rule.bias is None
         by_flag = causal == 0 or (causal is not None and region.shape.L == 1 and causal == region.shape.S - 1)
         masked = not plain or (causal is not None and not by_flag)
-        return library_seconds(region, gpu, causal=by_flag and not masked, masked=masked)
+        return library_estimate(region, gpu, causal=by_flag and not masked, masked=masked)
 
     def gpu(
         self,

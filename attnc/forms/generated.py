@@ -13,6 +13,8 @@ import torch
 
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
+from attnc.cost_models.estimate import Estimate
+from attnc.cost_models.tile_estimate import predicted
 from attnc.cost_models.tile_model import FlashTiles, FlashWork, fits
 from attnc.errors import LoweringError
 from attnc.forms.base import AttentionForm, Form
@@ -84,6 +86,10 @@ class Generated(AttentionForm):
     @abstractmethod
     def work(self, region: AttentionRegion) -> FlashWork:
         """What the region has to compute, as the cost model takes it."""
+
+    def gpu_estimate(self, region: AttentionRegion, gpu: Gpu) -> Estimate:
+        seconds = self.gpu_seconds(region, gpu)
+        return predicted(seconds, self.work(region), self.tiles, gpu, forward=not region.training)
 
     def cost(self, region: AttentionRegion, device: Device) -> Cost:
         raise LoweringError(f"predict {self.spell()} on {device.name}: it is a Triton kernel for GPUs. Use dense.")
