@@ -50,9 +50,7 @@ parse_recurrence = lru_cache(maxsize=1024)(RecurrenceRule.parse)
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, rule = _in_order(args), parse_recurrence(args[8])
     with torch.amp.autocast(inputs[2].device.type, enabled=False):
-        out, state = cpu_recurrence.recurrence(Given(*inputs), rule)
-    laid_out, last = _meta(inputs[2], inputs[1], rule)
-    return laid_out.copy_(out), last.copy_(state)
+        return cpu_recurrence.recurrence(Given(*inputs), rule)
 
 
 def _in_order(args: Sequence[Any]) -> list[Any]:
@@ -77,17 +75,7 @@ def _backward(*args: Any) -> list[Tensor]:
     grad_out, grad_state, *inputs, needs, spelling = args
     rule = parse_recurrence(spelling)
     with _autograd_on(), torch.amp.autocast(grad_out.device.type, enabled=False):
-        own = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
-        out, state = cpu_recurrence.recurrence(Given(*own), rule)
-        learned: list[Any] = [x for x, need in zip(own, needs, strict=True) if need]
-        # A step without a state, and outputs that nothing reaches, have no gradient function.
-        reached = [(y, g) for y, g in ((out, grad_out), (state, grad_state)) if y.requires_grad]
-        found: tuple[Tensor | None, ...] = (None,) * len(learned)
-        if reached:
-            ys, gs = zip(*reached, strict=True)
-            found = torch.autograd.grad(ys, learned, gs, allow_unused=True)
-    laid_out = _fake_backward(*args)
-    return [y.zero_() if g is None else y.copy_(g) for y, g in zip(laid_out, found, strict=True)]
+        return cpu_recurrence.gradients(Given(*inputs), needs, grad_out, grad_state, rule)
 
 
 @contextmanager

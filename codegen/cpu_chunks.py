@@ -1,0 +1,272 @@
+"""Chunks of a linear recurrence as matrix products, with the gradient written out.
+
+For n chunks of C tokens of N heads, rows and columns as `codegen.cpu_decays` has them, D what is left of the state over
+a chunk, q^ and p^ with the decay from the chunk's start, k^ and b^ with that to its end:
+
+    plain        u = v                            o = q^ S + (q k) u            S' = D S + k^T u
+    corrected    u = (I + p k)^-1 (v - p^ S)      as before                     (delta rule: p = beta k, v times beta)
+    low rank     x = (I - a b)^-1 (a^ S + (a k) v)    o = q^ S + (q k) v + (q b) x      S' = D S + k^T v + b^T x
+
+The gradient goes through the chunks from the last to the first with the gradient of the state; a sum of logarithms
+moves by row times its gradient, less column times its gradient.
+
+Source: Yang et al. 2024, arXiv:2406.06484, section 3 and arXiv:2412.06464, section 3.3 (delta rule in chunks); Yang et
+al. 2023, arXiv:2312.06635, appendix (gradient of the decay); fla-org/flash-linear-attention, DPLR, for the shapes of
+the low rank only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnc.codegen.cpu_decays import Decay, decays, unit_inverse
+
+
+@dataclass
+class Chunks:
+    """Operands (n, N, C, ...), in the dtype of the state (N, K, V). correct: rows p; low_rank: rows p and columns b.
+
+    earlier: q reads the state before its token. silent: the outputs are not wanted.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    p: Tensor | None
+    b: Tensor | None
+    state: Tensor
+    earlier: bool
+    silent: bool
+
+
+class InChunks(torch.autograd.Function):
+    """(n, N, C, V) outputs and the last state of n chunks."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, p, b, g, state, earlier: bool, silent: bool = False) -> tuple[Tensor, Tensor]:
+        n, N, C = v.shape[:3]
+        x = Chunks(q, k, v, p, b, state, earlier, silent)
+        decay = decays(None if g is None else g.flatten(0, 1))
+        done = _Done(x, decay)
+        ctx.done, ctx.like = done, g
+        return done.out, done.states[n].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
+        done, ctx.done = ctx.done, None
+        q, k, v, p, b, g, state = done.gradients(grad_out, grad_state)
+        if g is not None:
+            g = g.view(*k.shape[:2], *ctx.like.shape[2:]).sum_to_size(ctx.like.shape)
+        return q, k, v, p, b, g, state, None, None
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+def _times(x: Tensor, factor: Tensor | None) -> Tensor:
+    """(n, N, C, K) times what is left, of which there may be one for all chunks."""
+    if factor is None:
+        return x
+    return (x.view(-1, *factor.shape[:1], *x.shape[2:]) * factor).view(x.shape)
+
+
+def _later(x: Tensor, first: float) -> Tensor:
+    """Moved by one token: what stood at i stands at i + 1."""
+    out = torch.empty_like(x)
+    out[..., 1:, :].copy_(x[..., :-1, :])
+    out[..., :1, :].fill_(first)
+    return out
+
+
+def _sooner(x: Tensor) -> Tensor:
+    """Moved by one token: what stood at i + 1 stands at i."""
+    out = torch.empty_like(x)
+    out[..., :-1, :].copy_(x[..., 1:, :])
+    out[..., -1:, :].zero_()
+    return out
+
+
+class _Done:
+    """The forward of n chunks and what its gradient needs."""
+
+    def __init__(self, x: Chunks, decay: Decay) -> None:
+        self.x, self.decay = x, decay
+        n, N, C, K = x.k.shape
+        self.enter = decay.enter
+        self.before = None if decay.enter is None else _later(decay.enter, 1.0)
+        self.q_enter = self.before if x.earlier else self.enter
+        self.p_enter = self.before if x.b is not None else self.enter
+        self._score()
+        self.k_hat = _times(x.k, decay.leave)
+        self.b_hat = None if x.b is None else _times(x.b, decay.leave)
+        self.p_hat = None if x.p is None else _times(x.p, self.p_enter)
+        self.states = x.v.new_empty(n + 1, *x.state.shape)
+        self.states[0].copy_(x.state)
+        self.kept = [None] * n if decay.total is None else decay.total.expand(-1, K, 1).unflatten(0, (-1, N))
+        if decay.total is not None and len(self.kept) == 1:
+            self.kept = self.kept.expand(n, -1, -1, -1)
+        self._move()
+        self.out = x.v.new_empty(0) if x.silent else self._read()
+
+    def _rows(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Rows and columns of the scores; rows that read the state before their token stand one token sooner."""
+        x = self.x
+        rows = [] if x.silent else [_flat(_sooner(x.q) if x.earlier else x.q)]
+        if x.p is not None:
+            rows.append(_flat(x.p if x.b is None else _sooner(x.p)))
+        return rows, [_flat(x.k)] + ([] if x.b is None else [_flat(x.b)])
+
+    def _score(self) -> None:
+        x = self.x
+        self.rows, self.columns = self._rows()
+        self.raw = list(self.decay.scores(self.rows, self.columns)) if self.rows else []
+        found = [self._placed(i, s) for i, s in enumerate(self.raw)]
+        width = len(self.columns)
+        self.of_q = found[: 0 if x.silent else width]
+        self.of_p = found[len(self.of_q) :]
+        self.inverse = None
+        if x.p is not None:
+            system = self.of_p[-1]
+            self.inverse = unit_inverse(system if x.b is None else -system).unflatten(0, x.k.shape[:2])
+
+    def _is_sooner(self, i: int) -> bool:
+        of_q = not self.x.silent and i < len(self.columns)
+        return self.x.earlier if of_q else self.x.b is not None
+
+    def _placed(self, i: int, scores: Tensor) -> Tensor:
+        return _later(scores, 0.0) if self._is_sooner(i) else scores
+
+    def _move(self) -> None:
+        """The states at every chunk's start and the values that the chunks write."""
+        x, S = self.x, self.states
+        n = x.v.shape[0]
+        if x.p is None:
+            self.u = x.v
+            written = torch.bmm(_flat(self.k_hat).mT, _flat(x.v)).view(n, *x.state.shape)
+            for i in range(n):
+                if self.kept[i] is None:
+                    torch.add(S[i], written[i], out=S[i + 1])
+                else:
+                    torch.addcmul(written[i], S[i], self.kept[i], out=S[i + 1])
+            return
+        self.u = torch.empty_like(x.v)
+        columns = self.k_hat if x.b is None else self.b_hat
+        right, sign = x.v, -1
+        if x.b is not None:
+            right = torch.bmm(self.of_p[0], _flat(x.v)).view_as(x.v)
+            written = torch.bmm(_flat(self.k_hat).mT, _flat(x.v)).view(n, *x.state.shape)
+            sign = 1
+        for i in range(n):
+            torch.bmm(self.inverse[i], torch.baddbmm(right[i], self.p_hat[i], S[i], alpha=sign), out=self.u[i])
+            kept = S[i] if self.kept[i] is None else torch.mul(S[i], self.kept[i], out=S[i + 1])
+            if x.b is not None:
+                kept = kept + written[i]
+            torch.baddbmm(kept, columns[i].mT, self.u[i], out=S[i + 1])
+
+    def _read(self) -> Tensor:
+        x = self.x
+        self.q_hat = _times(x.q, self.q_enter)
+        out = torch.bmm(self.of_q[0], _flat(x.v if x.b is not None else self.u))
+        if x.b is not None:
+            out.baddbmm_(self.of_q[1], _flat(self.u))
+        return out.baddbmm_(_flat(self.q_hat), _flat(self.states[:-1])).view_as(x.v)
+
+    # The gradient.
+
+    def gradients(self, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+        x, do = self.x, _flat(grad_out.contiguous())
+        shape = x.v.shape
+        dS, of_right = self._back(do, grad_state)
+        S, last = _flat(self.states[:-1]), _flat(dS[1:])
+        dq_hat = torch.bmm(do, S.mT).view_as(x.q)
+        values = x.v if x.b is not None else self.u
+        dk_hat = torch.bmm(_flat(values), last.mT).view_as(x.k)
+        of_scores = [torch.bmm(do, _flat(values).mT)]
+        dp_hat, db_hat = None, None
+        if x.b is not None:
+            of_scores.append(torch.bmm(do, _flat(self.u).mT))
+            db_hat = torch.bmm(_flat(self.u), last.mT).view_as(x.b)
+            dp_hat = torch.bmm(_flat(of_right), S.mT).view_as(x.p)
+            of_scores += [torch.bmm(_flat(of_right), _flat(t).mT) for t in (x.v, self.u)]
+        elif x.p is not None:
+            dp_hat = torch.bmm(_flat(of_right), S.mT).neg_().view_as(x.p)
+            of_scores.append(torch.bmm(_flat(of_right), _flat(self.u).mT).neg_())
+            of_scores[-1].diagonal(0, -2, -1).zero_()
+        of_scores = [_sooner(g) if self._is_sooner(i) else g for i, g in enumerate(of_scores)]
+        rows, columns, sums = self.decay.gradients(self.rows, self.columns, of_scores, self.raw)
+        dq, dp = self._of_rows(rows, dq_hat, dp_hat)
+        dk = columns[0].view_as(x.k) + _times(dk_hat, self.decay.leave)
+        db = None if x.b is None else columns[1].view_as(x.b) + _times(db_hat, self.decay.leave)
+        dg = None if sums is None else self._of_decay(sums, dS, dq_hat, dp_hat, dk_hat, db_hat)
+        return dq, dk, self.dv.view(shape), dp, db, dg, dS[0]
+
+    def _of_rows(self, rows: list[Tensor], dq_hat: Tensor, dp_hat: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x = self.x
+        dq = rows[0].view_as(x.q)
+        dq = (_later(dq, 0.0) if x.earlier else dq) + _times(dq_hat, self.q_enter)
+        if x.p is None or dp_hat is None:
+            return dq, None
+        dp = rows[1].view_as(x.p)
+        return dq, (_later(dp, 0.0) if x.b is not None else dp) + _times(dp_hat, self.p_enter)
+
+    def _back(self, do: Tensor, grad_state: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of the states at every chunk's start, and those of the right hand sides."""
+        x = self.x
+        n = x.v.shape[0]
+        dS = torch.empty_like(self.states)
+        dS[n].copy_(grad_state)
+        from_out = torch.bmm(_flat(self.q_hat).mT, do).view(n, *x.state.shape)
+        du = torch.bmm(self.of_q[-1].mT, do).view_as(x.v)
+        right = torch.empty_like(du)
+        columns = self.k_hat if x.b is None else self.b_hat
+        for i in reversed(range(n)):
+            kept = self.kept[i]
+            carried = from_out[i] + dS[i + 1] if kept is None else torch.addcmul(from_out[i], dS[i + 1], kept)
+            if x.p is None:
+                dS[i].copy_(carried)
+                continue
+            du[i].baddbmm_(columns[i], dS[i + 1])
+            torch.bmm(self.inverse[i].mT, du[i], out=right[i])
+            torch.baddbmm(carried, self.p_hat[i].mT, right[i], alpha=-1 if x.b is None else 1, out=dS[i])
+        if x.p is None:
+            self.dv = du.view(-1, *du.shape[2:]).baddbmm_(_flat(self.k_hat), _flat(dS[1:]))
+        elif x.b is not None:
+            dv = torch.bmm(self.of_q[0].mT, do).baddbmm_(_flat(self.k_hat), _flat(dS[1:]))
+            self.dv = dv.baddbmm_(self.of_p[0].mT, _flat(right))
+        else:
+            self.dv = right
+        return dS, right
+
+    def _of_decay(self, sums: Tensor, dS: Tensor, dq_hat, dp_hat, dk_hat, db_hat) -> Tensor:
+        """Of the logarithms: what follows a token, less what stands before it."""
+        x, width = self.x, sums.shape[-1]
+        here, next_ = sums.clone(), torch.zeros_like(sums)
+        rows = [(self.q_hat, dq_hat, x.earlier)]
+        rows += [] if x.p is None else [(self.p_hat, dp_hat, x.b is not None)]
+        for hat, grad, sooner in rows:
+            moved = _narrow(hat * grad, width)
+            (next_ if sooner else here).add_(moved)
+        here[:, :-1].add_(next_[:, 1:])
+        leaving = _narrow(self.k_hat * dk_hat, width)
+        if x.b is not None:
+            leaving = leaving + _narrow(self.b_hat * db_hat, width)
+        S = self.states[:-1]
+        state = (S * dS[1:]).sum(-1)[..., None]
+        kept = torch.stack(list(self.kept)) if isinstance(self.kept, list) else self.kept
+        state = (state * kept).flatten(0, 1).mT
+        state = state.sum(-1, keepdim=True) if width == 1 else state
+        later = here.flip(1).cumsum(1).flip(1)
+        later[:, 1:].add_(leaving[:, :-1].cumsum(1))
+        later.add_(state)
+        return later
+
+
+def _narrow(x: Tensor, width: int) -> Tensor:
+    """(n, N, C, K) as (n N, C, K), or summed over K where there is one logarithm per token."""
+    x = x.flatten(0, 1)
+    return x.sum(-1, keepdim=True) if width == 1 else x
