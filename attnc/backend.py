@@ -114,7 +114,7 @@ def _give_up(analysis: Analysis, what: str, exc: Exception) -> None:
     for at, found in enumerate(analysis.found):
         choice = found.region.choice
         if choice is not None and choice.rewrites:
-            left = replace(choice, form=AS_WRITTEN, reason=f"left as written: {sentence}")
+            left = replace(choice, form=AS_WRITTEN, reason=f"left as written: {sentence}", error=None)
             analysis.found[at] = replace(found, region=replace(found.region, choice=left))
 
 

@@ -112,8 +112,8 @@ def _enter(units: dict[str, Unit], name: str, region: Region, options: Options) 
     settings = {form: seconds for seconds, form in offers if seconds <= GAIN * exact}
     for seconds, form in offers:
         if form not in settings:
-            against = f"{seconds * 1e3:.3g} ms against {exact * 1e3:.3g} ms"
-            refused[form.spell()] = f"not predicted to pay ({against} of {choice.name})"
+            against = f"{seconds * 1e3:.3g} ms against {exact * 1e3:.3g} ms {choice.name}"
+            refused[form.spell()] = f"not predicted to pay ({against})"
     unit = units.setdefault(name, Unit(settings, refused))
     unit.settings = {form: seconds for form, seconds in unit.settings.items() if form in settings}
     unit.refused |= refused
