@@ -1,0 +1,131 @@
+"""Launch the kernel that goes through a recurrence token by token: decoding, and rules that chunks do not compute.
+
+    step(kernel, given, rule, knobs) -> (out, final_state)
+
+Shapes: as `attnc::recurrence`; out laid out as (B, L, H, V), final_state float32. Forward only.
+
+Source: Yang et al. 2024, arXiv:2406.06484, equation 4 (recurrent form).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnc.codegen.cpu_recurrence import Given
+from attnc.codegen.gpu_recurrence import segments_of
+from attnc.codegen.launch import launch, strides
+from attnc.codegen.load import kernel_folder, load
+from attnc.codegen.render import render, skeleton_text
+from attnc.codegen.tiles import blocks
+from attnc.options import Options
+from attnc.rule_recurrence import RecurrenceRule
+
+SKELETON = "recurrence_step"
+KINDS = {"none": 0, "head": 1, "token": 2, "channel": 3, "state": 4}
+LARGEST = 16384  # elements of a block of the state: 64 KiB of registers
+
+
+@dataclass(frozen=True)
+class StepKnobs:
+    """block_v: columns of the state in a program."""
+
+    block_v: int = 32
+    warps: int = 4
+
+
+@lru_cache(maxsize=8)
+def kernel_of(device: str, store: str | None = None) -> Any:
+    """The loaded kernel: the same for all rules, which are constants of a launch."""
+    return load(text_of(device), kernel_folder(store or Options().store)).recurrence_step
+
+
+def text_of(device: str) -> str:
+    """The skeleton as a file."""
+    return render(skeleton_text(SKELETON), {}, (), spelling=SKELETON, device=device, kernels=(SKELETON,))
+
+
+def step(kernel: Any, given: Given, rule: RecurrenceRule, knobs: StepKnobs) -> tuple[Tensor, Tensor]:
+    """Outputs and last state of `rule`."""
+    value = given.value
+    B, H, L, V = value.shape
+    K = 1 if given.key is None else given.key.shape[3]
+    out = value.new_empty(B, L, H, V, dtype=value.dtype if rule.out == "value" else torch.float32).transpose(1, 2)
+    last = value.new_empty(B, H, K, V + rule.columns, dtype=torch.float32)
+    names = {"q": given.query, "k": given.key, "v": value, "a": given.a, "b": given.b, "o": out}
+    places: dict[str, Any] = {}
+    for name, x in names.items():
+        places |= dict.fromkeys((f"{name}_{axis}" for axis in "bhle"), 0) if x is None else strides(name, x)
+    constants = constants_of(rule, given, knobs, K, V)
+    launch(
+        kernel,
+        B * H * blocks(V, constants["BLOCK_V"]),
+        {
+            "p_q": given.query, "p_k": given.key, "p_v": value, "p_a": given.a, "p_b": given.b, "p_out": out,
+            "p_decay": given.decay, "p_rates": _dense(given.rates), "p_beta": given.beta, "p_final": last,
+            "p_bonus": _dense(given.bonus), "p_initial": given.initial,
+            "p_segments": None if given.documents is None else segments_of(given.documents),
+            **places, **_decay_strides(given, rule), **_strides("w", "bhl", given.beta),
+            **_strides("i", "bhkv", given.initial), "H": H, "L": L, **constants,
+        },
+        num_warps=knobs.warps,
+        num_stages=1,
+    )  # fmt: skip
+    return out, last
+
+
+def constants_of(rule: RecurrenceRule, given: Given, knobs: StepKnobs, K: int, V: int) -> dict[str, Any]:
+    """What a rule is to the kernel, and the sizes of its block."""
+    H = given.value.shape[1]
+    block_k = 1 << (K - 1).bit_length()
+    block_v = max(1, min(knobs.block_v, 1 << (V - 1).bit_length(), LARGEST // block_k))
+    groups = {
+        name: 1 if x is None else H // x.shape[1] for name, x in zip("kab", (given.key, given.a, given.b), strict=True)
+    }
+    return {
+        "GROUP": groups["k"],
+        "GROUP_A": groups["a"],
+        "GROUP_B": groups["b"],
+        "SCALE": rule.scale,
+        "EPS": rule.eps,
+        "NORM": rule.qk_norm or 0.0,
+        "NORMED": rule.qk_norm is not None,
+        "QUERY": given.query is not None,
+        "KEY": given.key is not None,
+        "KIND": KINDS[rule.decay],
+        "FACTORS": rule.factors,
+        "DELTA": rule.delta,
+        "RANK": given.a is not None,
+        "WRITE": rule.gate == "write",
+        "EXPONENTIAL": rule.gate == "exp",
+        "BEFORE": rule.read == "before",
+        "BONUS": given.bonus is not None,
+        "NORMALISED": rule.normaliser != "none",
+        "MAX1": rule.normaliser == "max1",
+        "PACKED": given.documents is not None,
+        "INITIAL": given.initial is not None,
+        "COLUMNS": rule.columns,
+        "K": K,
+        "V": V,
+        "BLOCK_K": block_k,
+        "BLOCK_V": block_v,
+    }
+
+
+def _decay_strides(given: Given, rule: RecurrenceRule) -> dict[str, int]:
+    x = given.decay
+    if x is not None and rule.decay == "head":
+        return {"g_b": 0, "g_h": x.stride(0), "g_l": 0, "g_e": 0}
+    return {"g_e": 0} | _strides("g", "bhl" if x is None or x.dim() == 3 else "bhle", x)
+
+
+def _strides(name: str, axes: str, x: Tensor | None) -> dict[str, int]:
+    return {f"{name}_{axis}": 0 if x is None else x.stride(n) for n, axis in enumerate(axes)}
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
