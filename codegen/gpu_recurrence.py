@@ -58,7 +58,8 @@ WIDEST = 256
 
 @dataclass(frozen=True)
 class RecurrenceKnobs:
-    """Schedule of the kernels: chunk_size 16, 32, 64 or 128 tokens; columns of a tile of keys and of values.
+    """Schedule of chunk_within (within_), chunk_state and chunk_output (out_): chunk_size 16, 32, 64 or 128 tokens;
+    columns of a tile of keys (block_k also in chunk_output) and of values.
 
     precision: of products of float32, "ieee", "tf32" or "tf32x3"; T is never made with less than "tf32x3".
     """
@@ -69,6 +70,7 @@ class RecurrenceKnobs:
     out_block_v: int = 64
     warps: int = 4
     stages: int = 2
+    within_block_k: int = 32
     within_warps: int = 4
     out_warps: int = 4
     out_stages: int = 2
@@ -196,12 +198,13 @@ def forward(
     last = value.new_empty(B, H, K, V + rule.columns, dtype=torch.float32)
     if rule.gate == "exp":
         last[..., -1] = _end(x, initial, rule)[..., None]
-    given = constants | _pointers(x, saved, constants["DECAY"]) | {"p_out": out, "p_final": last, **strides("o", out)}
+    given = constants | pointers(x, saved, constants["DECAY"]) | {"p_out": out, "p_final": last, **strides("o", out)}
     if solve or stored:
-        _run(kernels.chunk_within, N * B * H, given, knobs.within_warps, 1)
-    _run(kernels.chunk_state, blocks(V, constants["BLOCK_V"]) * B * H, given, knobs.warps, knobs.stages)
+        within = given | {"BLOCK_K": tile_width(K, knobs.within_block_k)}
+        run_kernel(kernels.chunk_within, N * B * H, within, knobs.within_warps, 1)
+    run_kernel(kernels.chunk_state, blocks(V, constants["BLOCK_V"]) * B * H, given, knobs.warps, knobs.stages)
     given |= _reading(x, saved, rule, knobs)
-    _run(kernels.chunk_output, blocks(V, given["BLOCK_V"]) * N * B * H, given, knobs.out_warps, knobs.out_stages)
+    run_kernel(kernels.chunk_output, blocks(V, given["BLOCK_V"]) * N * B * H, given, knobs.out_warps, knobs.out_stages)
     return out, last, saved
 
 
@@ -336,7 +339,7 @@ def _groups(x: Operands) -> dict[str, int]:
     return {f"GROUP_{name}": 1 if t is None else H // t.shape[1] for name, t in (("A", x.a), ("B", x.b))}
 
 
-def _pointers(x: Operands, saved: Saved, kind: int) -> dict[str, Any]:
+def pointers(x: Operands, saved: Saved, kind: int) -> dict[str, Any]:
     """Tensors and strides by parameter name; an absent tensor has strides 0."""
     B, H, L, _ = x.value.shape
     given: dict[str, Any] = {"B": B, "H": H, "L": L}
@@ -369,7 +372,7 @@ def _sums(kernels: Any, x: Operands, rule: RecurrenceRule, knobs: RecurrenceKnob
     sums = torch.empty_like(decay, dtype=torch.float32, memory_format=torch.contiguous_format)
     sizes = {"H": H, "L": L, "K": K, "BLOCK_C": knobs.chunk_size, "BLOCK_K": 1 if K == 1 else tile_width(K, 64)}
     given = {"p_decay": decay, "p_sums": sums, **strides("g", decay), **sizes}
-    _run(kernels.chunk_sums, blocks(L, knobs.chunk_size) * B * H, given, 4, 1)
+    run_kernel(kernels.chunk_sums, blocks(L, knobs.chunk_size) * B * H, given, 4, 1)
     return sums if x.decay.dim() == 4 else sums[..., 0]
 
 
@@ -380,10 +383,10 @@ def _norms(kernels: Any, x: Operands, rule: RecurrenceRule, knobs: RecurrenceKno
     norms = x.key.new_empty(2, B, Hk, L, dtype=torch.float32)
     given = {"p_q": x.query, "p_k": x.key, "p_norms": norms, **strides("q", x.query), **strides("k", x.key)}
     given |= {"B": B, "H": Hk, "L": L, "K": K, "EPS": rule.qk_norm, "BLOCK_C": 64, "BLOCK_K": tile_width(K, 64)}
-    _run(kernels.row_norms, blocks(L, 64) * B * Hk, given, 4, 1)
+    run_kernel(kernels.row_norms, blocks(L, 64) * B * Hk, given, 4, 1)
     return norms
 
 
-def _run(kernel: Any, programs: Any, given: dict[str, Any], warps: int, stages: int) -> None:
+def run_kernel(kernel: Any, programs: Any, given: dict[str, Any], warps: int, stages: int) -> None:
     bound = {name: given[name] for name in kernel.arg_names}
     launch(kernel, programs, bound, num_warps=warps, num_stages=stages)

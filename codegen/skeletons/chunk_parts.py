@@ -105,32 +105,59 @@ def pair_decay(late, early, m_ok, DECAY: tl.constexpr):
 
 
 @triton.jit
+def diagonal_blocks(a, SIZE: tl.constexpr, CORNERS: tl.constexpr):
+    """The diagonal blocks of a (C, C) as (C / SIZE, SIZE, SIZE); CORNERS: the lower left quarters of blocks of twice
+    SIZE, (C / (2 SIZE), SIZE, SIZE)."""
+    BLOCKS: tl.constexpr = a.shape[0] // SIZE
+    block = tl.arange(0, BLOCKS)
+    of_row, of_column = block[:, None, None, None], block[None, None, :, None]
+    tiles = tl.reshape(a, [BLOCKS, SIZE, BLOCKS, SIZE])
+    if CORNERS:
+        found = tl.sum(tl.where((of_row == of_column + 1) & (of_row % 2 == 1), tiles, 0.0), 2)
+        found = tl.sum(tl.reshape(found, [BLOCKS // 2, 2, SIZE, SIZE]), 1)
+    else:
+        found = tl.sum(tl.where(of_row == of_column, tiles, 0.0), 2)
+    return found
+
+
+@triton.jit
+def doubled(x, corner, PRECISION: tl.constexpr):
+    """Inverses of blocks of twice the size: x (2 P, s, s) on their diagonals, -x a x in their lower corners."""
+    PAIRS: tl.constexpr = corner.shape[0]
+    SIZE: tl.constexpr = corner.shape[1]
+    side = tl.arange(0, 2)
+    of_row, of_column = side[None, :, None, None, None], side[None, None, None, :, None]
+    pairs = tl.reshape(x, [PAIRS, 2, SIZE, SIZE])
+    first = tl.sum(tl.where((side == 0)[None, :, None, None], pairs, 0.0), 1)
+    second = tl.sum(tl.where((side == 1)[None, :, None, None], pairs, 0.0), 1)
+    low = tl.dot(tl.dot(second, corner, input_precision=PRECISION), first, input_precision=PRECISION)
+    both = tl.where(of_row == of_column, pairs[:, :, :, None, :], 0.0)
+    both -= tl.where(of_row > of_column, low[:, None, :, None, :], 0.0)
+    return tl.reshape(both, [PAIRS, 2 * SIZE, 2 * SIZE])
+
+
+@triton.jit
 def inverse(a, PRECISION: tl.constexpr):
     """(I + a)^-1 of a strictly lower triangular (C, C), float32: rows of diagonal blocks of 16 by substitution, all
-    blocks at once; then blocks of twice the size, whose lower corner is -T a T."""
+    blocks at once; then blocks of twice the size, whose lower corner is -x a x."""
     C: tl.constexpr = a.shape[0]
-    BLOCKS: tl.constexpr = C // BLOCK_I
-    block = tl.arange(0, BLOCKS)
-    same = block[:, None, None, None] == block[None, None, :, None]
-    diagonal = tl.sum(tl.where(same, tl.reshape(a, [BLOCKS, BLOCK_I, BLOCKS, BLOCK_I]), 0.0), 2)
+    diagonal = diagonal_blocks(a, BLOCK_I, False)
     row = tl.arange(0, BLOCK_I)
-    x = tl.zeros([BLOCKS, BLOCK_I, BLOCK_I], tl.float32)
-    x += tl.where(row[:, None] == row[None, :], 1.0, 0.0)[None, :, :]
+    x = tl.zeros_like(diagonal) + tl.where(row[:, None] == row[None, :], 1.0, 0.0)[None, :, :]
     for r in tl.range(1, BLOCK_I):
         m_r = (row == r)[None, :, None]
         of_row = tl.sum(tl.where(m_r, diagonal, 0.0), 1)
         x -= tl.where(m_r, tl.sum(of_row[:, :, None] * x, 1)[:, None, :], 0.0)
-    t = tl.reshape(tl.where(same, x[:, :, None, :], 0.0), [C, C])
-    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    for level in tl.static_range(8):
-        SIZE: tl.constexpr = BLOCK_I << level
-        if SIZE < C:
-            corner = tl.where(halves(i, j, SIZE), a, 0.0)
-            t -= tl.dot(tl.dot(t, corner, input_precision=PRECISION), t, input_precision=PRECISION)
-    return t
+    if C >= 32:
+        x = doubled(x, diagonal_blocks(a, 16, True), PRECISION)
+    if C >= 64:
+        x = doubled(x, diagonal_blocks(a, 32, True), PRECISION)
+    if C >= 128:
+        x = doubled(x, diagonal_blocks(a, 64, True), PRECISION)
+    return tl.reshape(x, [C, C])
 
 
 @triton.jit
-def halves(i, j, SIZE: tl.constexpr):
-    """Where i lies in the later and j in the earlier half of the same block of 2 SIZE tokens."""
-    return (i // SIZE % 2 == 1) & (i // (2 * SIZE) == j // (2 * SIZE)) & (j // SIZE % 2 == 0)
+def halves(i, j, level):
+    """Where i lies in the later and j in the earlier half of the same block of 2^(level + 1) tokens."""
+    return ((i >> level) % 2 == 1) & ((i >> level) == (j >> level) + 1)

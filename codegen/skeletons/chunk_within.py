@@ -4,7 +4,7 @@
     A_qk[i, j] = scale q_i . k_j exp(G_i - G_j) w_j           j <= i      (read BEFORE: exp(G_{i-1} - G_j), j < i)
     SOLVE DELTA:  T = (I + A_kk)^-1,  A_kk[i, j] = beta_i k_i . k_j exp(G_i - G_j)                        j < i
     SOLVE RANK:   T = (I - A_ab)^-1,  A_ab[i, j] = a_i . b_j exp(G_{i-1} - G_j), A_ak likewise with w_j   j < i,
-                  A_qb[i, j] = scale q_i . b_j exp(G_i - G_j)             j <= i
+                  A_qb[i, j] = scale q_i . b_j exp(G_i - G_j)             j <= i      (BEFORE likewise)
 
 Shapes: query, key, a, b (B, heads, L, K), decay (B, H, L) or (B, H, L, K), beta (B, H, L), with any strides; G as the
 decay, norms (2, B, Hk, L) of keys, then queries, contiguous float32; T and the A (B, H, L, BLOCK_C) contiguous, of the
@@ -108,7 +108,7 @@ def chunk_within(
     EXACT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The matrices of one chunk of one head; EXACT: precision of products that make T."""
-    LEVELS: tl.constexpr = 8 if DECAY == CHANNEL else 1  # pairs by distance, or all at once
+    LEVELS: tl.constexpr = 4 + (BLOCK_C > 16) + (BLOCK_C > 32) + (BLOCK_C > 64)  # log2 of the chunk
     n, b, h = place(tl.program_id(0), tl.cdiv(L, BLOCK_C), H, GROUP)
     head, start = b * H + h, (n * BLOCK_C).to(tl.int64)
     row, channel = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
@@ -129,7 +129,7 @@ def chunk_within(
     qk = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     kk, ak, qb, ab = qk, qk, qk, qk
     own, own_b = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
-    for low in tl.static_range(0, K, BLOCK_K):
+    for low in tl.range(0, K, BLOCK_K):
         column = low + channel
         k = tile(p_k, row, k_l, column, k_e, m_row, K)
         if SCORES:
@@ -142,25 +142,25 @@ def chunk_within(
         if SOLVE == RANK:
             a = tile(p_a, row, a_l, column, a_e, m_row, K)
             low_b = tile(p_b, row, b_l, column, b_e, m_row, K)
-            own_b += tl.sum(q.to(tl.float32) * low_b, 1)
+            if not BEFORE:
+                own_b += tl.sum(q.to(tl.float32) * low_b, 1)
         if DECAY == CHANNEL:
             g = tile(p_sums, row, K, column, 1, m_row, K)
             if BEFORE or SOLVE == RANK:
                 g_before = tile(p_sums - K, row, K, column, 1, m_row & (row > 0), K)
-        for level in tl.static_range(LEVELS):
-            SIZE: tl.constexpr = 1 << level
-            if DECAY != CHANNEL:
-                if SCORES:
-                    qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
-                if SOLVE == DELTA:
-                    kk = tl.dot(k, tl.trans(k), kk, input_precision=PRECISION)
-                if SOLVE == RANK:
-                    ab = tl.dot(a, tl.trans(low_b), ab, input_precision=PRECISION)
-                    ak = tl.dot(a, tl.trans(k), ak, input_precision=PRECISION)
-                    qb = tl.dot(q, tl.trans(low_b), qb, input_precision=PRECISION)
-            elif SIZE < BLOCK_C:
-                pair = halves(i, j, SIZE)
-                middle = row // (2 * SIZE) * (2 * SIZE) + SIZE - 1
+        if DECAY != CHANNEL:
+            if SCORES:
+                qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
+            if SOLVE == DELTA:
+                kk = tl.dot(k, tl.trans(k), kk, input_precision=PRECISION)
+            if SOLVE == RANK:
+                ab = tl.dot(a, tl.trans(low_b), ab, input_precision=PRECISION)
+                ak = tl.dot(a, tl.trans(k), ak, input_precision=PRECISION)
+                qb = tl.dot(q, tl.trans(low_b), qb, input_precision=PRECISION)
+        else:
+            for level in tl.range(0, LEVELS):
+                pair = halves(i, j, level)
+                middle = (row >> (level + 1) << (level + 1)) + (1 << level) - 1
                 g_middle = tile(p_sums, middle, K, column, 1, middle < L - start, K)
                 fade = tl.exp(-tl.abs(g - g_middle))
                 k_fade = (k * fade).to(MID)
@@ -174,7 +174,7 @@ def chunk_within(
                     a_fade, b_fade = (a * fade_before).to(MID), (low_b * fade).to(MID)
                     ab = products(ab, a_fade, b_fade, pair, MID, PRECISION)
                     ak = products(ak, a_fade, k_fade, pair, MID, PRECISION)
-                    qb = products(qb, q * fade, b_fade, pair, MID, PRECISION)
+                    qb = products(qb, q * (fade_before if BEFORE else fade), b_fade, pair, MID, PRECISION)
 
     m_ok = (i > j) & m_row[:, None]
     if PACKED:
@@ -209,7 +209,7 @@ def chunk_within(
         reach = pair_decay(late, g_row, m_ok, DECAY)
         store_pairs(p_inverse + at, inverse(tl.where(m_ok, ab * reach, 0.0) * -1.0, EXACT), row, m_row)
         ak = tl.where(m_ok, ak * reach, 0.0)
-        qb = tl.where(i == j, own_b[:, None], tl.where(m_ok, qb * after, 0.0)) * SCALE
+        qb = tl.where(i == j, own_b[:, None], tl.where(m_ok, qb * (reach if BEFORE else after), 0.0)) * SCALE
         if NORMED:
             ak *= k_norm[None, :]
             qb *= q_norm[:, None]
