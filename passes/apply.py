@@ -15,6 +15,8 @@ from attnc.forms.generated import Generated, kept_in
 from attnc.options import Options
 from attnc.passes.check import Verdict, check
 from attnc.passes.pipeline import Analysis, Found, bodies
+from attnc.passes.recurrence.check import check_rewriting
+from attnc.passes.recurrence.rewriting import Rewriting
 from attnc.passes.rewrite import rewrite
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region
 from attnc.store import Store
@@ -31,7 +33,8 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
         choice = found.region.choice
         if choice is None or not choice.rewrites or found.match is None or found.facts is None:
             continue
-        form = _kept_as_asked(choice.form, options)
+        written_out = isinstance(found.match, Rewriting)
+        form = choice.form if written_out else _kept_as_asked(choice.form, options)
         with analysis.timed("check"):
             verdict = _verdict(found, store, form) if options.check else Verdict(True, 0.0, _unmeasured(found.region))
         if not verdict.passed:
@@ -41,7 +44,7 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
             told = replace(choice, reason=f"{choice.reason}; {verdict.reason}")
             analysis.found[position] = replace(found, region=replace(found.region, choice=told))
         with analysis.timed("rewrite"):
-            rewrite(found.facts, found.match, form)
+            found.match.apply() if isinstance(found.match, Rewriting) else rewrite(found.facts, found.match, form)
         changed = True
     if not changed:
         return None
@@ -68,15 +71,19 @@ def _kept_as_asked(form: str, options: Options) -> str:
 
 def _verdict(found: Found, store: Store, form: str) -> Verdict:
     """What the check of a region as `form` said, now or earlier."""
-    key = region_key(found.region)
+    written_out = found.match if isinstance(found.match, Rewriting) else None
+    key = region_key(found.region) + (f" {written_out.signature()}" if written_out is not None else "")
     known = store.get(key)
     if known is not None:
         return Verdict(bool(known["passed"]), float(known["error"]), str(known["reason"]))  # type: ignore[arg-type]
     assert found.region.choice is not None and found.match is not None
     training = found.region.training
     try:
-        verdict = check(found.match, "dense" if not _is_exact(found.region) else form, training)
-        if verdict.passed and not _is_exact(found.region):  # the lift holds, by an exact form: how far off is this one
+        if written_out is not None:
+            verdict = check_rewriting(written_out, training)
+        else:
+            verdict = check(found.match, "dense" if not _is_exact(found.region) else form, training)
+        if written_out is None and verdict.passed and not _is_exact(found.region):  # the lift holds, by an exact form: how far off is this one
             verdict = check(found.match, form, training, exact=False)
     except Exception as exc:
         log.debug("check of %s failed", found.region.path, exc_info=True)

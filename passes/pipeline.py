@@ -34,6 +34,7 @@ from attnc.passes.hooks import table as hooks
 from attnc.passes.moe.lift import moes
 from attnc.passes.normalize import normalize
 from attnc.passes.recurrence.lift import recurrences
+from attnc.passes.recurrence.rows import stack_rows
 from attnc.passes.recurrence.written import rolled
 from attnc.passes.rewrite import rule_of, shape_of_match, size_nodes
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region, Unmatched
@@ -106,6 +107,7 @@ def bodies(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> None:
     with analysis.timed("normalize"):
         normalize(gm)
+        stack_rows(gm.graph)
         own_weights(gm.graph)
         analysis.reordered += fold_heads(gm.graph)
         analysis.reordered += keep_latent(gm.graph, partial(target_device, options.device))

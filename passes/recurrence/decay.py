@@ -13,20 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 
 from torch import fx
 
-from attnc.expr import ONE, SCORE, ZERO, Expr, I, J, const, var
+from attnc.expr import ONE, SCORE, Expr, I, J, const, mul, var
 from attnc.passes.graph import GraphFacts, Unliftable, op_name, shape_of, tensor_of
-from attnc.passes.masks import Lift
 from attnc.passes.products import Product, product
+from attnc.passes.recurrence.terms import contraction
+from attnc.passes.recurrence.weighted import Weighted
+from attnc.passes.recurrence.weights import of_future, of_past, of_token_itself
 from attnc.passes.views import Index, Ranges, through
 from attnc.predicate import rebuild
 
 # What may stand between the product of queries and keys and the one with the values, beside views.
 WEIGHTING = (
     "mul", "div", "where", "masked_fill", "masked_fill_", "tril", "triu", "to", "_to_copy", "type_as", "float", "neg",
-    "add", "sub", "mul_", "sum",
+    "add", "sub", "mul_", "sum", "div_",
 )
 NEAREST = 24
 
@@ -64,12 +67,49 @@ def _keeps(node: fx.Node) -> bool:
 
 
 @dataclass(frozen=True)
-class Parallel:
-    """A decay-weighted product. decay: "none", "constant" (of the distance) or "head" (of run-time data)."""
+class Pair:
+    """Where an operand is found: element `index` of a node, the row i and the column j among its indices."""
 
-    first: Product
-    last: Product
+    node: fx.Node
+    index: Index
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A decay-weighted product. decay: "none", "constant" (of the distance) or "head" (of run-time data).
+
+    node: the result; row, col: its axes over tokens and values, the latter None for a sum of the weights.
+    query, key, value: the operands at (i, c), (j, c) and (j, col); value None where the weights are summed.
+    weight: of a pair with score s, an expression over i, j and the other indices of the result.
+    names: the indices of the result, i in the place of `row`.
+    """
+
+    node: fx.Node
+    query: Pair
+    key: Pair
+    value: Pair | None
+    row: int
+    col: int | None
+    weight: Expr
     decay: str
+    names: Index
+    lift: Weighted
+
+
+@dataclass(frozen=True)
+class _End:
+    """What may be the last product of such a form: sums over j of the weights and the value.
+
+    score: query and key, where the product has them itself.
+    """
+
+    node: fx.Node
+    weights: tuple[Pair, ...]
+    value: Pair | None
+    row: int | None
+    col: int | None
+    names: Index
+    score: tuple[Pair, Pair] | None = None
 
 
 def parallels(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Parallel]:
@@ -77,14 +117,111 @@ def parallels(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Paralle
     for node in facts.graph.nodes:
         if node in taken:
             continue
-        final = any_product(node)
-        if final is None:
-            continue
-        for oriented in (final, final.swapped()):
-            found = _parallel(facts, oriented) if _behind(oriented.left, taken) is not None else None
+        for end in _ends(node):
+            near = end.score is not None or any(_behind(w.node, taken) is not None for w in end.weights)
+            found = _parallel(facts, end) if near else None
             if found is not None:
                 yield found
                 break
+
+
+def _ends(node: fx.Node) -> Iterator[_End]:
+    value = tensor_of(node)
+    if value is None or not value.is_floating_point():
+        return
+    names = tuple(var(f"y{d}") for d in range(value.dim()))
+    final = any_product(node)
+    if final is not None and final.addend is None and final.alpha == 1.0:
+        for p in (final, final.swapped()):
+            left, right = (Pair(n, p.index(side, names, J)) for n, side in ((p.left, "left"), (p.right, "right")))
+            yield _End(node, (left,), right, p.out_labels.index(p.row), p.out_labels.index(p.col), names)
+    elif op_name(node) == "einsum" and len(node.args[1]) > 2:
+        yield from _of_many(node, names)
+    elif op_name(node) == "sum" and len(node.args) > 1 and isinstance(node.args[0], fx.Node):
+        dims = [node.args[1]] if isinstance(node.args[1], int) else list(node.args[1])
+        rank = len(shape_of(node.args[0]))
+        if len(dims) == 1:
+            dim = int(dims[0]) % rank
+            index = list(names) if _keeps(node) else [*names[:dim], J, *names[dim:]]
+            index[dim] = J
+            yield _End(node, (Pair(node.args[0], tuple(index)),), None, None, None, names)
+
+
+def _of_many(node: fx.Node, names: Index) -> Iterator[_End]:
+    """An einsum of queries, keys, values and decays at once."""
+    found = contraction(node)
+    if found is None:
+        return
+    operands, labels, out = found
+    summed = sorted({x for t in labels for x in t} - set(out))
+    at = dict(zip(out, names, strict=True))
+    for inner, col in permutations(summed, 2) if len(summed) == 2 else ():
+        here = at | {inner: var("c"), col: J}
+        pairs = [Pair(x, tuple(here[y] for y in t)) for x, t in zip(operands, labels, strict=True)]
+        two = [k for k, t in enumerate(labels) if inner in t]
+        if len(two) != 2:
+            continue
+        q, k = two if col in labels[two[1]] else two[::-1]
+        own = [y for t in labels for y in t if y in out and sum(y in u for u in labels) == 1]
+        v = [n for n, t in enumerate(labels) if n not in two and col in t and any(y in own for y in t)]
+        rows = [y for y in labels[q] if y in out and y not in labels[k]]
+        if col in labels[q] or len(v) != 1 or len(rows) != 1 or rows[0] in labels[v[0]]:
+            continue
+        (column,) = [y for y in labels[v[0]] if y in own][:1]
+        rest = tuple(p for n, p in enumerate(pairs) if n not in (q, k, v[0]))
+        yield _End(
+            node, rest, pairs[v[0]], out.index(rows[0]), out.index(column), names, (pairs[q], pairs[k])
+        )
+
+
+def _parallel(facts: GraphFacts, end: _End) -> Parallel | None:
+    found: list[tuple[fx.Node, Pair, Pair, Expr]] = []
+    if end.score is not None:
+        found.append((end.node, *end.score, end.names[end.row]))  # type: ignore[arg-type]
+
+    def leaf(node: fx.Node, index: Index) -> Expr | None:
+        candidate = any_product(node)
+        if candidate is None or (found and found[0][0] is not node):
+            return None
+        at = dict(zip(candidate.out_labels, index, strict=True))
+        here = (at[candidate.row], at[candidate.col])
+        if J not in here or here[0] == here[1] or candidate.addend is not None or candidate.alpha != 1.0:
+            return None
+        row = here[here[0] == J]
+        if row not in end.names or (end.row is not None and row != end.names[end.row]):
+            return None
+        c = candidate if here[1] == J else candidate.swapped()
+        query, key = (Pair(n, c.index(side, index, var("c"))) for n, side in ((c.left, "left"), (c.right, "right")))
+        found.append((node, query, key, row))
+        return SCORE
+
+    lift = Weighted(facts, end.node, leaf)
+    for name, extent in zip(end.names, shape_of(end.node), strict=True):
+        lift.ranges.declare(name.args[0], extent)
+    source = end.weights[0]
+    lift.ranges.declare("j", shape_of(source.node)[source.index.index(J)])
+    try:
+        value = SCORE if end.score is not None else None
+        for part in end.weights:
+            element = lift.element(part.node, part.index)
+            value = element if value is None else mul(value, element)
+    except Unliftable:
+        return None
+    if not found or value is None or "s" not in value.names():
+        return None
+    _, query, key, row = found[0]
+    value = rebuild(value, lambda x: I if x == row else None)
+    box = lift.ranges.box
+    none = rebuild(value, lambda x: const(0.0) if x == SCORE else None)
+    future, itself = of_future(value, box), of_token_itself(value, box)
+    if not all(x.is_const and x.value == 0 for x in (none, future)) or (itself.is_const and itself.value == 0):
+        return None
+    weight = of_past(value, box)
+    names = tuple(I if x == row else x for x in end.names)
+    query = Pair(query.node, tuple(I if x == row else x for x in query.index))
+    return Parallel(
+        end.node, query, key, end.value, end.names.index(row), end.col, weight, _decay(weight), names, lift
+    )
 
 
 def _behind(node: fx.Node, taken: Collection[fx.Node]) -> fx.Node | None:
@@ -104,39 +241,6 @@ def _behind(node: fx.Node, taken: Collection[fx.Node]) -> fx.Node | None:
             seen.update(fresh)
             stack.extend(fresh)
     return None
-
-
-def _parallel(facts: GraphFacts, final: Product) -> Parallel | None:
-    names = tuple(var(f"y{d}") for d in range(len(final.out_labels)))
-    row = names[final.out_labels.index(final.row)]
-    found: list[Product] = []
-
-    def leaf(node: fx.Node, index: Index) -> Expr | None:
-        candidate = any_product(node)
-        if candidate is None or (found and found[0].node is not node):
-            return None
-        at = dict(zip(candidate.out_labels, index, strict=True))
-        if {at[candidate.row], at[candidate.col]} != {row, J}:
-            return None
-        found.append(candidate if at[candidate.col] == J else candidate.swapped())
-        return SCORE
-
-    lift = Lift(facts, final.node, leaf)
-    for name, extent in zip(names, shape_of(final.node), strict=True):
-        lift.ranges.declare(name.args[0], extent)
-    lift.ranges.declare("j", shape_of(final.left)[final.left_labels.index(final.contracted)])
-    try:
-        value = lift.element(final.left, final.index("left", names, J))
-    except Unliftable:
-        return None
-    if not found or "s" not in value.names():
-        return None
-    weight = rebuild(value, lambda x: const(1.0) if x == SCORE else I if x == row else None)
-    rest = rebuild(value, lambda x: const(0.0) if x == SCORE else None)
-    future = rebuild(weight, lambda x: ZERO if x == I else ONE if x == J else None)
-    if not (rest.is_const and rest.value == 0 and future.is_const and future.value == 0):
-        return None
-    return Parallel(found[0], final, _decay(weight))
 
 
 def _decay(weight: Expr) -> str:

@@ -13,10 +13,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
+from attnc.expr import var
 from attnc.passes.found import Found, missed
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, op_name, tensor_of
 from attnc.passes.recurrence.decay import Parallel, parallels
 from attnc.passes.recurrence.loops import Loop, loops
+from attnc.passes.recurrence.quadratic import quadratic
+from attnc.passes.recurrence.reroll import reroll
+from attnc.passes.recurrence.rewriting import Rewriting
 from attnc.passes.recurrence.step import Step, entry, step_facts
 from attnc.region import AS_WRITTEN, Choice, Region, Unmatched
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
@@ -27,7 +31,9 @@ SOLVES = ("linalg_solve_triangular", "triangular_solve", "linalg_inv", "linalg_i
 ZEROS = ("zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full")
 FEWEST = 4  # steps over single tokens; fewer are chance
 DECAYS = {"none": "none", "constant": "head", "head": "token", "key": "channel", "value": "channel", "state": "state"}
-WHY = "written out in the graph, and attnc has no form for that; a hook for its function makes it one node"
+AS_ONE = "recurrence"  # the choice that puts the operator in the place of what is written
+WHY = "written out in the graph: "
+MIXED = "its loops and products are parts of one algorithm, which no rewrite takes together"
 
 
 @dataclass
@@ -39,9 +45,14 @@ class Mixer:
     products: list[Parallel] = field(default_factory=list)
     solves: bool = False  # a triangular system on the way into its products, by an operator or by substitution
 
+    @property
+    def main(self) -> Parallel:
+        """The product with values; sums of weights normalise it."""
+        return next((p for p in reversed(self.products) if p.value is not None), self.products[-1])
+
 
 def rolled(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Unmatched]:
-    """The recurrences of a graph that are written out.
+    """The recurrences of a graph that are written out, each with what may take its place.
 
     A loop that is no recurrence but makes the values of one solves the triangular system of its delta rule.
     """
@@ -54,7 +65,8 @@ def rolled(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Un
         elif step is not None and loop.steps >= FEWEST:
             refused.append((loop, step))
     for found in parallels(facts, taken):
-        _enter(mixers, _ends([found.last.node])).products.append(found)
+        around = next((m for m in mixers if any(found.node in loop.nodes for loop, _ in m.rolled)), None)
+        (around or _enter(mixers, _ends([found.node]))).products.append(found)
     behind = {id(mixer): _behind(facts, mixer) for mixer in mixers}
     for mixer in mixers:
         mixer.solves |= any(behind[id(mixer)].intersection(loop.nodes) for loop, _ in refused)
@@ -109,23 +121,42 @@ def _enter(mixers: list[Mixer], ends: set[fx.Node]) -> Mixer:
 
 
 def _found(facts: GraphFacts, mixer: Mixer) -> Found:
-    rule, shape = _of_products(mixer.products[-1]) if mixer.products else (RecurrenceRule(), None)
-    anchor = mixer.products[-1].last.node if mixer.products else None
-    nodes = {n for found in mixer.products for n in (found.first.node, found.last.node)}
+    rule, shape = _of_products(mixer.main) if mixer.products else (RecurrenceRule(), None)
+    anchor = mixer.main.node if mixer.products else None
+    nodes = {found.node for found in mixer.products}
     for loop, step in mixer.rolled[-1:]:
         rule, shape, anchor = _of_loop(loop, step, rule)
     for loop, _ in mixer.rolled:
         nodes |= set(loop.nodes)
     assert anchor is not None and shape is not None
     rule = replace(rule, delta=rule.delta or mixer.solves)
+    match = _rewriting(facts, mixer)
+    choice = Choice(AS_WRITTEN, WHY + match.reason) if isinstance(match, NoMatch) else _chosen(match)
+    if isinstance(match, Rewriting):
+        rule, shape = replace(match.rule, state_in=rule.state_in, state_out=rule.state_out), match.shape
+        nodes |= set(match.outs)
     value = tensor_of(anchor)
     assert value is not None
     region = Region(
         module_path(anchor), anchor.name, rule, shape, str(value.dtype).removeprefix("torch."), value.device.type,
-        written="loop" if mixer.rolled else "products", training=facts.needs_grad(anchor),
-        choice=Choice(AS_WRITTEN, WHY),
-    )
-    return Found(region, nodes=frozenset(nodes))
+        written="loop" if mixer.rolled else "products", training=facts.needs_grad(anchor), choice=choice,
+    )  # fmt: skip
+    taken = isinstance(match, Rewriting)
+    return Found(region, match if taken else None, facts if taken else None, nodes=frozenset(nodes))
+
+
+def _rewriting(facts: GraphFacts, mixer: Mixer) -> Rewriting | NoMatch:
+    """What may take the place of a mixer; why nothing may."""
+    if mixer.rolled and not mixer.products and not mixer.solves and len(mixer.rolled) == 1:
+        return reroll(facts, mixer.rolled[0][0])
+    if mixer.products and not mixer.rolled and not mixer.solves:
+        return quadratic(facts, mixer.products)
+    return NoMatch(MIXED, mixer.main.node if mixer.products else mixer.rolled[0][0].blocks[-1][0])
+
+
+def _chosen(found: Rewriting) -> Choice:
+    what = f"{found.steps} steps" if found.steps else "a matrix of all pairs of tokens"
+    return Choice(AS_ONE, f"one operator in chunks in place of {what}")
 
 
 def _of_loop(loop: Loop, step: Step, rule: RecurrenceRule) -> tuple[RecurrenceRule, RecurrenceShape, fx.Node]:
@@ -181,26 +212,23 @@ def _length(loop: Loop) -> int:
 
 
 def _of_products(found: Parallel) -> tuple[RecurrenceRule, RecurrenceShape]:
-    first, last = tensor_of(found.first.left), tensor_of(found.last.node)
+    first, last = tensor_of(found.query.node), tensor_of(found.node)
     assert first is not None and last is not None
-    labels = found.last.out_labels
-    extents = dict(zip(labels, map(hint, last.shape), strict=True))
-    batch = [label for label in labels if label not in (found.last.row, found.last.col)]
-    before = labels[labels.index(found.last.row) - 1]
-    chunks = extents[batch.pop(batch.index(before))] if len(batch) > 2 and before in batch else 1
-    heads = extents[batch[1]] if len(batch) > 1 else 1
-    width = hint(first.shape[found.first.left_labels.index(found.first.contracted)])
-    rows = extents[found.last.row]
+    sizes = [hint(s) for s in last.shape]
+    batch = [d for d in range(len(sizes)) if d not in (found.row, found.col)]
+    chunks = sizes[batch.pop(batch.index(found.row - 1))] if len(batch) > 2 and found.row - 1 in batch else 1
+    heads = sizes[batch[1]] if len(batch) > 1 else 1
+    width = hint(first.shape[found.query.index.index(var("c"))]) if var("c") in found.query.index else 1
+    rows = sizes[found.row]
+    values = sizes[found.col] if found.col is not None else 1
     rule = RecurrenceRule(decay=DECAYS[found.decay], chunk=rows)
-    return rule, RecurrenceShape(
-        extents[batch[0]] if batch else 1, heads, rows * chunks, width, extents[found.last.col], heads
-    )
+    return rule, RecurrenceShape(sizes[batch[0]] if batch else 1, heads, rows * chunks, width, values, heads)
 
 
 def _behind(facts: GraphFacts, mixer: Mixer) -> set[fx.Node]:
     """What the values of a mixer are made of, back to products with weights, through writes into parts of a tensor."""
     seen: set[fx.Node] = set()
-    stack = [found.last.right for found in mixer.products]
+    stack = [found.value.node for found in mixer.products if found.value is not None]
     stack += [n for loop, _ in mixer.rolled for n in loop.blocks[0]]
     while stack:
         node = stack.pop()
