@@ -83,9 +83,8 @@ def constants_of(rule: RecurrenceRule, given: Given, knobs: StepKnobs, K: int, V
     H = given.value.shape[1]
     block_k = 1 << (K - 1).bit_length()
     block_v = max(1, min(knobs.block_v, 1 << (V - 1).bit_length(), LARGEST // block_k))
-    groups = {
-        name: 1 if x is None else H // x.shape[1] for name, x in zip("kab", (given.key, given.a, given.b), strict=True)
-    }
+    shared = {"k": given.key, "a": given.a, "b": given.b}
+    groups = {name: 1 if x is None else H // x.shape[1] for name, x in shared.items()}
     return {
         "GROUP": groups["k"],
         "GROUP_A": groups["a"],

@@ -1,4 +1,4 @@
-"""The step kernel under Triton's interpreter against the token loop in float64: every rule, states, documents, types."""
+"""The step kernel under Triton's interpreter against the token loop: every rule, states, documents, types."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tests.recurrences import CASES, Case, in_float64, token_loop
 KERNEL = kernel_of("cpu")
 
 
-def run(case: Case, inputs: list, knobs: StepKnobs = StepKnobs(block_v=4)) -> tuple[torch.Tensor, torch.Tensor]:
+def run(case: Case, inputs: list, block_v: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     narrow = [x if x is None or not x.is_floating_point() else x.float() for x in inputs]
-    return step(KERNEL, Given(*narrow), case.rule, knobs)
+    return step(KERNEL, Given(*narrow), case.rule, StepKnobs(block_v))
 
 
 @pytest.mark.parametrize("length", [3, pytest.param(33, marks=pytest.mark.slow)])
@@ -35,7 +35,7 @@ def test_narrow_types_keep_a_float32_state(dtype: torch.dtype) -> None:
     case = next(c for c in CASES if c.name == "gated_delta_rule")
     inputs = [x if x is None else x.to(dtype).double() for x in case.inputs(5, batch=1)]
     want, state = token_loop(inputs, in_float64(case))
-    out, last = step(KERNEL, Given(*(x if x is None else x.to(dtype) for x in inputs)), case.rule, StepKnobs())
+    out, last = step(KERNEL, Given(*(x if x is None else x.to(dtype) for x in inputs)), case.rule, StepKnobs(4))
     assert out.dtype == dtype and last.dtype == torch.float32
     torch.testing.assert_close(last.double(), state, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=2e-2)
