@@ -29,6 +29,7 @@ from attnc.errors import UsageError, did_you_mean
 from attnc.forms.base import Form
 from attnc.options import Options
 from attnc.records import LONGEST, SHORTEST, Timing, best_of
+from attnc.tuning.owners import JournalLost
 from attnc.tuning.problem import FIDELITIES, Outcome, Problem
 from attnc.tuning.samplers import DEFAULT, SAMPLERS, USES_PRIOR, Known
 from attnc.tuning.storage import MEMORY, Opened, opened, quiet
@@ -172,9 +173,7 @@ class Search:
             try:
                 with opened(settings.storage, settings.folder, self.study) as storage:
                     self._run(storage)
-            except BrokenPipeError:  # whoever was shown the progress is gone
-                raise
-            except OSError as exc:
+            except JournalLost as exc:
                 log.warning("trials can no longer be written (%s): the search goes on in memory", exc)
                 # The same draws from the start; what is known already is not tried again.
                 with opened(MEMORY, settings.folder, self.study) as storage:

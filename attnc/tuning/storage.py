@@ -24,6 +24,7 @@ except ImportError:  # not a Unix
 
 from attnc.atomic_file import private_folder
 from attnc.errors import UsageError
+from attnc.tuning.owners import Owners, journal_files
 
 log = logging.getLogger("attnc.tuning")
 
@@ -32,10 +33,23 @@ MEMORY = "memory"
 
 @dataclass(frozen=True)
 class Opened:
-    """A storage. alone: no other process of this machine uses it, so trials still running in it are of dead ones."""
+    """A storage. owners: whose its running trials are, where that can be told."""
 
     storage: BaseStorage
-    alone: bool
+    owners: Owners | None = None
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's file of events; what its file operations raise is a JournalLost."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with journal_files():
+            super().append_logs(logs)
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        with journal_files():
+            found = list(super().read_logs(log_number_from))
+        return iter(found)
 
 
 class _JournalLock:
@@ -46,9 +60,8 @@ class _JournalLock:
         self.held: IO[bytes] | None = None
 
     def acquire(self) -> bool:
-        held = self.file.open("a+b")
-        fcntl.flock(held, fcntl.LOCK_EX)
-        self.held = held
+        self.held = self.file.open("a+b")
+        fcntl.flock(self.held, fcntl.LOCK_EX)
         _cut_unfinished(self.journal)
         return True
 
@@ -82,9 +95,9 @@ def opened(storage: str | None, folder: Path, study: str) -> Iterator[Opened]:
     A folder that cannot be written: one warning, and memory instead. Raises: UsageError for a URL that cannot be used.
     """
     if storage == MEMORY:
-        yield Opened(InMemoryStorage(), alone=True)
+        yield Opened(InMemoryStorage())
     elif storage is not None and "://" in storage:
-        yield Opened(_by_url(storage), alone=False)
+        yield Opened(_by_url(storage))
     else:
         journal = folder / f"{study}.journal" if storage is None else Path(storage)
         if storage is not None and (journal.is_dir() or storage.endswith("/")):
@@ -94,7 +107,7 @@ def opened(storage: str | None, folder: Path, study: str) -> Iterator[Opened]:
                 found = stack.enter_context(_journal(journal))
             except OSError as exc:
                 log.warning("trials are not written to %s (%s): a run that is stopped starts anew", journal, exc)
-                found = Opened(InMemoryStorage(), alone=True)
+                found = Opened(InMemoryStorage())
             yield found
 
 
@@ -103,25 +116,20 @@ def _journal(journal: Path) -> Iterator[Opened]:
     private_folder(journal.parent)
     journal.open("ab").close()
     if fcntl is None:
-        yield Opened(JournalStorage(JournalFileBackend(str(journal), JournalFileOpenLock(str(journal)))), alone=False)
+        yield Opened(JournalStorage(_Journal(str(journal), JournalFileOpenLock(str(journal)))))
         return
-    with journal.with_suffix(".users").open("a+b") as users:
-        try:
-            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone = True
-            _cut_unfinished(journal)
-        except BlockingIOError:
-            alone = False
-        fcntl.flock(users, fcntl.LOCK_SH)
+    with Owners(journal) as owners:
         lock: Any = _JournalLock(journal)
+        lock.acquire()
+        lock.release()
         try:
-            storage = JournalStorage(JournalFileBackend(str(journal), lock))
+            storage = JournalStorage(_Journal(str(journal), lock))
         except (ValueError, KeyError) as exc:
             raise UsageError(
                 f"storage {journal}: found no journal of Optuna ({' '.join(str(exc).split())}). Delete the file, or "
                 "name another one with --storage."
             ) from exc
-        yield Opened(storage, alone)
+        yield Opened(storage, owners)
 
 
 def _by_url(url: str) -> BaseStorage:

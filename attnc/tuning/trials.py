@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from attnc.tuning.tree import Branch, form_of
 log = logging.getLogger("attnc.tuning")
 
 TOLD = "timing"  # user attribute of a trial: its timing, as in a record
+OWNER = "owner"  # and the process that tries it, as in `owners`
 # A trial that another machine has been running for this many later trials belongs to a process that died.
 LAPSED = 64
 
@@ -39,13 +41,34 @@ class Trials:
 
     def __init__(self, opened: Opened, name: str, tree: Branch | Form, fidelity: str) -> None:
         self.storage: BaseStorage = opened.storage
+        self.owners = opened.owners
         self.tree, self.fidelity = tree, fidelity
         self.study = optuna.create_study(storage=self.storage, study_name=name, load_if_exists=True)
         self._id = self.storage.get_study_id_from_name(name)
         self._mine: set[int] = set()
         self._read: dict[int, Trial] = {}
-        for found in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)) if opened.alone else ():
-            self._adopt(found)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Take up the trials that dead processes of this machine were running."""
+        if self.owners is None or not self._elsewhere():
+            return
+        with self.owners.settled():
+            for found in self._elsewhere():  # again: another process may have taken them over
+                if self.owners.is_dead(found.user_attrs.get(OWNER)):
+                    self._own(found.number)
+                    self._adopt(found)
+
+    def _elsewhere(self) -> list[FrozenTrial]:
+        running = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [found for found in running if found.number not in self._mine]
+
+    def _own(self, number: int) -> None:
+        if self.owners is not None:
+            self.storage.set_trial_user_attr(self._trial_id(number), OWNER, self.owners.name)
+
+    def _trial_id(self, number: int) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(self._id, number)
 
     def _adopt(self, found: FrozenTrial) -> None:
         """A trial that a dead process was running: told if its time is known, tried again if its setting is."""
@@ -59,6 +82,7 @@ class Trials:
 
     def all(self) -> list[Trial]:
         """Every trial whose setting is in the tree, by number."""
+        self._take_over()
         found = self.study.get_trials(deepcopy=False)
         trials = []
         for trial in found:
@@ -87,7 +111,9 @@ class Trials:
     def ask(self, draft: Callable[[optuna.Study, FrozenTrial], Form]) -> Trial:
         """Begin a trial with the setting that `draft` picks."""
         self.study.sampler = chooser = Chooser(self.tree, draft)
-        trial = self.study.ask()
+        with self.owners.settled() if self.owners is not None else contextlib.nullcontext():
+            trial = self.study.ask()
+            self._own(trial.number)
         for name, (_, choices) in chooser.params.items():
             trial.suggest_categorical(name, choices)
         form = form_of(self.tree, trial.params)
@@ -98,8 +124,7 @@ class Trials:
 
     def tell(self, trial: Trial, timing: Timing) -> None:
         """End a trial; one without a time at the study's fidelity failed or did not get that far."""
-        at = self.storage.get_trial_id_from_study_id_trial_number(self._id, trial.number)
-        self.storage.set_trial_user_attr(at, TOLD, told(timing))
+        self.storage.set_trial_user_attr(self._trial_id(trial.number), TOLD, told(timing))
         self._finish(trial.number, timing)
 
     def _finish(self, number: int, timing: Timing) -> None:
