@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -22,17 +22,20 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from attnc.passes.attention.extent import inside, leaves_of
+from attnc.passes.attention.extent import inside, is_computed, leaves_of
 from attnc.passes.attention.factors import settle
 from attnc.passes.attention.lift import Match, anchors, lift
 from attnc.passes.attention.within import share
 from attnc.passes.graph import GraphFacts, NoMatch, hint, tensor_of
 from attnc.passes.rewrite import rewrite
+from attnc.store import Store
 
 log = logging.getLogger("attnc.passes.check")
 
 # Elements of the score matrix up to which a region is run at its own size, and up to which an error is measured there.
 AFFORDABLE, MEASURED = 1 << 22, 1 << 25
+# FLOP of a change of order up to which it is run at its own size: at once, and where no smaller size can be told.
+QUICK, PATIENT = 2e8, 4e11
 STEP, WIDE_STEP = 34, 514  # between small sizes; the wide one leaves an approximation blocks to be wrong in
 SMALL_FROM = 65  # integers below are never replaced: head counts, widths, axes
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
@@ -56,7 +59,7 @@ def check(match: Match, spelling: str, training: bool, *, exact: bool = True) ->
     smaller = _substitution(match, leaves, exact)
     if isinstance(smaller, str):
         return Verdict(False, 0.0, smaller)
-    written, inputs = _instance(match, leaves, smaller)
+    written, inputs = _instance(inside(match, leaves), match.out, leaves, smaller)
     for node, data in zip(written.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node.meta["requires_grad"] = training and data.is_floating_point()
     facts = GraphFacts(written.graph)
@@ -65,12 +68,7 @@ def check(match: Match, spelling: str, training: bool, *, exact: bool = True) ->
     if len(again) != 1:
         refusals = "; ".join(str(m) for m in found if isinstance(m, NoMatch))
         return Verdict(False, 0.0, f"the region at a smaller size does not lift ({refusals or 'no anchor'})")
-    copied = fx.Graph()
-    renamed: dict[fx.Node, fx.Node] = {}
-    copied.output(copied.graph_copy(written.graph, renamed))
-    changed = fx.GraphModule(written, copied)
-    for old, new in renamed.items():
-        new.meta = dict(old.meta)
+    changed, renamed = _twin(written)
     twin = GraphFacts(changed.graph)
     rewrite(twin, lift_again(twin, renamed[again[0].anchor]), spelling)
     changed.graph.eliminate_dead_code()
@@ -81,6 +79,125 @@ def check(match: Match, spelling: str, training: bool, *, exact: bool = True) ->
     size = "" if not smaller else f" of length {max(smaller.values())}"
     reason = f"approximate: error {verdict.error:.1e} of the largest value on random inputs{size}"
     return Verdict(True, verdict.error, reason)
+
+
+def _twin(written: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy of an instance, and which node of it stands for which."""
+    copied = fx.Graph()
+    renamed: dict[fx.Node, fx.Node] = {}
+    copied.output(copied.graph_copy(written.graph, renamed))
+    for old, new in renamed.items():
+        new.meta = dict(old.meta)
+    return fx.GraphModule(written, copied), renamed
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a subgraph that is made before anything is lifted: another order of products, a fold of weights.
+
+    out, leaves: where the subgraph ends and begins. flops: of one run of both at the written lengths.
+    lengths: which may be replaced by smaller ones, larger than `apart`. kept: sizes that are none of these.
+    make: changes the subgraph alone that ends in the given node; False where it does not find what to change.
+    """
+
+    name: str
+    out: fx.Node
+    leaves: tuple[fx.Node, ...]
+    lengths: tuple[int, ...]
+    kept: tuple[int, ...]
+    flops: float
+    make: Callable[[fx.Graph, fx.Node], bool]
+    apart: int = 0
+
+
+Trial = Callable[[GraphFacts, Change], Verdict]
+
+
+@dataclass
+class Orders:
+    """A sentence for each subgraph that was changed, was left on purpose, or was left because its change failed."""
+
+    done: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+
+
+def trial_of(store: Store | None) -> Trial:
+    """What says of a change whether it holds, each verdict kept in `store`; without a store every change passes."""
+
+    def trial(facts: GraphFacts, change: Change) -> Verdict:
+        if store is None:
+            return Verdict(True, 0.0)
+        try:
+            return _tried(facts, change, store)
+        except Exception as exc:  # a fault of the check leaves the region as written, and says so
+            log.debug("check of %s failed", change.name, exc_info=True)
+            return Verdict(False, 0.0, f"its check raised {type(exc).__name__}: {exc}".splitlines()[0])
+
+    return trial
+
+
+def _tried(facts: GraphFacts, change: Change, store: Store) -> Verdict:
+    nodes = _behind(facts, change)
+    smaller = _shorter(change, nodes)
+    if isinstance(smaller, str):
+        return Verdict(False, 0.0, smaller)
+    training = facts.needs_grad(change.out)
+    written, inputs = _instance(nodes, change.out, change.leaves, smaller)
+    key = f"{change.name} {training} {_text_of(written.graph)}"
+    known = store.get(key)
+    if known is not None:
+        return Verdict(bool(known["passed"]), float(known["error"]), str(known["reason"]))  # type: ignore[arg-type]
+    changed, renamed = _twin(written)
+    if not change.make(changed.graph, renamed[written.graph.output_node().args[0]]):  # type: ignore[index]
+        return Verdict(False, 0.0, "the region at a smaller size is not recognised again")
+    changed.graph.eliminate_dead_code()
+    changed.recompile()
+    verdict = _compare(written, changed, inputs, training, None)
+    store.put(key, {"passed": verdict.passed, "error": verdict.error, "reason": verdict.reason})
+    return verdict
+
+
+def _behind(facts: GraphFacts, change: Change) -> list[fx.Node]:
+    """The subgraph's nodes in order, with what is written into their memory on the way."""
+    needed: set[fx.Node] = set()
+    stack = [change.out]
+    while stack:
+        node = stack.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        if node not in change.leaves and is_computed(node):
+            stack += [n for n in facts.sources(node) if facts.order[n] < facts.order[change.out]]
+    return sorted(needed, key=facts.order.__getitem__)
+
+
+def _shorter(change: Change, nodes: Sequence[fx.Node]) -> dict[int, int] | str:
+    """Small values for the lengths of a subgraph, and for multiples of them; {} keeps its own size."""
+    lengths = {n for n in change.lengths if n >= SMALL_FROM}
+    if change.flops <= QUICK or not lengths:
+        return {}
+    if clash := lengths & set(change.kept):
+        text = f"its length {max(clash)} cannot be told from another size, so no smaller one can be checked"
+        return {} if change.flops <= PATIENT else text
+    inner = [pytree.arg_tree_leaves(*n.args, **n.kwargs) for n in nodes if n not in change.leaves]
+    numbers = {x for flat in inner for x in flat if isinstance(x, int) and not isinstance(x, bool)}
+    numbers = {x for x in numbers if SMALL_FROM <= x < 1 << 40} - set(change.kept) - lengths
+    multiple = {x: length for x in numbers for length in sorted(lengths) if x % length == 0}
+    small = small_sizes(lengths | numbers.difference(multiple), max(STEP, change.apart + 2))
+    return small | {x: x // length * small[length] for x, length in multiple.items()}
+
+
+def _text_of(graph: fx.Graph) -> str:
+    """A graph without the names of its nodes: what a verdict about it depends on."""
+    order = {node: n for n, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        value = tensor_of(node)
+        kind = "" if value is None else f"{value.dtype} {list(value.shape)} {value.device.type}"
+        given = fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{order[n]}")
+        lines.append(f"{node.op} {'' if node.op == 'placeholder' else node.target} {given} {kind}")
+    return "\n".join(lines)
 
 
 def lift_again(facts: GraphFacts, anchor: fx.Node) -> Match:
@@ -122,7 +239,9 @@ def small_sizes(numbers: set[int], step: int = STEP) -> dict[int, int]:
     return chosen
 
 
-def _instance(match: Match, leaves: Sequence[fx.Node], smaller: dict[int, int]) -> tuple[fx.GraphModule, list[Any]]:
+def _instance(
+    nodes: Sequence[fx.Node], out: fx.Node, leaves: Sequence[fx.Node], smaller: dict[int, int]
+) -> tuple[fx.GraphModule, list[Any]]:
     """The region alone as a graph over its leaves, at the smaller size, with data to run it on."""
     graph, root = fx.Graph(), torch.nn.Module()
     env: dict[fx.Node, Any] = {}
@@ -135,7 +254,7 @@ def _instance(match: Match, leaves: Sequence[fx.Node], smaller: dict[int, int]) 
             x = hint(x)
         return smaller.get(x, x) if isinstance(x, int) and not isinstance(x, bool) else x
 
-    for node in inside(match, leaves):
+    for node in nodes:
         value: Any = node.meta.get("val")
         if isinstance(value, torch.SymInt | torch.SymFloat | int | float) and not isinstance(value, bool):
             env[node] = small(value) if isinstance(value, torch.SymInt | int) else float(value)
@@ -160,7 +279,7 @@ def _instance(match: Match, leaves: Sequence[fx.Node], smaller: dict[int, int]) 
         with mode:
             plain_args, plain_kwargs = _fakes(args), _fakes(kwargs)
             env[node].meta["val"] = node.target(*plain_args, **plain_kwargs)
-    graph.output(env[match.out])
+    graph.output(env[out])
     return fx.GraphModule(root, graph), inputs
 
 

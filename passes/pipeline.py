@@ -25,6 +25,7 @@ from attnc.passes.attention.rules import label
 from attnc.passes.attention.shared import own_weights
 from attnc.passes.attention.within import share
 from attnc.passes.capture import capture
+from attnc.passes.check import trial_of
 from attnc.passes.choose import choose, target_device
 from attnc.passes.dead import dead_ends
 from attnc.passes.ffn.lift import ffns
@@ -38,6 +39,7 @@ from attnc.passes.recurrence.rows import stack_rows
 from attnc.passes.recurrence.written import rolled
 from attnc.passes.rewrite import rule_of, shape_of_match, size_nodes
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region, Unmatched
+from attnc.store import Store
 
 # The lifts of what is not attention, in this order: what one takes, those after it do not see.
 LIFTS: tuple[Callable[[GraphFacts, Collection[fx.Node]], Iterator[Found | Unmatched]], ...] = (
@@ -109,8 +111,7 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
         normalize(gm)
         stack_rows(gm.graph)
         own_weights(gm.graph)
-        analysis.reordered += fold_heads(gm.graph)
-        analysis.reordered += keep_latent(gm.graph, partial(target_device, options.device))
+        _reorder(gm.graph, analysis, options)
         facts = GraphFacts(gm.graph)
     with analysis.timed("lift"):
         analysis.found += [Found(region) for region in flex_regions(gm.graph)]
@@ -127,6 +128,15 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
                 analysis.found.append(entry)
     names = {node.name for node in taken}  # a router's softmax is no failed attention once its block is known
     analysis.unmatched[before:] = [entry for entry in analysis.unmatched[before:] if entry.anchor not in names]
+
+
+def _reorder(graph: fx.Graph, analysis: Analysis, options: Options) -> None:
+    """Change orders of products where that pays and is checked, before anything is lifted."""
+    trial = trial_of(Store(options.store) if options.check else None)
+    for orders in (fold_heads(graph, trial), keep_latent(graph, partial(target_device, options.device), trial)):
+        analysis.reordered += orders.done
+        analysis.notes += orders.left
+        analysis.problems += orders.rejected
 
 
 def _attentions(facts: GraphFacts, analysis: Analysis, options: Options) -> set[fx.Node]:

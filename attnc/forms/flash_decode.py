@@ -19,12 +19,14 @@ from attnc.codegen.gpu_decode import ROWS, DecodeKnobs, shares_latent
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.tile_model import FlashTiles, FlashWork, fits, flash_seconds
 from attnc.forms.base import Form, knob
+from attnc.forms.flash import WIDEST as FLASH_WIDEST
 from attnc.forms.flash import work_of
 from attnc.forms.generated import Generated
 from attnc.region import AttentionRegion
 
 QUICK = tuple(product((32, 64, 128), (2, 4), (2, 3)))
 WIDEST = 576  # the key of absorbed latent attention: 512 channels and 64 rotary ones
+HEADS = 128  # query heads of one row of absorbed latent attention
 SPLITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -51,9 +53,16 @@ class FlashDecode(Generated):
     def refuse(self, region: AttentionRegion) -> str | None:
         if region.training:
             return "flash_decode has no backward, found a region that trains; use flash."
-        if region.kind == "attention" and (region.shape.L > ROWS or "L" in region.shape.symbols):
-            return f"flash_decode takes at most {ROWS} query rows, found {region.shape.text('L')}; use flash."
+        if region.kind == "attention" and (self._rows(region) < region.shape.L or "L" in region.shape.symbols):
+            found = region.shape.text("L")
+            return f"flash_decode takes at most {self._rows(region)} query rows, found {found}; use flash."
         return self.unfit(region, WIDEST) or self._unshared(region)
+
+    @staticmethod
+    def _rows(region: AttentionRegion) -> int:
+        """Query rows up to which decoding pays; where heads lie in the rows and no other kernel is as wide, theirs."""
+        s = region.shape
+        return max(ROWS, HEADS // s.group) if max(s.E, s.Ev) > FLASH_WIDEST else ROWS
 
     def _unshared(self, region: AttentionRegion) -> str | None:
         E, Ev = region.shape.E, region.shape.Ev

@@ -237,8 +237,10 @@ def _axes_of_weights(match: Match) -> Axes | None:
     assert match.products is not None
     final = match.products[1]
     axes = _axes(final.left_labels, {final.row: "i", final.contracted: "j"})
-    batch = [[x for x in labels if x not in (final.row, final.contracted, final.col)] for labels in (
-        final.left_labels, final.out_labels)]
+    batch = [
+        [x for x in labels if x not in (final.row, final.contracted, final.col)]
+        for labels in (final.left_labels, final.out_labels)
+    ]
     if axes is None or batch[0] != batch[1]:
         return None
     heads = const(match.q_heads)
@@ -308,6 +310,7 @@ def _placed(facts: GraphFacts, match: Match, up: Product) -> tuple[fx.Node, Axes
     ranges = Ranges()
     for name, extent in zip(outer, shape_of(up.node), strict=True):
         ranges.declare(name.args[0], extent)
+    ranges.declare("d", const(match.widths[1]))
     side = next((s for s in ("left", "right") if _pulled(match, up, s, outer, ranges) is not None), None)
     if side is None or up.alpha != 1 or up.addend is not None:
         return None
@@ -361,9 +364,7 @@ def _coordinates(match: Match, at: Index, ranges: Ranges) -> Index | None:
     return (*batch, i) if len(batch) == 2 else None
 
 
-def _digits(
-    match: Match, at: Index, outer: Index, ranges: Ranges
-) -> dict[Expr, list[tuple[Expr, Expr]]] | None:
+def _digits(match: Match, at: Index, outer: Index, ranges: Ranges) -> dict[Expr, list[tuple[Expr, Expr]]] | None:
     """For each outer coordinate, the coordinates b, h, i it is made of, slowest first, with their extents."""
     found = _coordinates(match, at, ranges)
     if found is None:

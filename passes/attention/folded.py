@@ -17,6 +17,7 @@ from torch import fx
 
 from attnc.expr import terms_of, var
 from attnc.passes.attention.absorb import Emitter
+from attnc.passes.check import Change, Orders, Trial
 from attnc.passes.graph import GraphFacts, hint, module_path, op_name, shape_of, tensor_of
 from attnc.passes.views import Ranges, through
 
@@ -24,24 +25,45 @@ aten = torch.ops.aten
 _FIXED = ("t", "transpose", "permute", "mT", "view", "reshape", "contiguous", "detach", "alias")
 
 
-def fold_heads(graph: fx.Graph) -> list[str]:
-    """Fold the matrices that heads share into the projections before them; returns a sentence for each."""
-    facts, folded = GraphFacts(graph), []
+def fold_heads(graph: fx.Graph, trial: Trial) -> Orders:
+    """Fold the matrices that heads share into the projections before them, where `trial` says that this holds."""
+    facts, orders = GraphFacts(graph), Orders()
     for node in list(graph.nodes):
         views = _projection(facts, node)
         if views is None:
             continue
         where = module_path(node) or node.name
-        folded.append(f"{where}: a matrix that all heads share is folded into the projection before it.")
+        sentence = f"{where}: a matrix that all heads share is folded into the projection before it"
+        source, weight = views[-1].args[:2]
+        leaves = (source, weight, node.args[1])
+        *tokens, channels = (hint(n) for n in tensor_of(source).shape)  # type: ignore[union-attr]
+        kept = (channels, *(hint(n) for x in leaves[1:] for n in tensor_of(x).shape))  # type: ignore[union-attr]
+        work = 2.0 * prod(tokens) * channels * kept[1]
+        verdict = trial(facts, Change("fold", node, leaves, tuple(tokens), kept, work, _again))
+        if not verdict.passed:
+            orders.rejected.append(f"{sentence}: {verdict.reason}. It is left as written.")
+            continue
+        orders.done.append(f"{sentence}.")
         _fold(graph, node, views)
         facts = GraphFacts(graph)
-    if folded:
+    if orders.done:
         graph.eliminate_dead_code()
-    return folded
+    return orders
 
 
-def _projection(facts: GraphFacts, node: fx.Node) -> list[fx.Node] | None:
-    """The views from a projection's heads back to the projection, where `node` multiplies them by a shared matrix."""
+def _again(graph: fx.Graph, out: fx.Node) -> bool:
+    """Fold the matrix that ends `graph`; whether there is one."""
+    views = _projection(GraphFacts(graph), out, any_length=True)
+    if views is not None:
+        _fold(graph, out, views)
+    return views is not None
+
+
+def _projection(facts: GraphFacts, node: fx.Node, *, any_length: bool = False) -> list[fx.Node] | None:
+    """The views from a projection's heads back to the projection, where `node` multiplies them by a shared matrix.
+
+    any_length: whether it is looked at whatever the number of tokens is.
+    """
     if op_name(node) != "matmul" or facts.writes.get(facts.root(node)):
         return None
     left, matrix = node.args[:2]
@@ -72,7 +94,7 @@ def _projection(facts: GraphFacts, node: fx.Node) -> list[fx.Node] | None:
     if not all(facts.unchanged(x, at, node) for x in (at, *at.all_input_nodes)) or not _is_weight(at.args[1]):
         return None
     tokens = prod(hint(n) for n in value.shape) // hint(weight.shape[0])
-    return [*views, at] if tokens > hint(weight.shape[1]) else None
+    return [*views, at] if any_length or tokens > hint(weight.shape[1]) else None
 
 
 def _is_weight(node: object) -> bool:

@@ -57,15 +57,24 @@ def absorbed_work(s: LatentShape) -> tuple[float, float]:
     return flops, s.B * s.S * (s.rank + s.rope) + 2.0 * rows + s.H * per_head * s.rank
 
 
+def seconds_of(s: LatentShape, flops_per_s: float, elements_per_s: float) -> tuple[float, float]:
+    """Time of the absorbed and of the expanded order, each as long as the slower of its products and its traffic."""
+    absorbed, expanded = (max(f / flops_per_s, m / elements_per_s) for f, m in (absorbed_work(s), expanded_work(s)))
+    return absorbed, expanded
+
+
 def pays(s: LatentShape, flops_per_s: float, elements_per_s: float) -> bool:
-    """Whether the absorbed order is faster, each order as long as the slower of its products and its traffic."""
-    times = [max(flops / flops_per_s, moved / elements_per_s) for flops, moved in (absorbed_work(s), expanded_work(s))]
-    return times[0] < times[1]
+    """Whether the absorbed order is faster."""
+    absorbed, expanded = seconds_of(s, flops_per_s, elements_per_s)
+    return absorbed < expanded
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """linear(latent, weight)[..., stride * h + offset + e]: `width` channels of each head out of a latent."""
+    """linear(latent, weight)[..., stride * h + offset + e]: `width` channels of each head out of a latent.
+
+    biased: whether a bias is added, which no order but the written one keeps.
+    """
 
     latent: fx.Node
     index: Index
@@ -73,6 +82,7 @@ class Expansion:
     stride: int
     offset: int
     width: int
+    biased: bool
 
 
 @dataclass(frozen=True)
@@ -87,15 +97,18 @@ class Latent:
     shape: LatentShape
 
 
-def latents(facts: GraphFacts, anchor: fx.Node) -> Latent | None:
-    """The latent attention around `anchor`, written expanded; None where it is none."""
-    if not _has_few_rows(anchor):
+def latents(facts: GraphFacts, anchor: fx.Node, *, any_length: bool = False) -> Latent | None:
+    """The latent attention around `anchor`, written expanded; None where it is none.
+
+    any_length: whether it is looked at whatever its lengths are.
+    """
+    if not any_length and not has_few_rows(anchor):
         return None
     match = lift(facts, anchor)
     if isinstance(match, NoMatch) or match.readers or match.key.more or not _is_plain(match):
         return None
     value = _expansion(facts, match, match.value.source, match.value.index, match.widths[1])
-    pieces = _pieces(facts, match)
+    pieces = pieces_of(facts, match, match.key, match.widths[0])
     if value is None or pieces is None:
         return None
     found: list[Expansion | None] = []
@@ -117,7 +130,7 @@ def latents(facts: GraphFacts, anchor: fx.Node) -> Latent | None:
     if held is None or len(types) != 1 or match.key.heads(match.q_heads) != match.q_heads:
         return None
     rope = sum(width for width, shared in parts if shared is not None)
-    sizes = (_size(match, "b"), match.q_heads, _size(match, "n"), _size(match, "n", match.key))
+    sizes = (size_of(match, "b"), match.q_heads, size_of(match, "n"), size_of(match, "n", match.key))
     shape = LatentShape(*sizes, keys[0].width, rope, rank, value.width)
     return Latent(match, keys[0], value, held, tuple(parts), shape)
 
@@ -130,14 +143,15 @@ def _fits(e: Expansion, heads: int) -> bool:
     return rows == heads * e.stride and 0 <= e.offset <= e.stride - e.width
 
 
-def _size(match: Match, role: str, operand: Operand | None = None) -> int:
+def size_of(match: Match, role: str, operand: Operand | None = None) -> int:
+    """An operand's batch ("b") or length ("n") as seen at compile time; the query's where none is given."""
     operand = operand or match.query
     kinds, value = [kind for kind, _ in operand.roles], tensor_of(operand.source)
     assert value is not None
     return hint(value.shape[kinds.index(role)]) if role in kinds else 1
 
 
-def _has_few_rows(anchor: fx.Node) -> bool:
+def has_few_rows(anchor: fx.Node) -> bool:
     """Whether the scores have many more keys than rows, before anything is lifted."""
     if op_name(anchor) == "scaled_dot_product_attention":
         lengths = [tensor_of(x) for x in anchor.args[:2]]
@@ -168,7 +182,7 @@ def _expansion(facts: GraphFacts, match: Match, node: fx.Node, index: Index, wid
         node, index = step
     if not facts.unchanged(node, node, end):
         return None
-    if op_name(node) != "linear" or any(x is not None for x in node.args[2:]) or node.kwargs:
+    if op_name(node) != "linear" or node.kwargs:
         return None
     source, weight = node.args[:2]
     offset, terms = terms_of(index[-1])
@@ -179,20 +193,23 @@ def _expansion(facts: GraphFacts, match: Match, node: fx.Node, index: Index, wid
     stride, offset = int(coefs[H]), int(offset)
     if stride <= 0 or not all(facts.unchanged(x, node, end) for x in (source, weight)):
         return None
-    return Expansion(source, (*index[:-1], _E), weight, stride, offset, width)
+    biased = any(x is not None for x in node.args[2:])
+    return Expansion(source, (*index[:-1], _E), weight, stride, offset, width, biased)
 
 
-def _pieces(facts: GraphFacts, match: Match) -> list[tuple[fx.Node, Index, int]] | None:
-    """The key's channels as (node, index, width), in order: joined by cat, or copied into fresh memory."""
-    node, index, end = match.key.source, match.key.index, match.out
-    ranges = named(match.batch, const(match.q_heads), *match.lengths, const(match.widths[0]))
+def pieces_of(
+    facts: GraphFacts, match: Match, operand: Operand, width: int
+) -> list[tuple[fx.Node, Index, int]] | None:
+    """An operand's channels as (node, index, width), in order: joined by cat, or copied into fresh memory."""
+    node, index, end = operand.source, operand.index, match.out
+    ranges = named(match.batch, const(match.q_heads), *match.lengths, const(width))
     while True:
-        joined = _joined(facts, node, index, match.widths[0], end)
+        joined = _joined(facts, node, index, width, end)
         if joined is not None or not facts.unchanged(node, node, end):
             return joined
         step = through(node, index, ranges)
         if step is None or _E not in step[1]:
-            return [(node, index, match.widths[0])]
+            return [(node, index, width)]
         node, index = step
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 import attnc
 from attnc.passes import pipeline
+from attnc.passes.check import Orders, Trial
 from tests.gallery_family_a import KnockingHeads
 from tests.gallery_run import assert_same, attention, attnc_compiled, run
 
@@ -20,10 +21,11 @@ def folds(monkeypatch) -> list[int]:
     counted: list[int] = []
     fold = pipeline.fold_heads
 
-    def counting(graph: fx.Graph) -> list[str]:
-        sentences = fold(graph)
-        counted.append(len(sentences))
-        return sentences
+    def counting(graph: fx.Graph, trial: Trial) -> Orders:
+        orders = fold(graph, trial)
+        counted.append(len(orders.done))
+        assert not orders.rejected
+        return orders
 
     monkeypatch.setattr(pipeline, "fold_heads", counting)
     return counted

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnc
+from attnc.passes.attention import absorb
 from attnc.passes.attention.latent import LatentShape, absorbed_work, expanded_work, pays
 from tests.gallery_run import assert_same, attention, attnc_compiled, run
 from tests.tolerance import assert_close
@@ -116,6 +119,14 @@ class Normed(Step):
         return F.normalize(k, dim=-1), v
 
 
+class ScaledHeads(Step):
+    """Each head's keys have a scale of their own."""
+
+    def expanded(self, latent: Tensor) -> tuple[Tensor, ...]:
+        k, v = super().expanded(latent)
+        return k * torch.arange(1.0, HEADS + 1)[:, None, None], v
+
+
 class OtherLatent(Step):
     """Keys and values come from different latents."""
 
@@ -164,7 +175,7 @@ ABSORBED = {
     "apart": Apart, "stacked": Stacked,
 }
 KEPT = {
-    "with_bias": lambda: Step(bias=True), "bent": Bent, "normed": Normed, "other_latent": OtherLatent,
+    "bent": Bent, "scaled_heads": ScaledHeads, "normed": Normed, "other_latent": OtherLatent,
     "own_rope": OwnRope, "shuffled": Shuffled, "written": Written,
 }
 
@@ -184,6 +195,29 @@ def test_step_over_cached_latents_is_absorbed(name: str, rows: int, backward: bo
 def test_what_is_no_plain_latent_stays_expanded(name: str) -> None:
     report = compared(KEPT[name](), step_inputs(), backward=True)
     assert all(region.shape.H == HEADS for region in attention(report)) and not report.notes
+
+
+def test_a_bias_of_the_up_projection_is_refused_in_a_sentence() -> None:
+    report = compared(Step(bias=True), step_inputs(), backward=True)
+    (note,) = report.notes
+    assert [region.shape.H for region in attention(report)] == [HEADS] and not report.problems
+    assert "no bias, and this one has: left as written." in note
+
+
+def test_a_wrong_absorption_is_caught_and_left_as_written(monkeypatch, tmp_path) -> None:
+    per_head = absorb._per_head
+
+    def wrong(emit, expansion, heads):
+        return per_head(emit, replace(expansion, offset=0), heads)
+
+    monkeypatch.setattr(absorb, "_per_head", wrong)
+    model, args = Step(), step_inputs()
+    compiled = attnc_compiled(model, store=str(tmp_path))
+    assert_same(run(compiled, args, named=model), run(model, args))
+    report = attnc.last_report(compiled)
+    (problem,) = report.problems
+    assert [region.shape.H for region in attention(report)] == [HEADS] and not report.notes
+    assert "left as written" in problem
 
 
 def test_prefill_stays_expanded() -> None:

@@ -1,4 +1,4 @@
-"""Values that are the key's first channels: proven from the graph, read once by the decode kernel, else never assumed."""
+"""Values that are the key's first channels: proven from the graph, then read once by the decode kernel."""
 
 from __future__ import annotations
 
