@@ -97,6 +97,10 @@ def _instance(found: Rewriting, smaller: dict[int, int]) -> tuple[fx.GraphModule
         if node.op == "get_attr":
             table = attrgetter(str(node.target))(node.graph.owning_module)
             name = f"table_{len(env)}"
+            if isinstance(table, torch.nn.Module):
+                root.add_module(name, table)
+                env[node] = graph.get_attr(name)
+                continue
             root.register_buffer(name, table)
             env[node] = graph.get_attr(name)
             with mode:
@@ -105,6 +109,9 @@ def _instance(found: Rewriting, smaller: dict[int, int]) -> tuple[fx.GraphModule
         args, kwargs = (fx.node.map_aggregate(x, lambda v: env[v] if isinstance(v, fx.Node) else small(v))
                         for x in (node.args, node.kwargs))  # fmt: skip
         env[node] = graph.call_function(node.target, args, kwargs)
+        if not smaller:
+            env[node].meta["val"] = node.meta.get("val")
+            continue
         with mode:
             plain = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
             env[node].meta["val"] = node.target(*plain[0], **plain[1])

@@ -36,11 +36,14 @@ class Stacked:
 class Stacker:
     """Stacks the nodes of `steps`, lists of the nodes of each step in order.
 
-    given: place in a step -> what stands there, stacked already.
+    given: what the steps read from outside, stacked already; where it is given, they read nothing else.
     """
 
-    def __init__(self, draft: Draft, steps: Sequence[Sequence[fx.Node]], given: Mapping[int, Stacked]) -> None:
-        self.draft, self.steps, self.known = draft, steps, dict(given)
+    def __init__(
+        self, draft: Draft, steps: Sequence[Sequence[fx.Node]], given: Mapping[fx.Node, Stacked] | None = None
+    ) -> None:
+        self.draft, self.steps, self.given = draft, steps, given
+        self.known: dict[int, Stacked] = {}
         self.place = {node: (k, o) for k, step in enumerate(steps) for o, node in enumerate(step)}
 
     def at(self, place: int) -> Stacked:
@@ -62,6 +65,10 @@ class Stacker:
             if len(offsets) == 1 and [self.place[n][0] for n in nodes] == list(range(len(nodes))):
                 return self.at(offsets.pop())
             raise Unliftable("a step reads what another step has computed", nodes[-1])
+        if self.given is not None:
+            if nodes[0] not in self.given:
+                raise Unliftable("a step reads something that is not handed to it", nodes[0])
+            return self.given[nodes[0]]
         if len(set(nodes)) == 1:
             return Stacked(self.draft.leaf(nodes[0]), False)
         found = self._parts(nodes)
@@ -74,6 +81,8 @@ class Stacker:
     def _parts(self, nodes: Sequence[fx.Node]) -> Stacked | None:
         """`select(x, dim, t)`, `slice(x, dim, t, t + 1)` or `unbind(x, dim)[t]` with one x for all t."""
         first = nodes[0]
+        if len(nodes) == 1:
+            return None
         if op_name(first) not in ("select", "slice", "getitem", "narrow"):
             return None
         if any(op_name(n) != op_name(first) or not isinstance(n.args[0], fx.Node) for n in nodes):

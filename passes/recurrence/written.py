@@ -16,11 +16,13 @@ from torch import fx
 from attnc.expr import var
 from attnc.passes.found import Found, missed
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, op_name, tensor_of
+from attnc.passes.recurrence.cumulative import cumulatives
 from attnc.passes.recurrence.decay import Parallel, parallels
 from attnc.passes.recurrence.loops import Loop, loops
 from attnc.passes.recurrence.quadratic import quadratic
 from attnc.passes.recurrence.reroll import reroll
 from attnc.passes.recurrence.rewriting import Rewriting
+from attnc.passes.recurrence.scans import scans
 from attnc.passes.recurrence.step import Step, entry, step_facts
 from attnc.region import AS_WRITTEN, Choice, Region, Unmatched
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
@@ -32,6 +34,7 @@ ZEROS = ("zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full")
 FEWEST = 4  # steps over single tokens; fewer are chance
 DECAYS = {"none": "none", "constant": "head", "head": "token", "key": "channel", "value": "channel", "state": "state"}
 AS_ONE = "recurrence"  # the choice that puts the operator in the place of what is written
+PLACES = {"products": "a matrix of all pairs of tokens", "sums": "the states of all tokens", "scan": "a scan"}
 WHY = "written out in the graph: "
 MIXED = "its loops and products are parts of one algorithm, which no rewrite takes together"
 
@@ -75,6 +78,26 @@ def rolled(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Un
     for loop, why in refused:
         if not any(nodes.intersection(loop.nodes) for nodes in behind.values()):
             yield missed(why.node, why)
+    inside = {node for mixer in mixers for loop, _ in mixer.rolled for node in loop.nodes}
+    for total, read, match in cumulatives(facts, {*taken, *inside}):
+        yield _one(facts, read, match, "sums", frozenset([total, read]))
+    for node, match in scans(facts, taken):
+        yield _one(facts, node, match, "scan", frozenset([node, *node.users]))
+
+
+def _one(
+    facts: GraphFacts, node: fx.Node, match: Rewriting | NoMatch, written: str, nodes: frozenset[fx.Node]
+) -> Found | Unmatched:
+    """A recurrence that one node is."""
+    if isinstance(match, NoMatch):
+        return missed(node, match)
+    out = tensor_of(match.outs[0])
+    assert out is not None
+    region = Region(
+        module_path(node), node.name, match.rule, match.shape, str(out.dtype).removeprefix("torch."), out.device.type,
+        written=written, training=facts.needs_grad(match.outs[0]), choice=_chosen(match, written),
+    )  # fmt: skip
+    return Found(region, match, facts, nodes)
 
 
 def _step(loop: Loop, mixers: Sequence[Mixer]) -> Step | NoMatch | None:
@@ -130,8 +153,8 @@ def _found(facts: GraphFacts, mixer: Mixer) -> Found:
         nodes |= set(loop.nodes)
     assert anchor is not None and shape is not None
     rule = replace(rule, delta=rule.delta or mixer.solves)
-    match = _rewriting(facts, mixer)
-    choice = Choice(AS_WRITTEN, WHY + match.reason) if isinstance(match, NoMatch) else _chosen(match)
+    match, written = _rewriting(facts, mixer), "loop" if mixer.rolled else "products"
+    choice = Choice(AS_WRITTEN, WHY + match.reason) if isinstance(match, NoMatch) else _chosen(match, written)
     if isinstance(match, Rewriting):
         rule, shape = replace(match.rule, state_in=rule.state_in, state_out=rule.state_out), match.shape
         nodes |= set(match.outs)
@@ -139,7 +162,7 @@ def _found(facts: GraphFacts, mixer: Mixer) -> Found:
     assert value is not None
     region = Region(
         module_path(anchor), anchor.name, rule, shape, str(value.dtype).removeprefix("torch."), value.device.type,
-        written="loop" if mixer.rolled else "products", training=facts.needs_grad(anchor), choice=choice,
+        written=written, training=facts.needs_grad(anchor), choice=choice,
     )  # fmt: skip
     taken = isinstance(match, Rewriting)
     return Found(region, match if taken else None, facts if taken else None, nodes=frozenset(nodes))
@@ -154,8 +177,8 @@ def _rewriting(facts: GraphFacts, mixer: Mixer) -> Rewriting | NoMatch:
     return NoMatch(MIXED, mixer.main.node if mixer.products else mixer.rolled[0][0].blocks[-1][0])
 
 
-def _chosen(found: Rewriting) -> Choice:
-    what = f"{found.steps} steps" if found.steps else "a matrix of all pairs of tokens"
+def _chosen(found: Rewriting, written: str) -> Choice:
+    what = f"{found.steps} steps" if found.steps else PLACES[written]
     return Choice(AS_ONE, f"one operator in chunks in place of {what}")
 
 
