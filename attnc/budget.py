@@ -11,6 +11,7 @@ Source: DESIGN.md, sections 1 and 7 (semantic knobs move only inside the error b
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ from attnc.errors import UsageError
 from attnc.forms import Form
 from attnc.observe import name_of, observed
 from attnc.options import Options
-from attnc.passes.choose import GAIN, approximations
+from attnc.passes.choose import GAIN, approximations, target_device
 from attnc.probes import Session, Unit, relative
 from attnc.region import AttentionRegion, Choice, Region
 
@@ -96,10 +97,9 @@ def within(
     off = None
     if any(unit.settings for unit in units.values()):
         session = Session(by_identity, replace(options, allow=(), plan=None))
-        with observed(model, session.read) as run:
+        with contextlib.closing(session), observed(model, session.read) as run:
             off = _settle(Measuring(session, run, batches, name_of(model)), limit)
-        session.close()
-    return [_choice(units.get(name), region, limit, off) for name, _, region in named]
+    return [_choice(units.get(name), region, options, limit, off) for name, _, region in named]
 
 
 def _enter(units: dict[str, Unit], name: str, region: Region, options: Options) -> None:
@@ -195,7 +195,7 @@ def _settle(measuring: Measuring, limit: float) -> float | None:
 # What is chosen.
 
 
-def _choice(unit: Unit | None, region: Region, limit: float, off: float | None) -> Choice | None:
+def _choice(unit: Unit | None, region: Region, options: Options, limit: float, off: float | None) -> Choice | None:
     """The region's choice with what its unit has found."""
     choice = region.choice
     if choice is None or unit is None:
@@ -215,7 +215,18 @@ def _choice(unit: Unit | None, region: Region, limit: float, off: float | None) 
         f"{faster}{form.name} is an approximation by name, {unit.measured(form)}, allowed is {limit:g}; the model's "
         f"output is off by {off or 0.0:.2g}"
     )
-    return Choice(form.spell(), reason, seconds, choice.written_s, refused, offers, unit.errors[form])
+    found = form.estimate(region, target_device(options.device, region.device))
+    return replace(
+        choice,
+        form=form.spell(),
+        reason=reason,
+        predicted_s=seconds,
+        refused=refused,
+        offers=offers,
+        error=unit.errors[form],
+        low_s=found.low,
+        high_s=found.high,
+    )
 
 
 def _beyond(unit: Unit, form: Form, limit: float) -> str | None:

@@ -76,6 +76,10 @@ def _is_seconds_or_none(value: object) -> bool:
     return value is None or _is_seconds(value)
 
 
+def _is_error_or_none(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf)
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -94,7 +98,7 @@ ALLOWED: dict[str, Callable[[object], bool]] = {
     "written_s": _is_seconds_or_none,
     "refused": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
     "offers": lambda value: isinstance(value, dict) and all(map(_is_seconds, value.values())),
-    "error": lambda value: value is None or (type(value) in (int, float) and 0 <= value < math.inf),
+    "error": _is_error_or_none,
     "low_s": _is_seconds_or_none,
     "high_s": _is_seconds_or_none,
 }

@@ -104,7 +104,7 @@ class Session:
         unit = self.units.get(f"{name} {region.key}") or self.units.get(name)
         if unit is None or not unit.settings or found.match is None or found.facts is None:
             return False
-        if found.match.readers or not isinstance(region, AttentionRegion):
+        if not isinstance(region, AttentionRegion) or found.match.readers:
             return False
         if why := self._mislifted(found):
             unit.failed |= dict.fromkeys(unit.settings, why)

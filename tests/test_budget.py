@@ -245,6 +245,16 @@ def test_the_model_the_random_streams_and_the_records_are_as_before() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_chosen_approximation_has_an_interval_and_prints_its_error() -> None:
+    model, x = made(8)
+    plan = autotuned(model, x)
+    choice = plan.choices["layers.0"]
+    assert choice.low_s <= choice.predicted_s <= choice.high_s
+    with torch.no_grad():
+        told = attnc.explain(model, x, options={"plan": plan, "allow": LOW}).to_text(200)
+    assert f"error {choice.error:.3g}" in told
+
+
 # A plan in use.
 
 
