@@ -97,7 +97,7 @@ class Timing:
     def spread(self) -> Estimate:
         """A measured time with its error on either side."""
         assert self.measured_s is not None
-        error = min(1.0, _or(self.error, 0.0))
+        error = min(0.99, _or(self.error, 0.0))
         return Estimate(self.measured_s, self.measured_s * (1 - error), self.measured_s * (1 + error))
 
     def merged(self, later: Timing) -> Timing:

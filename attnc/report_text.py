@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from attnc.cost_models.estimate import Estimate
 from attnc.folding import fold_paths
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region, Unmatched, form_name
 from attnc.report_json import speedup
@@ -74,8 +75,9 @@ def fold_regions(regions: Iterable[Region]) -> list[list[Region]]:
 
 
 def _region_table(groups: list[list[Region]], wide: bool) -> Table:
-    headings = ["where", "what", "FLOP", "bytes", "form", "speed-up"]
-    table = _table(["#", *headings, "why"] if wide else ["#", *headings], right=("#", "FLOP", "bytes", "speed-up"))
+    headings = ["where", "what", "FLOP", "bytes", "form", "time", "speed-up"]
+    right = ("#", "FLOP", "bytes", "time", "speed-up")
+    table = _table(["#", *headings, "why"] if wide else ["#", *headings], right)
     longest = max(len(line) for group in groups for line in _where(group))
     table.columns[1].width = min(longest, WHERE_WIDE if wide else WHERE_NARROW)
     for number, group in enumerate(groups, 1):
@@ -84,19 +86,28 @@ def _region_table(groups: list[list[Region]], wide: bool) -> Table:
         if region.choice and region.choice.error is not None:
             form += f", error {region.choice.error:.3g}"
         amounts = _amount(region.flops).rstrip(), _amount(region.bytes, "B")
-        cells = [str(number), "\n".join(_where(group)), _what(region), *amounts, form, _gain(region.choice)]
+        times = _time(region.choice), _gain(region.choice)
+        cells = [str(number), "\n".join(_where(group)), _what(region), *amounts, form, *times]
         table.add_row(*map(Text, cells + [_reason(region)] * wide))
     return table
 
 
 def _gain(choice: Choice | None) -> str:
-    """The predicted speed-up, its interval below it where the predicted time has one."""
+    """The predicted speed-up."""
     factor = speedup(choice)
-    if choice is None or factor is None or not choice.written_s:
+    return "-" if factor is None else f"{factor:.2f}x"
+
+
+def _time(choice: Choice | None) -> str:
+    """The predicted time, its interval below it where it is known."""
+    if choice is None or choice.predicted_s is None:
         return "-"
-    if choice.low_s is None or choice.high_s is None:
-        return f"{factor:.2f}x"
-    return f"{factor:.2f}x\n{choice.written_s / choice.high_s:.2f}-{choice.written_s / choice.low_s:.2f}"
+    return str(_estimate(choice)).replace(" (", "\n(")
+
+
+def _estimate(choice: Choice) -> Estimate:
+    seconds = choice.predicted_s or 0.0
+    return Estimate(seconds, choice.low_s or seconds, choice.high_s or seconds)
 
 
 def _unmatched_table(unmatched: Iterable[Unmatched]) -> Table:
@@ -167,11 +178,11 @@ def _totals(report: ReportText) -> Iterator[str]:
     for title, named in (("forms", forms), ("masks", masks)):
         if named:
             yield f"{title}: " + ", ".join(f"{name} x{count}" for name, count in named.items())
-    timed = [r.choice for r in regions if speedup(r.choice) is not None]
+    timed = [r.choice for r in regions if r.choice is not None and speedup(r.choice) is not None]
     if timed:
-        written, chosen = (sum(getattr(c, name) for c in timed) for name in ("written_s", "predicted_s"))
+        written, chosen = sum(c.written_s or 0.0 for c in timed), sum(map(_estimate, timed), Estimate(0.0, 0.0, 0.0))
         known = f"{len(timed)} of {_plural(len(regions), 'region')}"
-        yield f"predicted for {known}: {written * 1e3:.3g} ms as written, {chosen * 1e3:.3g} ms as chosen"
+        yield f"predicted for {known}: {Estimate(written, written, written)} as written, {chosen} as chosen"
     passes = ", ".join(f"{name} {seconds:.3f}" for name, seconds in report.timings.items())
     yield f"attnc's own time: {sum(report.timings.values()):.3f} s" + (f" ({passes})" if passes else "")
 

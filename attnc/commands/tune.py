@@ -20,13 +20,15 @@ from attnc.budget import checked_limit
 from attnc.commands.target import DATA_HELP, INPUT_HELP, TARGET_HELP, Call, input_specs, load_call, load_data
 from attnc.cost_models.device import Gpu, device_named
 from attnc.errors import UsageError
+from attnc.forms import parse_form
+from attnc.forms.generated import Generated
 from attnc.offline import autotune, explain
 from attnc.options import Options
 from attnc.plan import Plan
 from attnc.records import TIMES, Record, Records
 from attnc.tuning import search
 from attnc.tuning.durations import parse_duration, spell_duration
-from attnc.tuning.flash import flash_problems
+from attnc.tuning.flash import FlashProblem, flash_problems
 from attnc.tuning.problem import FIDELITIES, Problem
 from attnc.tuning.samplers import DEFAULT, SAMPLERS
 from attnc.tuning.tune import tune
@@ -202,12 +204,13 @@ def _text(problems: Sequence[Problem], records: Sequence[Record], fidelity: str,
     table = Table(
         "region", "device", "default", "tuned", "faster", "tried", "failed", "setting", box=None, pad_edge=False
     )
-    for record in dict.fromkeys(records):
+    for record, problem in dict(zip(records, problems, strict=True)).items():
         tried = [t for t in record.timings.values() if t.failure or t.at(fidelity) is not None]
         times = [_seconds(record, name) for name in (record.default, record.best)]
         faster = f"{times[0] / times[1]:.2f}x" if times[0] and times[1] else "-"
         failed = sum(t.failure is not None for t in tried)
-        row = (record.key.region, record.key.device, *map(spell_seconds, times), faster, str(len(tried)), str(failed))
+        shown = spell_seconds(times[0]), _with_interval(problem, record, times[1])
+        row = (record.key.region, record.key.device, *shown, faster, str(len(tried)), str(failed))
         table.add_row(*row, record.best or "none: every setting failed")
     console = Console(width=200, color_system=None)
     with console.capture() as text:
@@ -215,6 +218,19 @@ def _text(problems: Sequence[Problem], records: Sequence[Record], fidelity: str,
     lines = "\n".join(line.rstrip() for line in text.get().splitlines())
     count = len({id(p) for p in problems})
     return f"{lines}\n\n{count} regions, {len(set(records))} tuned by fidelity {fidelity}; records in {folder}."
+
+
+def _with_interval(problem: Problem, record: Record, seconds: float | None) -> str:
+    """The time of the best setting, with the interval of its repetitions or of such predictions."""
+    if seconds is None or record.best is None:
+        return spell_seconds(seconds)
+    timing = record.timings[record.best]
+    if timing.measured_s == seconds:
+        return str(timing.spread)
+    form = parse_form(record.best) if isinstance(problem, FlashProblem) else None
+    if isinstance(problem, FlashProblem) and isinstance(form, Generated):
+        return str(problem.estimate(form, seconds, compiled=timing.compiled_s == seconds))
+    return spell_seconds(seconds)
 
 
 def _seconds(record: Record, name: str | None) -> float | None:

@@ -18,6 +18,8 @@ from attnc.codegen.flash_jobs import KERNELS as COMPILED
 from attnc.codegen.flash_jobs import flash_job
 from attnc.codegen.triton_text import Slot
 from attnc.cost_models.device import Gpu, gpu_named
+from attnc.cost_models.estimate import Estimate
+from attnc.cost_models.tile_estimate import predicted
 from attnc.cost_models.tile_model import flash_seconds
 from attnc.errors import LoweringError, UsageError
 from attnc.forms.base import Form
@@ -79,6 +81,11 @@ class FlashProblem:
         assert isinstance(form, Flash)
         return kernel_seconds(form, work_of(self.region, form.skip), self.gpu, self.part, made)
 
+    def estimate(self, form: Generated, seconds: float, *, compiled: bool) -> Estimate:
+        """`seconds` of a setting by closed form or compiled, with the interval of such predictions."""
+        forward = self.part in ("forward", "decode")
+        return predicted(seconds, form.work(self.region), form.tiles, self.gpu, compiled=compiled, forward=forward)
+
     def compile(self, form: Form) -> Outcome:
         assert self.gpu.target is not None, self.gpu.name
         folder = None if self.store is None else compiled_folder(self.store)
@@ -120,9 +127,7 @@ def slots_of(region: AttentionRegion, part: str) -> tuple[Slot, ...]:
     )
 
 
-def flash_problems(
-    regions: Iterable[Region], devices: Iterable[str], store: str | None = None
-) -> list[FlashProblem]:
+def flash_problems(regions: Iterable[Region], devices: Iterable[str], store: str | None = None) -> list[FlashProblem]:
     """What there is to tune: each kernel of each attention that Flash can compute, on each device.
 
     store: where what is compiled and run is kept; None: in the user's own.
