@@ -54,6 +54,7 @@ KERNELS = {
 DECAYS = {"none": 0, "head": 1, "token": 2, "channel": 3}
 DELTA, RANK = 1, 2
 WIDEST = 256
+LEAST = -1e4  # a logarithm whose exponential is 0, in sums of float64
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class RecurrenceKnobs:
     """Schedule of chunk_within (within_), chunk_state and chunk_output (out_): chunk_size 16, 32, 64 or 128 tokens;
     columns of a tile of keys (block_k also in chunk_output) and of values.
 
+    products: what products of bfloat16 inputs keep between them, their own type ("input") or "float32".
     precision: of products of float32, "ieee", "tf32" or "tf32x3"; T is never made with less than "tf32x3".
     """
 
@@ -74,6 +76,7 @@ class RecurrenceKnobs:
     within_warps: int = 4
     out_warps: int = 4
     out_stages: int = 2
+    products: str = "input"
     precision: str = "ieee"
 
 
@@ -170,7 +173,7 @@ def forward(
     x = operands_of(query, key, value, decay, beta, bonus, initial, a, b, documents, rule)
     (B, H, L, _), C = value.shape, knobs.chunk_size
     constants = constants_of(rule, x, knobs)
-    mid = product_type(x.value.dtype)
+    mid = product_type(x.value.dtype, knobs.products)
     sums, norms = _sums(kernels, x, rule, knobs), _norms(kernels, x, rule, knobs)
     solve, stored = constants["SOLVE"], constants["STORED"]
 
@@ -240,7 +243,7 @@ def held_down(
     """Decay, gate and running maximum m (B, H, L): the state is kept times exp(-m). Sums over tokens in float64."""
     B, H, L = beta.shape
     g = torch.zeros_like(beta) if decay is None else decay.view(1, H, 1) if decay.dim() == 1 else decay
-    f, i = g.double().expand(B, H, L), beta.double()
+    f, i = g.double().clamp(min=LEAST).expand(B, H, L), beta.double()
     start = _start(beta, initial, rule).double()[..., None].expand(B, H, L)
     total, lift = f.cumsum(-1), torch.zeros((), dtype=torch.float64, device=beta.device)
     if segments is not None:  # sums from the document's first token; later documents lie above all earlier ones
@@ -266,9 +269,9 @@ def _end(x: Operands, initial: Tensor | None, rule: RecurrenceRule) -> Tensor:
     return x.maximum[..., -1] if x.beta.shape[2] else _start(x.beta, initial, rule)
 
 
-def product_type(dtype: torch.dtype) -> torch.dtype:
+def product_type(dtype: torch.dtype, products: str = "input") -> torch.dtype:
     """Type of states, corrected values and scores between products: float16 would not hold their range."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return torch.bfloat16 if dtype == torch.bfloat16 and products == "input" else torch.float32
 
 
 def tile_width(width: int, block: int) -> int:
@@ -283,9 +286,9 @@ def constants_of(rule: RecurrenceRule, x: Operands, knobs: RecurrenceKnobs) -> d
     return {
         **_groups(x),
         **kinds_of(rule, low_rank=rank, packed=x.segments is not None, bonus=x.bonus is not None),
-        "GROUP": H // Hk,
-        "K": K,
-        "V": V,
+        "GROUP": int(H // Hk),
+        "K": int(K),
+        "V": int(V),
         "INITIAL": x.initial is not None,
         **types_of(x.value.dtype, knobs, "hip" if torch.version.hip else "cuda"),
         **sizes_of(K, V, knobs),
@@ -317,11 +320,12 @@ def kinds_of(rule: RecurrenceRule, *, low_rank: bool, packed: bool, bonus: bool)
 def types_of(dtype: torch.dtype, knobs: RecurrenceKnobs, backend: str) -> dict[str, Any]:
     """Types and precisions of products; AMD's matrix units multiply float32 as it is."""
     language = triton().language
-    products = knobs.precision if dtype == torch.float32 else "tf32"
+    mid = product_type(dtype, knobs.products)
+    precision = knobs.precision if dtype == torch.float32 else "tf32"
     return {
-        "MID": language.bfloat16 if dtype == torch.bfloat16 else language.float32,
-        "PRECISION": "ieee" if backend == "hip" else products,
-        "EXACT": "ieee" if backend == "hip" or knobs.precision == "ieee" and dtype == torch.float32 else "tf32x3",
+        "MID": language.bfloat16 if mid == torch.bfloat16 else language.float32,
+        "PRECISION": "ieee" if backend == "hip" else precision,
+        "EXACT": "ieee" if backend == "hip" or (knobs.precision == "ieee" and dtype == torch.float32) else "tf32x3",
     }
 
 
@@ -336,7 +340,7 @@ def sizes_of(K: int, V: int, knobs: RecurrenceKnobs) -> dict[str, int]:
 
 def _groups(x: Operands) -> dict[str, int]:
     H = x.value.shape[1]
-    return {f"GROUP_{name}": 1 if t is None else H // t.shape[1] for name, t in (("A", x.a), ("B", x.b))}
+    return {f"GROUP_{name}": 1 if t is None else int(H // t.shape[1]) for name, t in (("A", x.a), ("B", x.b))}
 
 
 def pointers(x: Operands, saved: Saved, kind: int) -> dict[str, Any]:
@@ -368,12 +372,12 @@ def _sums(kernels: Any, x: Operands, rule: RecurrenceRule, knobs: RecurrenceKnob
     if x.decay is None or x.decay.dim() == 1:
         return None
     B, H, L, K = *x.value.shape[:3], x.decay.shape[3] if x.decay.dim() == 4 else 1
-    decay = x.decay if x.decay.dim() == 4 else x.decay[..., None]
+    decay = x.decay if x.decay.dim() == 4 else x.decay.unsqueeze(-1)
     sums = torch.empty_like(decay, dtype=torch.float32, memory_format=torch.contiguous_format)
     sizes = {"H": H, "L": L, "K": K, "BLOCK_C": knobs.chunk_size, "BLOCK_K": 1 if K == 1 else tile_width(K, 64)}
     given = {"p_decay": decay, "p_sums": sums, **strides("g", decay), **sizes}
     run_kernel(kernels.chunk_sums, blocks(L, knobs.chunk_size) * B * H, given, 4, 1)
-    return sums if x.decay.dim() == 4 else sums[..., 0]
+    return sums if x.decay.dim() == 4 else sums.squeeze(-1)
 
 
 def _norms(kernels: Any, x: Operands, rule: RecurrenceRule, knobs: RecurrenceKnobs) -> Tensor | None:

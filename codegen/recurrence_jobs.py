@@ -44,12 +44,13 @@ def recurrence_jobs(
     Inputs of `dtype` with contiguous rows; decays, gates and states float32. group: heads of values per head of keys.
     target: "cuda:90".
     """
+    mid = product_type(dtype, knobs.products)
     constants = {
         **kinds_of(rule, low_rank=rule.low_rank, packed=rule.packed, bonus=bonus),
         **types_of(dtype, knobs, target.partition(":")[0]),
         **sizes_of(K, V, knobs),
         **dict.fromkeys(("GROUP", "GROUP_A", "GROUP_B"), group),
-        "MID": "tl.bfloat16" if product_type(dtype) == torch.bfloat16 else "tl.float32",
+        "MID": "tl.bfloat16" if mid == torch.bfloat16 else "tl.float32",
         "K": K,
         "V": V,
         "INITIAL": rule.state_in,
@@ -64,7 +65,7 @@ def recurrence_jobs(
         fixed = {name: (constants | own)[name] for name in names if name in constants or name in own}
         fixed |= {name: None for name in names if name in absent}
         fixed |= {name: 1 for name in names if name.endswith("_e") and name not in fixed}
-        signature = {name: _type_of(name, dtype) for name in names if name not in fixed}
+        signature = {name: _type_of(name, dtype, mid) for name in names if name not in fixed}
         jobs.append(Job(text, kernel, signature, fixed, target, warps, stages))
     return jobs
 
@@ -113,11 +114,11 @@ def _absent(constants: dict[str, Any], rule: RecurrenceRule, own: dict[str, Any]
     return {name for name, there in present.items() if not there}
 
 
-def _type_of(name: str, dtype: torch.dtype) -> str:
+def _type_of(name: str, dtype: torch.dtype, mid: torch.dtype) -> str:
     if name in INPUTS:
         return f"*{TRITON_TYPES[dtype]}"
     if name in PRODUCTS:
-        return f"*{TRITON_TYPES[product_type(dtype)]}"
+        return f"*{TRITON_TYPES[mid]}"
     if name == "p_segments":
         return "*i32"
     if name.startswith("p_"):

@@ -21,7 +21,6 @@ from attnc.codegen.skeletons.chunk_parts import (
     TOKEN,
     decay_sums,
     earlier_sums,
-    inside,
     pair_decay,
     place,
     put,
@@ -101,8 +100,7 @@ def chunk_output(
         enter *= q_norm
     acc *= enter[:, None]
     if STORED:
-        m_pair = m_row[:, None] & (row >= 0)[None, :]
-        s = tl.load(p_scores + (token + row)[:, None] * BLOCK_C + row[None, :], mask=m_pair, other=0.0)
+        s = tile(p_scores + token * BLOCK_C, row, BLOCK_C, row, 1, m_row, BLOCK_C)
     else:
         s = tl.where(m_ok, s * pair_decay(late, g, m_ok, DECAY), 0.0) * SCALE
         if BONUS:
@@ -115,7 +113,7 @@ def chunk_output(
     v = tile(p_v + b * v_b + h * v_h + start * v_l, row, v_l, value, v_e, m_row, V)
     acc = tl.dot(s.to(MID), v.to(MID), acc, input_precision=PRECISION)
     if RANK:
-        s_x = tl.load(p_reads + (token + row)[:, None] * BLOCK_C + row[None, :], mask=m_row[:, None], other=0.0)
+        s_x = tile(p_reads + token * BLOCK_C, row, BLOCK_C, row, 1, m_row, BLOCK_C)
         x = tile(p_corrected + token * V, row, V, value, 1, m_row, V)
         acc = tl.dot(s_x, x, acc, input_precision=PRECISION)
     if NORMALISED:

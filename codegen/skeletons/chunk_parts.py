@@ -97,7 +97,7 @@ def segment_before(p_segments, start):
 @triton.jit
 def pair_decay(late, early, m_ok, DECAY: tl.constexpr):
     """exp(late_i - early_j) where m_ok holds, else 0."""
-    if DECAY == HEAD or DECAY == TOKEN:
+    if (DECAY == HEAD) | (DECAY == TOKEN):
         e = tl.exp(tl.where(m_ok, late[:, None] - early[None, :], float("-inf")))
     else:
         e = tl.where(m_ok, 1.0, 0.0)

@@ -25,7 +25,6 @@ from attnc.codegen.skeletons.chunk_parts import (
     TOKEN,
     decay_sums,
     earlier_sums,
-    inside,
     put,
     rate_of,
     tile,
@@ -120,7 +119,7 @@ def chunk_state(
             p_sums_n += token * K
         if DECAY == TOKEN:
             p_sums_n += token
-        if DECAY == TOKEN or DECAY == HEAD:
+        if (DECAY == TOKEN) | (DECAY == HEAD):
             g = decay_sums(p_sums_n, rate, row, m_row, DECAY)
             g_last = tl.load(p_sums_n + last) if DECAY == TOKEN else (last + 1) * rate
             total = tl.exp(g_last)
@@ -155,10 +154,10 @@ def chunk_state(
         if SOLVE == RANK:
             x, _rows = read_state(S, p_a + start * a_l, p_sums_n, row, a_l, a_e, m_row, True, K, BLOCK_K, DECAY, MID,
                                   PRECISION)  # fmt: skip
-            within = tl.load(p_keys + (token + row)[:, None] * BLOCK_C + row[None, :], mask=m_row[:, None], other=0.0)
+            within = tile(p_keys + token * BLOCK_C, row, BLOCK_C, row, 1, m_row, BLOCK_C)
             x = tl.dot(within, v.to(MID), x * enter[:, None], input_precision=PRECISION)
         if SOLVE != 0:
-            solved = tl.load(p_inverse + (token + row)[:, None] * BLOCK_C + row[None, :], mask=m_row[:, None], other=0.0)
+            solved = tile(p_inverse + token * BLOCK_C, row, BLOCK_C, row, 1, m_row, BLOCK_C)
             x = tl.dot(solved, x.to(MID), input_precision=PRECISION)
             put(p_corrected + token * V, x, row, V, value, 1, m_row, V)
         source = x if SOLVE == DELTA else v.to(tl.float32)
@@ -192,7 +191,6 @@ def chunk_state(
     p_final += head * K * WIDTH
     for t in tl.static_range(TILES):
         k_row = t * BLOCK_K + channel
-        at_value = p_final + k_row[:, None] * WIDTH + value[None, :]
-        tl.store(at_value, S[t], mask=inside(value, k_row < K, V))
+        put(p_final, S[t], k_row, WIDTH, value, 1, k_row < K, V)
         if NORMALISED and part == 0:
             tl.store(p_final + k_row * WIDTH + V, sums[t], mask=k_row < K)

@@ -31,7 +31,6 @@ from attnc.codegen.skeletons.chunk_parts import (
     decay_sums,
     earlier_sums,
     halves,
-    inside,
     inverse,
     pair_decay,
     place,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnc.codegen.compile_stats import TARGETS, Compiled, compile_job
-from attnc.codegen.gpu_recurrence import RecurrenceKnobs, forward, kernels_of, refuse
+from attnc.codegen.gpu_recurrence import RecurrenceKnobs, forward, kernels_of, refuse, text_of
 from attnc.codegen.recurrence_jobs import recurrence_jobs
 from attnc.errors import LoweringError
 from attnc.rule_recurrence import RecurrenceRule
@@ -22,9 +22,10 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALL = RecurrenceKnobs(chunk_size=16, block_k=16, within_block_k=16, block_v=16, out_block_v=16)
 FIRST = ("query", "key", "value", "a", "b")  # in the dtype of the model, the rest is float32
 COMPUTED = {case.name: case for case in CASES if refuse(case.rule, case.K, case.V, query=case.Hk > 0) is None}
-TRIED = ("linear_attention", "retention", "mamba2_packed", "rwkv6_packed", "simple_gla_before", "normalised_linear_attention",
-         "delta_rule", "gated_delta_rule_packed", "gla", "kda_packed", "rwkv7_packed", "low_rank_before",
-         "mlstm_packed")  # fmt: skip
+TRIED = ("linear_attention", "retention", "mamba2_packed", "rwkv6_packed", "simple_gla_before",
+         "normalised_linear_attention", "delta_rule", "gated_delta_rule_packed", "gla", "kda_packed", "rwkv7_packed",
+         "low_rank_before", "mlstm_packed")  # fmt: skip
+GROUPED = ("linear_attention", "gated_delta_rule_packed")  # with two heads of values per head of keys
 
 
 def given(case: Case, length: int, dtype: torch.dtype = FP32, *, state: bool = True, batch: int = 1) -> dict:
@@ -60,8 +61,8 @@ def check(case: Case, inputs: dict, knobs: RecurrenceKnobs = SMALL, allowed: flo
 
 @pytest.mark.parametrize("name", TRIED)
 def test_outputs_and_states_are_those_of_float64(name, poisoned_memory):
-    case = replace(COMPUTED[name], H=2, Hk=1, K=20)
-    check(case, given(case, 33))
+    case = replace(COMPUTED[name], H=2 if name in GROUPED else 1, Hk=1, K=20)
+    check(case, given(case, 21))
 
 
 def test_what_is_not_tried_is_in_the_sweep():
@@ -73,13 +74,13 @@ def test_what_is_not_tried_is_in_the_sweep():
 @pytest.mark.parametrize(("name", "dtype"), [("gated_delta_rule", BF16), ("mamba2", FP16)])
 def test_inputs_of_sixteen_bits_keep_their_precision(name, dtype, poisoned_memory):
     case = replace(COMPUTED[name], H=1, Hk=1, K=16)
-    check(case, given(case, 33, dtype))
+    check(case, given(case, 21, dtype))
 
 
 @pytest.mark.parametrize("name", ["mamba2", "kda"])
 def test_decays_of_any_strength_stay_exact(name, poisoned_memory):
     case = replace(COMPUTED[name], H=1, Hk=1, K=16)
-    inputs = given(case, 33)
+    inputs = given(case, 21)
     kind = torch.randint(4, inputs["decay"].shape)
     strengths = torch.tensor([-20.0, -torch.inf, 0.0, -1e-3])
     inputs["decay"] = torch.where(kind < 3, strengths[kind], inputs["decay"])
@@ -138,6 +139,19 @@ def test_what_kernels_do_not_compute_is_a_sentence(rule, said):
     assert "257 x 64, allowed are 256 x 256" in str(refuse(RecurrenceRule(), 257, 64))
 
 
+def test_what_kernels_share_stands_in_their_own_file():
+    text = text_of("chunk_state", "cpu")
+    assert "from attnc" not in text and "def decay_sums(" in text and "def inverse(" not in text
+
+
+def test_products_in_float32_leave_only_the_rounding_of_the_output():
+    case = replace(COMPUTED["gated_delta_rule"], H=1, Hk=1, K=16, V=16)
+    inputs = given(case, 33, BF16)
+    want, _ = wanted(inputs, case.rule)
+    rounding = error(want.to(BF16), want)
+    assert error(run(inputs, case.rule, replace(SMALL, products="float32"))[0], want) <= 1.01 * rounding
+
+
 # Ahead of time.
 
 SYSTEMS = {
@@ -159,9 +173,9 @@ def compiled(name: str, dtype: torch.dtype, target: str, knobs: RecurrenceKnobs,
     return found
 
 
-@pytest.mark.parametrize(("name", "target"), [("mamba2", "cuda:90"), ("retention", "hip:gfx942")])
+@pytest.mark.parametrize(("name", "target"), [("normalised", "cuda:80"), ("retention", "hip:gfx942")])
 def test_a_sample_compiles(name, target, tmp_path):
-    found = compiled(name, BF16, target, RecurrenceKnobs(chunk_size=32, block_v=32, out_block_v=32), 32, tmp_path)
+    found = compiled(name, BF16, target, RecurrenceKnobs(chunk_size=16, block_v=16, out_block_v=16), 16, tmp_path)
     assert {"mma", "wgmma", "mfma"} & found["chunk_state"].instructions.keys()
 
 
@@ -169,5 +183,5 @@ def test_a_sample_compiles(name, target, tmp_path):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_system_compiles_for_every_target(name, target):
-    compiled(name, BF16, target, RecurrenceKnobs())
+    compiled(name, BF16, target, RecurrenceKnobs(stages=1))
     compiled(name, FP32, target, RecurrenceKnobs(chunk_size=32, block_k=32, block_v=32, out_block_v=32, stages=1))
