@@ -92,8 +92,10 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
             made = _plan(call, names[0], train, allow or [], max_error, data) if asks else None
         if plan is not None and made is not None:
             _write(plan, made)
-        told = _text(problems, records, fidelity, store / "records")
-        typer.echo(_json(records, made) if as_json else "\n\n".join([told, *_told(made, plan)]))
+        if as_json:
+            typer.echo(_json(records, made))
+        else:
+            typer.echo("\n\n".join([_text(problems, records, fidelity, store / "records"), *_told(made, plan)]))
         if any(record.best is None for record in records):
             raise typer.Exit(1)
 
