@@ -148,8 +148,8 @@ def test_products_in_float32_leave_only_the_rounding_of_the_output():
     case = replace(COMPUTED["gated_delta_rule"], H=1, Hk=1, K=16, V=16)
     inputs = given(case, 33, BF16)
     want, _ = wanted(inputs, case.rule)
-    rounding = error(want.to(BF16), want)
-    assert error(run(inputs, case.rule, replace(SMALL, products="float32"))[0], want) <= 1.01 * rounding
+    rounding = error(want.to(BF16), want)  # to nearest; the interpreter rounds towards zero
+    assert error(run(inputs, case.rule, replace(SMALL, products="float32"))[0], want) <= 2.01 * rounding
 
 
 # Ahead of time.
