@@ -110,6 +110,8 @@ class _Done:
         self.kept = [None] * n if decay.total is None else decay.total.expand(-1, K, 1).unflatten(0, (-1, N))
         if decay.total is not None and len(self.kept) == 1:
             self.kept = self.kept.expand(n, -1, -1, -1)
+        if decay.total is not None:
+            self.all_kept, self.kept = self.kept, self.kept.unbind(0)
         self._move()
         self.out = x.v.new_empty(0) if x.silent else self._read()
 
@@ -155,18 +157,20 @@ class _Done:
                     torch.addcmul(written[i], S[i], self.kept[i], out=S[i + 1])
             return
         self.u = torch.empty_like(x.v)
-        columns = self.k_hat if x.b is None else self.b_hat
-        right, sign = x.v, -1
+        columns = (self.k_hat if x.b is None else self.b_hat).mT.unbind(0)
+        right, sign, written = x.v, -1, None
         if x.b is not None:
             right = torch.bmm(self.of_p[0], _flat(x.v)).view_as(x.v)
             written = torch.bmm(_flat(self.k_hat).mT, _flat(x.v)).view(n, *x.state.shape)
             sign = 1
-        for i in range(n):
-            torch.bmm(self.inverse[i], torch.baddbmm(right[i], self.p_hat[i], S[i], alpha=sign), out=self.u[i])
-            kept = S[i] if self.kept[i] is None else torch.mul(S[i], self.kept[i], out=S[i + 1])
-            if x.b is not None:
-                kept = kept + written[i]
-            torch.baddbmm(kept, columns[i].mT, self.u[i], out=S[i + 1])
+        states, us = S.unbind(0), self.u.unbind(0)
+        each = zip(states, states[1:], us, right.unbind(0), self.p_hat.unbind(0), self.inverse.unbind(0), strict=False)
+        for i, (before, after, u, r, p_hat, inverse) in enumerate(each):
+            torch.bmm(inverse, torch.baddbmm(r, p_hat, before, alpha=sign), out=u)
+            left = before if self.kept[i] is None else torch.mul(before, self.kept[i], out=after)
+            if written is not None:
+                left = left + written[i]
+            torch.baddbmm(left, columns[i], u, out=after)
 
     def _read(self) -> Tensor:
         x = self.x
@@ -224,15 +228,19 @@ class _Done:
         du = torch.bmm(self.of_q[-1].mT, do).view_as(x.v)
         right = torch.empty_like(du)
         columns = self.k_hat if x.b is None else self.b_hat
+        each = [t.unbind(0) for t in (from_out, dS, du, right)]
+        inverse, p_hat = ([None] * n if t is None else t.mT.unbind(0) for t in (self.inverse, self.p_hat))
         for i in reversed(range(n)):
-            kept = self.kept[i]
-            carried = from_out[i] + dS[i + 1] if kept is None else torch.addcmul(from_out[i], dS[i + 1], kept)
-            if x.p is None:
-                dS[i].copy_(carried)
+            out, later, moved, solved = (t[i] for t in (each[0], each[1][1:], each[2], each[3]))
+            kept, before = self.kept[i], each[1][i]
+            if kept is None:
+                carried = torch.add(out, later, out=before)
+            else:
+                carried = torch.addcmul(out, later, kept, out=before)
+            if inverse[i] is None:
                 continue
-            du[i].baddbmm_(columns[i], dS[i + 1])
-            torch.bmm(self.inverse[i].mT, du[i], out=right[i])
-            torch.baddbmm(carried, self.p_hat[i].mT, right[i], alpha=-1 if x.b is None else 1, out=dS[i])
+            torch.bmm(inverse[i], moved.baddbmm_(columns[i], later), out=solved)
+            carried.baddbmm_(p_hat[i], solved, alpha=-1 if x.b is None else 1)
         if x.p is None:
             self.dv = du.view(-1, *du.shape[2:]).baddbmm_(_flat(self.k_hat), _flat(dS[1:]))
         elif x.b is not None:
@@ -257,8 +265,7 @@ class _Done:
             leaving = leaving + _narrow(self.b_hat * db_hat, width)
         S = self.states[:-1]
         state = (S * dS[1:]).sum(-1)[..., None]
-        kept = torch.stack(list(self.kept)) if isinstance(self.kept, list) else self.kept
-        state = (state * kept).flatten(0, 1).mT
+        state = (state * self.all_kept).flatten(0, 1).mT
         state = state.sum(-1, keepdim=True) if width == 1 else state
         later = here.flip(1).cumsum(1).flip(1)
         later[:, 1:].add_(leaving[:, :-1].cumsum(1))

@@ -13,11 +13,14 @@ Blelloch 1990, "Prefix sums and their applications" (sums by halves).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+BASE = 16  # rows of the blocks whose inverse comes from substitution
+LEAST = -1e4  # a logarithm whose exponential is 0
 Both = tuple[Tensor, Tensor]
 
 
@@ -52,18 +55,27 @@ def halves(x: Tensor, s: int) -> Both:
 def unit_inverse(lower: Tensor) -> Tensor:
     """(I + N)^-1 for what stands below the diagonal of matrices from `square`; the rest is not read."""
     count, size, _ = lower.shape
-    lower = _squared(lower)
-    inverse = square(lower, count, size).zero_()
-    inverse.diagonal(0, -2, -1).fill_(1.0)
-    s = 1
+    lower, inverse = _squared(lower), square(lower, count, size).zero_()
+    s = min(BASE, size)
+    ones = _ones(s, lower.dtype, lower.device).expand(count * (size // s), s, s)
+    parts = _diagonal_blocks(lower, s)
+    solved = torch.linalg.solve_triangular(parts, ones, upper=False, unitriangular=True)
+    _diagonal_blocks(inverse, s).copy_(solved)
     while s < size:
-        below = lower_blocks(lower, s)
-        if s > 1:
-            right = torch.bmm(below, _blocks(inverse, s, 0, 0))
-            below = torch.bmm(_blocks(inverse, s, s, s), right)
-        torch.neg(below, out=lower_blocks(inverse, s))
+        right = torch.bmm(_blocks(lower, s, s, 0), _blocks(inverse, s, 0, 0))
+        torch.neg(torch.bmm(_blocks(inverse, s, s, s), right), out=_blocks(inverse, s, s, 0))
         s *= 2
     return inverse
+
+
+def _diagonal_blocks(x: Tensor, s: int) -> Tensor:
+    count, size, _ = x.shape
+    return x.as_strided((count * (size // s), s, s), (s * (size + 1), size, 1), x.storage_offset())
+
+
+@lru_cache(maxsize=64)
+def _ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(size, dtype=dtype, device=device)
 
 
 class Level(NamedTuple):
@@ -85,6 +97,21 @@ def by_halves(g: Tensor) -> tuple[list[Level], Tensor, Tensor]:
         second += first[:, :, -1:]
         s *= 2
     return levels, since.exp_(), until.exp_()
+
+
+@lru_cache(maxsize=64)
+def _sums(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What `by_halves` sums, as a matrix of zeros and ones, (C, 2 (levels C / 2 + C)): rows, columns, ends."""
+    at = torch.arange(C)
+    to, since = at[:, None], at[None]
+    rows, columns, s = [], [], 1
+    while s < C:
+        middle = at // (2 * s) * 2 * s + s
+        chosen = at % (2 * s) >= s
+        rows.append(((to >= middle) & (to <= since))[:, chosen])
+        columns.append(((to > since) & (to < middle))[:, ~chosen])
+        s *= 2
+    return torch.cat([*rows, *columns, to <= since, to > since], 1).to(dtype).to(device)
 
 
 class NoDecay:
@@ -110,13 +137,17 @@ class ByToken:
 
     def __init__(self, g: Tensor) -> None:
         N, C = g.shape
-        levels, self.enter, self.leave = by_halves(g)
+        left = torch.exp(g.clamp(min=LEAST) @ _sums(C, g.dtype, g.device))
+        half, s, at = C // 2, 1, 0
+        ends = left.shape[1] - 2 * C
         self.pair = square(g, N, C).zero_()
-        for s, rows, columns in levels:
-            outer = rows.reshape(-1, s, 1), columns.reshape(-1, 1, s)
-            torch.mul(*outer, out=lower_blocks(self.pair, s))
+        while s < C:
+            rows = left[:, at : at + half].view(N, -1, s, 1)
+            columns = left[:, ends // 2 + at : ends // 2 + at + half].view(N, -1, 1, s)
+            torch.mul(rows, columns, out=lower_blocks(self.pair, s).view(N, -1, s, s))
+            at, s = at + half, 2 * s
         self.pair.diagonal(0, -2, -1).fill_(1.0)
-        self.enter, self.leave = self.enter[..., None], self.leave[..., None]
+        self.enter, self.leave = left[:, ends : ends + C, None], left[:, ends + C :, None]
         self.total = self.enter[:, -1:]
 
     def _decayed(self, x: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ def _segment(
 def _normed(x: Tensor | None, eps: float | None, scale: float) -> Tensor | None:
     if x is None or eps is None:
         return x if x is None or scale == 1.0 else x * scale
-    factor = torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+    factor = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() + eps)
     return x * (factor if scale == 1.0 else factor * scale)
 
 
