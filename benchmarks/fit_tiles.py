@@ -1,9 +1,10 @@
 """Fit the coefficients of cost_models/tile_model.json on measured attention, and write them with their intervals.
 
-    python benchmarks/fit_tiles.py <folder of attn_prefill.parquet, attn_encoder.parquet, attn_decode.parquet>
+    python benchmarks/fit_tiles.py <folder of attn_prefill.parquet, attn_encoder.parquet, attn_decode.parquet> [rows]
 
-About ten minutes on one core, most of them for the compiler: intervals are found for the closed form and for what is
-refined by compiling (tile_errors.py).
+Intervals are found for the closed form and for what is refined by compiling (tile_errors.py). rows: of a table and part
+whose settings are compiled, by default 24; with 0 the closed form's intervals stand for both. About ten minutes on one
+core, most of them for the compiler.
 
 The tables hold the best library for each shape, not our kernels. So a measured time is read as a constant of its table
 (launch, cache writes) plus the best setting of our space, faster by the share that a Triton kernel reaches of that
@@ -207,7 +208,7 @@ def constants(x: np.ndarray) -> np.ndarray:
     return np.exp(x[: len(PRIORS) * len(FITTED)]).reshape(len(FITTED), len(PRIORS))
 
 
-def left_out(seen: Cases, every: Cases) -> tuple[list[Predicted], list[Predicted]]:
+def left_out(seen: Cases, every: Cases, compiled_rows: int) -> tuple[list[Predicted], list[Predicted]]:
     """Rows of `every`, each predicted by a fit of `seen` without its part: closed form, and some of them compiled."""
     closed, made = [], []
     for p, part in enumerate(PARTS):
@@ -221,7 +222,7 @@ def left_out(seen: Cases, every: Cases) -> tuple[list[Predicted], list[Predicted
             ends = [*fit.first[1:], len(bodies)]
             best = [int(a + np.argmin(bodies[a:b])) for a, b in zip(fit.first, ends, strict=True)]
             closed.append(Predicted(kind, part, bodies[best], rows.measured, SHARE[part]))
-            times = np.array([_compiled_seconds(fit, x, i, part) for i in best[:COMPILED]])
+            times = np.array([_compiled_seconds(fit, x, i, part) for i in best[:compiled_rows]])
             known = np.isfinite(times)
             print(f"{kind} {part}: {known.sum()} of {len(times)} settings compiled", flush=True)
             made.append(Predicted(kind, part, times[known], rows.measured[: len(times)][known], SHARE[part]))
@@ -240,7 +241,7 @@ def _compiled_seconds(fit: Fit, x: np.ndarray, i: int, part: str) -> float:
     return float(fit.seconds(*figures, *sm_figures(device), *constants(x)[fit.seen.kind[i]], LAUNCH) + beside)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, compiled_rows: int = COMPILED) -> None:
     seen = cases(folder)
     fit = Fit(seen)
     found = fit.solved()
@@ -259,7 +260,7 @@ def main(folder: Path) -> None:
     }
     for name, (like, changes, _) in GUESSED.items():
         classes[name] = {**classes[like], **changes}
-    closed, made = left_out(seen, cases(folder, any_rows))
+    closed, made = left_out(seen, cases(folder, any_rows), compiled_rows)
     text = {
         "source": "benchmarks/fit_tiles.py on NVIDIA aiconfigurator's tables (Apache-2.0), best libraries on "
         + ", ".join(PARTS),
@@ -269,7 +270,7 @@ def main(folder: Path) -> None:
         "classes": classes,
         "interval": {
             "closed": intervals(closed, LAUNCH),
-            "compiled": intervals(made, LAUNCH),
+            "compiled": intervals(made if compiled_rows else closed, LAUNCH),
             "allowance": ALLOWANCE,
         },
     }
@@ -277,4 +278,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

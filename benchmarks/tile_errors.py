@@ -26,7 +26,7 @@ from attnc.cost_models.device import Gpu
 from attnc.cost_models.tile_model import FlashTiles, FlashWork
 from attnc.rule_attention import AttentionRule
 
-REGIMES = (0.03, 0.1, 0.3, 0.6)
+REGIMES = (0.04, 0.12, 0.4)
 CONSTANTS = np.exp(np.linspace(np.log(1e-6), np.log(4e-5), 300))  # seconds tried for a table's constant
 
 
