@@ -149,7 +149,7 @@ def _tried(facts: GraphFacts, change: Change, store: Store) -> Verdict:
     if known is not None:
         return Verdict(bool(known["passed"]), float(known["error"]), str(known["reason"]))  # type: ignore[arg-type]
     changed, renamed = _twin(written)
-    if not change.make(changed.graph, renamed[written.graph.output_node().args[0]]):  # type: ignore[index]
+    if not change.make(changed.graph, renamed[written.graph.output_node().args[0]]):
         return Verdict(False, 0.0, "the region at a smaller size is not recognised again")
     changed.graph.eliminate_dead_code()
     changed.recompile()

@@ -49,8 +49,8 @@ def places(facts: GraphFacts, node: fx.Node, index: Index, ranges: Ranges, width
 
 def _piece(at: Place, width: int) -> Place | None:
     """The joined tensor that holds channels e < width of `at`."""
-    joined = list(at.node.args[0])  # type: ignore[arg-type]
-    dim = int(at.node.args[1] if len(at.node.args) > 1 else at.node.kwargs.get("dim", 0)) % len(at.index)  # type: ignore[arg-type]
+    joined = list(at.node.args[0])
+    dim = int(at.node.args[1] if len(at.node.args) > 1 else at.node.kwargs.get("dim", 0)) % len(at.index)
     first = sub(at.index[dim], _E)
     if not first.is_const or any(not shape_of(x)[dim].is_const for x in joined):
         return None
