@@ -20,7 +20,7 @@ import torch
 from attnc import op_decode, op_flash
 from attnc.forms import parse_attention, spell_attention
 from attnc.forms.generated import Generated, store_in
-from attnc.forms.masked import scaled_rows, without_lost_rows
+from attnc.forms.masked import alive_rows, scaled_rows, without_lost_rows
 
 __all__ = ["attention", "parse_attention", "spell_attention"]
 
@@ -51,10 +51,14 @@ def attention(
     with torch.amp.autocast(query.device.type, enabled=False):
         query, rule = scaled_rows(query, key, captured, sizes, rule)
         captured = [t if t.device == query.device else t.to(query.device) for t in captured]  # numbers may lie apart
+        written = captured, sizes, rule
         captured, rule = without_lost_rows(key, captured, rule)
         run = form.cpu if query.device.type == "cpu" else form.gpu
         kept = {"store": store_in(spelling)} if isinstance(form, Generated) else {}
-        return run(query, key, value, captured, sizes, rule, **kept)
+        out, lse = run(query, key, value, captured, sizes, rule, **kept)
+        if written[2].empty == "nan" and rule.empty != "nan":  # rows at -inf are not those of one low number
+            out = torch.where(alive_rows(query, key, *written).unsqueeze(-1), out, torch.nan)
+        return out, lse
 
 
 library.impl("attention", attention, "CompositeImplicitAutograd")

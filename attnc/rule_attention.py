@@ -46,6 +46,17 @@ def lone_run_mask(score: Expr, learned: Callable[[int], bool]) -> Expr | None:
     return masks[0] if dict(terms_of(parts[1])[1]).get(masks[0]) == 1 else None
 
 
+def lowered(score: Expr, learned: Callable[[int], bool] = lambda slot: False) -> Expr | None:
+    """What is added to the score and may be a mask of the run, or None: where it is -inf, so is the score.
+
+    As one sum: two of the lowest finite numbers are -inf.
+    """
+    terms = terms_of(score)[1]
+    alone = [(pair, Expr("lin", (0, (pair,)), FLOAT)) for pair in terms if "s" not in pair[0].names()]
+    masks = tuple(pair for pair, term in alone if run_masks(term, learned))
+    return Expr("lin", (0, masks), FLOAT) if masks else None
+
+
 def _may_mask(e: Expr, learned: Callable[[int], bool]) -> bool:
     if e.op == "load" and e.kind == FLOAT:
         return bool({I, J} & set(e.args[1:])) and not learned(e.args[0])

@@ -22,7 +22,6 @@ from attnc.codegen.cpu_band import band, outside
 from attnc.codegen.cpu_blocked import blocked, most_groups
 from attnc.codegen.cpu_flex import flex
 from attnc.codegen.cpu_groups import Group, grouped, is_run
-from attnc.codegen.cpu_scores import as_tensor
 from attnc.codegen.tiles import blocks, visited
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
@@ -33,9 +32,8 @@ from attnc.expr import TRUE
 from attnc.expr_text import spell
 from attnc.forms.base import AttentionForm, Form, knob
 from attnc.forms.flash import work_of
-from attnc.forms.masked import SETTLED, axes_of, settle_empty
+from attnc.forms.masked import SETTLED, alive_rows, settle_empty
 from attnc.predicate import distances
-from attnc.reading import read
 from attnc.region import ITEM_BYTES, AttentionRegion
 from attnc.rule_attention import AttentionRule, linear_score
 
@@ -224,8 +222,7 @@ class BlockSparse(AttentionForm):
             out, lse = run(*given, block_m=self.block_m, block_n=self.block_n)
         if rule.sink is None and rule.empty in SETTLED:
             if self.provider == "flex":  # no lse to tell by; the reduction is fused and stores no mask
-                kept = read(rule.keep, axes_of(query, key), captured, sizes)
-                alive = as_tensor(kept, query).any(-1)
+                alive = alive_rows(query, key, captured, sizes, rule)
             else:
                 alive = lse > -torch.inf
             out = settle_empty(out, alive, *given)

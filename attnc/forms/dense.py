@@ -29,7 +29,7 @@ from attnc.cost_models.estimate import Estimate
 from attnc.cost_models.roofline import attention_cost
 from attnc.expr import TRUE, Expr, I, J, sub, terms_of
 from attnc.forms.base import AttentionForm, Form
-from attnc.forms.masked import SETTLED, axes_of, settle_empty, sink_of
+from attnc.forms.masked import SETTLED, alive_rows, axes_of, settle_empty, sink_of
 from attnc.predicate import conjunction
 from attnc.reading import read
 from attnc.region import AttentionRegion
@@ -99,8 +99,7 @@ class Dense(AttentionForm):
         causal, rest = split_causal(rule.keep)
         out, lse = sdpa(*given, axes_of, causal=causal == 0 and rest == TRUE and rule.bias is None)
         if rule.empty in SETTLED:  # by the mask: the lse would cost all scores again
-            alive = as_tensor(read(rule.keep, axes_of(query, key), captured, sizes), query).any(-1)
-            out = settle_empty(out, alive, *given)
+            out = settle_empty(out, alive_rows(query, key, captured, sizes, rule), *given)
         return out, lse
 
     def cpu(

@@ -21,7 +21,7 @@ from attnc.codegen.cpu_scores import as_tensor
 from attnc.expr import BOOL, TRUE, load, scale, terms_of
 from attnc.predicate import logical_not
 from attnc.reading import Axis, read, span
-from attnc.rule_attention import AttentionRule, linear_score, lone_run_mask
+from attnc.rule_attention import AttentionRule, linear_score, lone_run_mask, lowered
 
 # A row with this, or less, added to all of its scores is uniform: float32 keeps nothing of a score below 32 beside it.
 LOST = -1e9
@@ -111,16 +111,28 @@ def reference(
     weights = torch.where(alive, score, 0.0).softmax(-1)[..., : keep.shape[-1]] * keep
     lse = score.logsumexp(-1).detach()
     out = weights @ value
-    if sink is None and rule.empty in SETTLED:
+    if sink is None and rule.empty == "nan":
+        out = torch.where(alive, out, torch.nan)
+    elif sink is None and rule.empty in SETTLED:
         level = (written - written.detach() if rule.empty == "mean_added" else torch.zeros_like(raw)).softmax(-1)
-        empty = out.new_tensor(torch.nan) if rule.empty == "nan" else level @ value
-        out = torch.where(keep.any(-1, keepdim=True), out, empty)
+        out = torch.where(keep.any(-1, keepdim=True), out, level @ value)
     return out, lse
 
 
 def as_float64(*tensors: torch.Tensor) -> list[torch.Tensor]:
     """Floating tensors in float64, others as they are: the precision of references."""
     return [x.double() if x.is_floating_point() else x for x in tensors]
+
+
+def alive_rows(
+    query: torch.Tensor, key: torch.Tensor, captured: Sequence[torch.Tensor], sizes: Sequence, rule: AttentionRule
+) -> torch.Tensor:
+    """Rows that keep a key, with a score above -inf where others are NaN; broadcasts to (B, Hq, L)."""
+    axes = axes_of(query, key)
+    kept = as_tensor(read(rule.keep, axes, captured, sizes), query)
+    if rule.empty == "nan" and (added := lowered(rule.score)) is not None:
+        kept = kept & (as_tensor(read(added, axes, captured, sizes), query) > -torch.inf)
+    return kept.any(-1)
 
 
 def settle_empty(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from attnc import predicate
 from attnc.expr import FALSE, FLOAT, TRUE, ZERO, Expr, I, J, add, const, scale, sub, terms_of
 from attnc.passes.views import Ranges
-from attnc.rule_attention import MASKING, lone_run_mask, run_masks
+from attnc.rule_attention import MASKING, lone_run_mask, lowered, run_masks
 
 # A score this low has weight exp(score - max) = 0 beside any key that is kept, unless all kept scores of the row lie
 # below -9900 themselves: GPT-2's and BERT's -1e4, finfo(float16).min and below.
@@ -74,9 +74,10 @@ def split_mask(score: Expr, ranges: Ranges, lengths: tuple[Expr, Expr], *, writt
 def settled(masked: MaskedScore, *, trains: bool, written: str, learned: Callable[[int], bool]) -> MaskedScore:
     """`masked` with what a row without keys gives once numbers of the run and gradients are looked at.
 
-    A number that a run gives each key may be a mask too: beside a finite mask it decides over which keys a lost row is
-    uniform. In training torch's CPU kernel rebuilds the weights as exp(score - lse), which is 1 and not 1/S where the
-    score swallowed log S (`benchmarks/sdpa_fault.py`): what was composed stays composed, SDPA stays as it is.
+    A number that a run gives each key may be a mask too, of -inf even: beside a finite mask it decides over which keys
+    a lost row is uniform. In training torch's CPU kernel rebuilds the weights as exp(score - lse), which is 1 and not
+    1/S where the score swallowed log S (`benchmarks/sdpa_fault.py`): what was composed stays composed, SDPA stays as it
+    is.
 
     learned: whether a captured tensor, by its slot, has a gradient; such a bias does not come near a mask.
     """
@@ -85,6 +86,8 @@ def settled(masked: MaskedScore, *, trains: bool, written: str, learned: Callabl
         # Where it is alone, `without_lost_rows` finds the lost rows when they are there.
         if masked.fill == "finite" or (trains and written == "composed" and not alone):
             return replace(masked, empty="unknown")
+    if written == "composed" and masked.empty == "never" and lowered(masked.score, learned):
+        return replace(masked, empty="nan")  # a softmax by hand over nothing but -inf
     if not trains or masked.empty != "mean" or masked.reach == "chosen":
         return masked
     return replace(masked, empty="mean_added" if (masked.reach, written) == ("added", "composed") else "unknown")

@@ -169,6 +169,20 @@ def test_a_row_of_the_lowest_numbers_is_the_mean_and_a_nan_stays_one(form: str, 
     assert out[0, 0, 1].isnan().all() and not out[0, 1].isnan().any()
 
 
+@pytest.mark.parametrize("form", ["flash{block_m=16,block_n=16}", "flash_decode{block_n=16,splits=2}"])
+def test_a_row_of_minus_infinity_is_nan_where_the_rule_says_so(form: str) -> None:
+    query, key, value = (torch.randn(1, 2, length, 16) for length in (7, 33, 33))
+    mask = torch.zeros(1, 1, 7, 33)
+    mask[0, 0, 2] = -torch.inf
+    mask[0, 0, 4, 5:] = -torch.inf
+    for empty, rows in (("nan", [2]), ("never", [])):
+        rule = AttentionRule.parse(f"score=0.25 * s + f0[0, 0, i, j]; empty={empty}")
+        out, _ = torch.ops.attnc.attention(query, key, value, [mask], [], spell_attention(form, rule))
+        want, _ = reference(query, key, value, [mask], [], rule)
+        assert out.isnan().any(-1).nonzero()[:, 2].unique().tolist() == rows
+        torch.testing.assert_close(out, want, equal_nan=True, atol=1e-5, rtol=1e-5)
+
+
 def test_softcap_is_as_exact_as_eager() -> None:
     query, key, value = (torch.randn(1, 2, 33, 16) for _ in range(3))
     rule = AttentionRule.parse("score=50.0 * tanh(0.005 * s)")

@@ -109,3 +109,55 @@ def test_a_float_mask_of_the_run_may_lose_rows(name: str, shape: tuple[int, ...]
         cotangent = torch.randn_like(want)
         for one, two in zip(*(torch.autograd.grad(out, qkv, cotangent) for out in (got, want)), strict=True):
             assert error(one, two) < 1e-5
+
+
+def infinite_mask(shape: tuple[int, ...]) -> Tensor:
+    """Zeros, with the second batch at -inf where the shape has batches, else the first five rows; a key lost beside."""
+    mask = torch.zeros(shape)
+    mask[..., 3:4] = -torch.inf if shape[-1] > 1 else 0.0
+    mask[slice(5) if len(shape) == 2 else -1] = -torch.inf
+    return mask
+
+
+WINDOW = CAUSAL & ~CAUSAL.roll(-8, 1).tril()
+OF_INFINITE = {
+    "alone": SUMS["alone"],
+    "beside_an_infinite_mask": SUMS["beside_an_infinite_mask"],
+    "in_a_window": lambda s, m: s.masked_fill(~WINDOW, -torch.inf) + m,
+    "behind_a_softcap": lambda s, m: 5.0 * torch.tanh(s / 5.0) + m,
+    "twice": lambda s, m: s + m + m.roll(1, -1),
+}
+FORMS = (
+    "dense",
+    "block_sparse{provider=flex,block_m=16,block_n=16}",
+    "block_sparse{provider=blocked,block_m=16,block_n=16}",
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", OF_INFINITE)
+def test_a_row_that_a_mask_of_the_run_leaves_at_minus_infinity_is_nan_as_by_hand(name, shape, form) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return OF_INFINITE[name](q @ k.mT * 0.3, m).softmax(-1) @ v
+
+    qkv = [torch.randn(2, 2, LENGTH, 8) for _ in range(3)]
+    fast = compiled(attend, force=form, options={"strict": False})
+    for mask in (infinite_mask(shape), run_mask(shape), torch.zeros(shape)):
+        with torch.no_grad():
+            got, want = fast(*qkv, mask), attend(*qkv, mask)
+        torch.testing.assert_close(got, want, equal_nan=True, atol=1e-5, rtol=1e-5)
+    (region,) = attnc.last_report(fast).regions
+    if form == "dense":
+        assert region.choice.rewrites and region.rule.empty == "nan"
+
+
+def test_scaled_dot_product_attention_gives_zero_there() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=m)
+
+    qkv, mask = [torch.randn(2, 2, LENGTH, 8) for _ in range(3)], infinite_mask(SHAPES[0])
+    fast = compiled(attend)
+    with torch.no_grad():
+        assert_close(fast(*qkv, mask), attend(*qkv, mask))
+    assert attnc.last_report(fast).regions[0].rule.empty == "never"
