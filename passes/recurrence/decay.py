@@ -95,6 +95,10 @@ class Parallel:
     names: Index
     lift: Weighted
 
+    def shares(self, other: Parallel) -> bool:
+        """Whether the two have their queries and keys in common, as a product and its normaliser do."""
+        return self.query.node is other.query.node and self.key.node is other.key.node
+
 
 @dataclass(frozen=True)
 class _End:

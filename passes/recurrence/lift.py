@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import fx
 
-from attnc.op_recurrence import RECURRENCE, parse_recurrence
+from attnc.forms import parse_recurrence
+from attnc.op_recurrence import RECURRENCE
 from attnc.passes.found import Found, missed
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, op_name, tensor_of
 from attnc.region import AS_WRITTEN, Choice, Region, Unmatched
@@ -36,7 +37,6 @@ VIEWS = (
 POINTWISE = ("silu", "gelu", "relu", "sigmoid", "mul", "add", "neg", "softplus", "cat", "silu_", "mul_")
 FURTHEST = 48  # nodes looked at behind an operand
 
-AS_OPERATOR = "one operator that runs as plain torch code; no form replaces a recurrence yet"
 AS_CONVOLUTION = "a convolution as written; no form replaces one"
 
 
@@ -61,11 +61,24 @@ def recurrences(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found
 # The operator.
 
 
+@dataclass(frozen=True)
+class Operator:
+    """A recurrence that is one node already: a choice changes how it is spelled, and nothing else."""
+
+    node: fx.Node
+
+    def spell(self, form: str) -> None:
+        """Run the node by `form`."""
+        at = len(OPERANDS)
+        rule = parse_recurrence(str(self.node.args[at]))[1]
+        self.node.args = (*self.node.args[:at], f"{form} | {rule.spell()}", *self.node.args[at + 1 :])
+
+
 def _operator(facts: GraphFacts, node: fx.Node, convolution: Depthwise | None) -> Found:
     given = dict(zip(OPERANDS, node.args, strict=False))
     results = [user for user in node.users if op_name(user) == "getitem"]
     rule = replace(
-        parse_recurrence(str(node.args[len(OPERANDS)])),
+        parse_recurrence(str(node.args[len(OPERANDS)]))[1],
         state_in=given["initial_state"] is not None,
         state_out=any(user.args[1] == 1 and user.users for user in results),
         conv=convolution.taps if convolution is not None else 0,
@@ -86,9 +99,8 @@ def _operator(facts: GraphFacts, node: fx.Node, convolution: Depthwise | None) -
         value.device.type,
         written="operator",
         training=any(map(facts.needs_grad, inputs)),
-        choice=Choice(AS_WRITTEN, AS_OPERATOR),
     )
-    return Found(region, nodes=frozenset([node, *results]))
+    return Found(region, Operator(node), facts, frozenset([node, *results]))
 
 
 def _shape(sizes: dict[str, Any]) -> Shape:

@@ -118,7 +118,8 @@ def _collected(
         if start < 0 or parts[start : start + len(nodes)] != nodes or any(n in nodes for n in parts[:start]):
             left = True
             continue
-        if any(n in nodes or n in inside for n in [*parts[:start], *parts[start + len(nodes) :]]):
+        others = [*parts[:start], *parts[start + len(nodes) :]]
+        if any(_follows(n, inside) for n in others):
             left = True
             continue
         dim = int(user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)) % tensor_of(user).dim()  # type: ignore[union-attr]
@@ -129,6 +130,19 @@ def _collected(
                 row = draft.call(aten.select.int, stacked.node, 0, k) if stacked.moving else stacked.node
                 found.append((node, row))
     return found
+
+
+def _follows(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether `node` is computed from what the loop computes."""
+    stack, seen = [node], {node}
+    while stack:
+        at = stack.pop()
+        if at in inside:
+            return True
+        fresh = [x for x in at.all_input_nodes if x not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return False
 
 
 def _joined(

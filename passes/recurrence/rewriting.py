@@ -13,7 +13,6 @@ from attnc.passes.graph import GraphFacts, NoMatch, op_name
 from attnc.passes.recurrence.emit import Draft
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
 
-
 REPLACED = "attnc_replaced_by"
 
 
@@ -137,7 +136,14 @@ def misplaced(facts: GraphFacts, found: Rewriting) -> NoMatch | None:
         for user in out.users:
             if user not in own and order[user] < last:
                 return NoMatch("its results are read before all that it reads is known", user)
+    behind, stack = set(found.outs), list(found.outs)
+    while stack:
+        fresh = [user for user in stack.pop().users if user not in behind]
+        behind.update(fresh)
+        stack.extend(fresh)
     for leaf in found.leaves:
+        if leaf in behind:
+            return NoMatch("what it reads is computed from its own results", leaf)
         at = [w for w in facts.writers(leaf)]
         if any(order[leaf] < order[w] for w in at):
             return NoMatch("a tensor that it reads is modified in place", leaf)

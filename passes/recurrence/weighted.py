@@ -11,7 +11,7 @@ import math
 
 from torch import fx
 
-from attnc.expr import Expr, I, J, load, mul, scale, sub, to_float, unary, var
+from attnc.expr import Expr, J, load, mul, scale, sub, to_float, unary, var
 from attnc.passes.graph import GraphFacts, op_name, shape_of, tensor_of
 from attnc.passes.masks import Leaf, Lift
 from attnc.passes.views import Index, broadcast_index
@@ -78,7 +78,7 @@ class Weighted(Lift):
             self.element(x, broadcast_index(index, shape_of(x), shape_of(node))) if isinstance(x, fx.Node)
             else self.element(x, ()) for x in node.args
         )  # fmt: skip
-        if exponent.is_const or base.is_const and base.value <= 0:
+        if exponent.is_const or (base.is_const and base.value <= 0):
             return None
         if base.is_const:
             return unary("exp", scale(to_float(exponent), math.log(base.value)))

@@ -69,6 +69,7 @@ def rolled(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Un
             refused.append((loop, step))
     for found in parallels(facts, taken):
         around = next((m for m in mixers if any(found.node in loop.nodes for loop, _ in m.rolled)), None)
+        around = around or next((m for m in mixers if any(found.shares(p) for p in m.products)), None)
         (around or _enter(mixers, _ends([found.node]))).products.append(found)
     behind = {id(mixer): _behind(facts, mixer) for mixer in mixers}
     for mixer in mixers:
