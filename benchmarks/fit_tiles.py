@@ -3,8 +3,9 @@
     python benchmarks/fit_tiles.py <folder of attn_prefill.parquet, attn_encoder.parquet, attn_decode.parquet> [rows]
 
 Intervals are found for the closed form and for what is refined by compiling (tile_errors.py). rows: of a table and part
-whose settings are compiled, by default 24; with 0 the closed form's intervals stand for both. About ten minutes on one
-core, most of them for the compiler.
+whose settings are compiled, by default 24; with 0 what is compiled gets the closed form's intervals with the allowance
+on the low side: 60 prompts on the A100 were predicted a quarter slower when compiled. About ten minutes on one core,
+most of them for the compiler.
 
 The tables hold the best library for each shape, not our kernels. So a measured time is read as a constant of its table
 (launch, cache writes) plus the best setting of our space, faster by the share that a Triton kernel reaches of that
@@ -26,7 +27,7 @@ import numpy as np
 import pandas as pd
 import sympy
 from scipy.optimize import least_squares
-from tile_errors import Predicted, compiled, intervals
+from tile_errors import Predicted, compiled, intervals, lowered
 
 from attnc.cost_models.device import gpu_named
 from attnc.cost_models.tile_kernels import matrix_class, tile_of
@@ -244,8 +245,8 @@ def _compiled_seconds(fit: Fit, x: np.ndarray, i: int, part: str) -> float:
 def main(folder: Path, compiled_rows: int = COMPILED) -> None:
     seen = cases(folder)
     fit = Fit(seen)
-    found = fit.solved()
-    wrong = np.log(fit.predicted(found) / seen.measured)
+    solved = fit.solved()
+    wrong = np.log(fit.predicted(solved) / seen.measured)
     errors = {}
     for (k, name), (p, part) in itertools.product(enumerate(KINDS), enumerate(PARTS)):
         rows = wrong[(seen.table == k) & (seen.part == p)]
@@ -253,7 +254,7 @@ def main(folder: Path, compiled_rows: int = COMPILED) -> None:
             fold, bias = float(np.exp(np.mean(np.abs(rows)))), float(np.exp(np.median(rows)))
             errors[f"{name} {part}"] = {"rows": len(rows), "fold": round(fold, 3), "median_ratio": round(bias, 3)}
             print(f"{name:14s} {part:11s} rows {len(rows):4d}  fold error {fold:.3f}  median ratio {bias:.3f}")
-    values = constants(found)
+    values = constants(solved)
     classes = {
         name: {**{k: float(f"{v:.4g}") for k, v in zip(PRIORS, row, strict=True)}, "launch": LAUNCH}
         for name, row in zip(FITTED, values, strict=True)
@@ -261,6 +262,7 @@ def main(folder: Path, compiled_rows: int = COMPILED) -> None:
     for name, (like, changes, _) in GUESSED.items():
         classes[name] = {**classes[like], **changes}
     closed, made = left_out(seen, cases(folder, any_rows), compiled_rows)
+    found = intervals(closed, LAUNCH)
     text = {
         "source": "benchmarks/fit_tiles.py on NVIDIA aiconfigurator's tables (Apache-2.0), best libraries on "
         + ", ".join(PARTS),
@@ -269,8 +271,8 @@ def main(folder: Path, compiled_rows: int = COMPILED) -> None:
         "guessed": {name: why for name, (_, _, why) in GUESSED.items()},
         "classes": classes,
         "interval": {
-            "closed": intervals(closed, LAUNCH),
-            "compiled": intervals(made if compiled_rows else closed, LAUNCH),
+            "closed": found,
+            "compiled": intervals(made, LAUNCH) if compiled_rows else lowered(found, ALLOWANCE),
             "allowance": ALLOWANCE,
         },
     }

@@ -74,6 +74,14 @@ def intervals(found: list[Predicted], launch: float) -> dict[str, dict]:
     return told
 
 
+def lowered(found: dict[str, dict], allowance: float) -> dict[str, dict]:
+    """Bounds with an allowance on the low side, by kind of call."""
+    return {
+        kind: {**{k: bounds[k] for k in ("edges", "high")}, "low": [round(v / allowance, 4) for v in bounds["low"]]}
+        for kind, bounds in found.items()
+    }
+
+
 def compiled(work: FlashWork, tiles: FlashTiles, gpu: Gpu) -> Compiled | None:
     """What the compiler makes of the forward with these knobs; None where it fails."""
     assert gpu.target is not None

@@ -17,7 +17,7 @@ from functools import lru_cache
 from attnc.cost_models.device import Gpu
 from attnc.cost_models.estimate import Bounds, Estimate
 from attnc.cost_models.tile_kernels import FlashTiles, matrix_class
-from attnc.cost_models.tile_model import CompiledFigures, FlashWork, coefficients, fitted_table, flash_seconds
+from attnc.cost_models.tile_model import CompiledFigures, FlashWork, fitted_table, flash_seconds
 
 MEASURED_TYPES = ("bf16", "fp16")
 
@@ -43,11 +43,11 @@ def predicted(
 
     compiled: refined by the compiler. forward: of the forward alone.
     """
-    instruction = matrix_class(device.arch, tiles.block_m, tiles.warps)
-    if not forward or work.kind not in MEASURED_TYPES or instruction in fitted_table()["guessed"]:
+    instruction, fitted = matrix_class(device.arch, tiles.block_m, tiles.warps), fitted_table()
+    if not forward or work.kind not in MEASURED_TYPES or instruction in fitted["guessed"]:
         return unmeasured(seconds)
     bounds = fitted_bounds(kind_of(work, tiles), "compiled" if compiled else "closed")
-    return bounds.around(seconds, coefficients(instruction, device).launch / seconds)
+    return bounds.around(seconds, fitted["classes"][instruction]["launch"] / seconds)
 
 
 def kind_of(work: FlashWork, tiles: FlashTiles) -> str:
