@@ -2,13 +2,13 @@
 
     recurrence(query, key, value, decay, rates, beta, bonus, initial_state, spelling, a, b, documents)
         -> (out, final_state)
-    spelling = a RecurrenceRule      e.g. "decay='token'; delta=True; gate='write'; scale=0.25; chunk=64"
+    spelling = RULE or FORM{knobs} | RULE       e.g. "chunked{chunk_size=32} | decay='token'; scale=0.25; chunk=64"
 
 Shapes: query, key (B, Hk, L, K), Hk a divisor of H; value (B, H, L, V) -> out (B, H, L, V), laid out as (B, L, H, V);
 states (B, H, K, V + n): behind V stand the normaliser and the running maximum, as far as the rule has them. decay,
-rates and beta as the rule says; bonus (H, K), under an exponential gate (H,). Missing query and key are ones, K = 1. With
-low_rank, a and b (B, Hk or H, L, K); with packed, documents (B, L), integers: the state given belongs to the document of
-token 0, the final one to the last document.
+rates and beta as the rule says; bonus (H, K), under an exponential gate (H,). Missing query and key are ones, K = 1.
+With low_rank, a and b (B, Hk or H, L, K); with packed, documents (B, L), integers: the state given belongs to the
+document of token 0, the final one to the last document.
 
 The graph keeps one node in the forward and one in the backward, which computes the forward again and differentiates it.
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from attnc.codegen import cpu_recurrence
 from attnc.codegen.cpu_recurrence import Given
+from attnc.forms import parse_recurrence
 from attnc.rule_recurrence import RecurrenceRule
 
 _INPUTS = (
@@ -44,13 +44,10 @@ library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-parse_recurrence = lru_cache(maxsize=1024)(RecurrenceRule.parse)
-
-
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    inputs, rule = _in_order(args), parse_recurrence(args[8])
+    inputs, (form, rule) = _in_order(args), parse_recurrence(args[8])
     with torch.amp.autocast(inputs[2].device.type, enabled=False):
-        return cpu_recurrence.recurrence(Given(*inputs), rule)
+        return (cpu_recurrence.recurrence if form is None else form.run)(Given(*inputs), rule)
 
 
 def _in_order(args: Sequence[Any]) -> list[Any]:
@@ -68,14 +65,15 @@ def _meta(value: Tensor, key: Tensor | None, rule: RecurrenceRule) -> tuple[Tens
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    return _meta(args[2], args[1], parse_recurrence(args[8]))
+    return _meta(args[2], args[1], parse_recurrence(args[8])[1])
 
 
 def _backward(*args: Any) -> list[Tensor]:
     grad_out, grad_state, *inputs, needs, spelling = args
-    rule = parse_recurrence(spelling)
+    form, rule = parse_recurrence(spelling)
     with _autograd_on(), torch.amp.autocast(grad_out.device.type, enabled=False):
-        return cpu_recurrence.gradients(Given(*inputs), needs, grad_out, grad_state, rule)
+        found = cpu_recurrence.gradients if form is None else form.gradients
+        return found(Given(*inputs), needs, grad_out, grad_state, rule)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from attnc.options import Options
 from attnc.passes.check import Verdict, check
 from attnc.passes.pipeline import Analysis, Found, bodies
 from attnc.passes.recurrence.check import check_rewriting
+from attnc.passes.recurrence.lift import Operator
 from attnc.passes.recurrence.rewriting import Rewriting
 from attnc.passes.rewrite import rewrite
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region
@@ -32,6 +33,11 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
     for position, found in enumerate(analysis.found):
         choice = found.region.choice
         if choice is None or not choice.rewrites or found.match is None or found.facts is None:
+            continue
+        if isinstance(found.match, Operator):
+            if "{" in choice.form or found.region.device != "cpu":  # on CPUs the operator runs like this by itself
+                found.match.spell(choice.form)
+                changed = True
             continue
         written_out = isinstance(found.match, Rewriting)
         form = choice.form if written_out else _kept_as_asked(choice.form, options)

@@ -27,6 +27,7 @@ from attnc.passes.attention.within import share
 from attnc.passes.capture import capture
 from attnc.passes.check import trial_of
 from attnc.passes.choose import choose, target_device
+from attnc.passes.choose_recurrence import choose_recurrence
 from attnc.passes.dead import dead_ends
 from attnc.passes.ffn.lift import ffns
 from attnc.passes.found import Found, missed
@@ -34,7 +35,7 @@ from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
 from attnc.passes.hooks import table as hooks
 from attnc.passes.moe.lift import moes
 from attnc.passes.normalize import normalize
-from attnc.passes.recurrence.lift import recurrences
+from attnc.passes.recurrence.lift import Operator, recurrences
 from attnc.passes.recurrence.rows import stack_rows
 from attnc.passes.recurrence.written import rolled
 from attnc.passes.rewrite import rule_of, shape_of_match, size_nodes
@@ -125,7 +126,7 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
                 analysis.unmatched.append(entry)
             else:
                 taken |= entry.nodes
-                analysis.found.append(entry)
+                analysis.found.append(_chosen(entry, analysis, options))
     names = {node.name for node in taken}  # a router's softmax is no failed attention once its block is known
     analysis.unmatched[before:] = [entry for entry in analysis.unmatched[before:] if entry.anchor not in names]
 
@@ -137,6 +138,14 @@ def _reorder(graph: fx.Graph, analysis: Analysis, options: Options) -> None:
         analysis.reordered += orders.done
         analysis.notes += orders.left
         analysis.problems += orders.rejected
+
+
+def _chosen(found: Found, analysis: Analysis, options: Options) -> Found:
+    """`found` with a choice, where its lift made none."""
+    if not isinstance(found.match, Operator):
+        return found
+    with analysis.timed("choose"):
+        return replace(found, region=choose_recurrence(found.region, options))
 
 
 def _attentions(facts: GraphFacts, analysis: Analysis, options: Options) -> set[fx.Node]:

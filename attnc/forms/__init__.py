@@ -9,17 +9,22 @@ from typing import TypeVar
 from attnc.errors import UsageError, did_you_mean
 from attnc.forms.base import AttentionForm, Form
 from attnc.forms.block_sparse import BlockSparse
+from attnc.forms.chunked import Chunked
 from attnc.forms.dense import Dense
 from attnc.forms.flash import Flash
 from attnc.forms.flash_decode import FlashDecode
 from attnc.forms.generated import BAR, IN
 from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.low_rank import LowRank
+from attnc.forms.recurrent import RecurrentForm
+from attnc.forms.scan import Scan
+from attnc.forms.step import Step
 from attnc.rule_attention import AttentionRule
+from attnc.rule_recurrence import RecurrenceRule
 
 Made = TypeVar("Made", bound=AttentionForm)
 
-FORMS: tuple[type[Form], ...] = (Dense, BlockSparse, Flash, FlashDecode, LowRank, Hierarchical)
+FORMS: tuple[type[Form], ...] = (Dense, BlockSparse, Flash, FlashDecode, LowRank, Hierarchical, Chunked, Scan, Step)
 
 
 def form_named(name: str) -> type[Form]:
@@ -79,3 +84,18 @@ def parse_generated(spelling: str, kind: type[Made]) -> tuple[Made, AttentionRul
             "attnc::attention for any form."
         )
     return form, rule
+
+
+@lru_cache(maxsize=1024)
+def parse_recurrence(spelling: str) -> tuple[RecurrentForm | None, RecurrenceRule]:
+    """Form and rule of an operator's spelling, `RULE` or `FORM{knobs} | RULE`. Raises: UsageError if it is neither."""
+    form, bar, rule = spelling.partition(" | ")
+    if not bar:
+        return None, RecurrenceRule.parse(spelling)
+    made = parse_form(form)
+    if not isinstance(made, RecurrentForm):
+        raise UsageError(
+            f"parse the operator spelling {spelling!r:.200}: found {made.name}, a form of {made.kind}, allowed is one "
+            f"of a recurrence. Known are {', '.join(f.name for f in FORMS if f.kind == 'recurrence')}."
+        )
+    return made, RecurrenceRule.parse(rule)

@@ -20,17 +20,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnc.codegen import cpu_recurrence
+from attnc.codegen import cpu_recurrence, gpu_recurrence
 from attnc.codegen.cpu_recurrence import Given
-from attnc.cost_models.chunk_model import ChunkKnobs, ChunkWork, chunk_fits, chunk_seconds
+from attnc.codegen.gpu_recurrence import RecurrenceKnobs
+from attnc.cost_models.chunk_model import ChunkKnobs, ChunkWork, chunk_estimate, chunk_fits, chunk_seconds
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
+from attnc.cost_models.estimate import Estimate
 from attnc.forms.base import Form, knob
 from attnc.forms.recurrent import RecurrentForm, cost_in_chunks, is_elementwise
 from attnc.region import Region
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
 
-WIDEST = 256  # columns and rows of the state that kernels take
 ON_CPU = (64, 32, 128, 16, 256)
 BY_CHANNEL_ON_CPU = (64, 32, 16, 128)
 QUICK = tuple(product((64, 32, 128), (32, 64, 128, 16), (4, 8, 2), (2, 3, 1)))
@@ -54,8 +55,8 @@ class Chunked(RecurrentForm):
         assert isinstance(rule, RecurrenceRule) and isinstance(shape, RecurrenceShape)
         if is_elementwise(rule, shape):
             return "chunked needs a product of matrices in a chunk, found a decay or a state by element; use scan."
-        if region.device == "cuda" and max(shape.K, shape.V) > WIDEST:
-            return f"chunked takes states of up to {WIDEST} x {WIDEST} on GPUs, found {shape.K} x {shape.V}; use scan."
+        if region.device == "cuda" and shape.L > 0:
+            return gpu_recurrence.refuse(rule, shape.K, shape.V, query=shape.Hk > 0)
         return None
 
     def misfit(self, region: Region, device: Device) -> str | None:
@@ -65,7 +66,7 @@ class Chunked(RecurrentForm):
 
     @property
     def schedule(self) -> ChunkKnobs:
-        """The knobs as the cost model and the launcher take them."""
+        """The knobs as the cost model takes them."""
         return ChunkKnobs(self.chunk_size, self.block_v, self.warps, self.stages)
 
     def cost(self, region: Region, device: Device) -> Cost:
@@ -74,8 +75,28 @@ class Chunked(RecurrentForm):
     def gpu_seconds(self, region: Region, gpu: Gpu) -> float:
         return chunk_seconds(work_of(region), self.schedule, gpu)
 
+    def gpu_estimate(self, region: Region, gpu: Gpu) -> Estimate:
+        return chunk_estimate(work_of(region), self.schedule, gpu)
+
+    @property
+    def kernels(self) -> RecurrenceKnobs:
+        """The knobs as the launcher takes them."""
+        return RecurrenceKnobs(self.chunk_size, block_v=self.block_v, warps=self.warps, stages=self.stages)
+
     def run(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
-        return cpu_recurrence.recurrence(given, rule, self.chunk_size)
+        if given.value.device.type == "cpu":
+            return cpu_recurrence.recurrence(given, rule, self.chunk_size)
+        return self.launch(given, rule)
+
+    def launch(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
+        """The kernels: on a GPU, or under Triton's interpreter."""
+        kernels = gpu_recurrence.kernels_of(given.value.device.type)
+        return gpu_recurrence.forward(kernels, *given, rule, self.kernels)[:2]
+
+    def gradients(
+        self, given: Given, needs: list[bool], grad_out: Tensor, grad_state: Tensor, rule: RecurrenceRule
+    ) -> list[Tensor]:
+        return cpu_recurrence.gradients(given, needs, grad_out, grad_state, rule, self.chunk_size)
 
     def space(self, region: Region, device: Device) -> tuple[Form, ...]:
         if self.refuse(region) is not None or self.untargeted(device) is not None:

@@ -19,15 +19,16 @@ arXiv:2312.06635.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from torch import Tensor
 
+from attnc.codegen import cpu_recurrence
 from attnc.codegen.cpu_recurrence import Given
 from attnc.cost_models.cost import Cost, Work
 from attnc.cost_models.device import Device, Gpu
+from attnc.cost_models.token_model import TokenWork
 from attnc.forms.base import Form
 from attnc.region import ITEM_BYTES, Region
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
@@ -45,9 +46,15 @@ class RecurrentForm(Form):
     def is_exact(self, region: Region) -> bool:
         return self.refuse(region) is None
 
-    @abstractmethod
     def run(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
-        """out (B, H, L, V) and the last state (B, H, K, V + n) in plain torch; differentiable."""
+        """out (B, H, L, V) and the last state (B, H, K, V + n), on whatever device the operands are."""
+        return cpu_recurrence.recurrence(given, rule)
+
+    def gradients(
+        self, given: Given, needs: list[bool], grad_out: Tensor, grad_state: Tensor, rule: RecurrenceRule
+    ) -> list[Tensor]:
+        """Gradients of the operands that `needs` names; autograd must be on."""
+        return cpu_recurrence.gradients(given, needs, grad_out, grad_state, rule)
 
     def spell(self) -> str:
         """One line; knobs at their default are left out."""
@@ -67,12 +74,24 @@ class RecurrentForm(Form):
             return f"{self.name} keeps a state, found a short convolution without one; leave it as written."
         if region.device == "cuda" and region.dtype not in DTYPES:
             return f"{self.name} takes {', '.join(DTYPES)} on GPUs, found {region.dtype}; convert it first."
+        if region.device == "cuda" and region.rule.state != "float32":
+            return f"{self.name} keeps a state of float32 on GPUs, found {region.rule.state}; convert it first."
         return None
 
 
 def is_elementwise(rule: RecurrenceRule, shape: RecurrenceShape) -> bool:
     """Whether no matrix product computes the recurrence: a decay for each element, or a state of one row."""
     return rule.decay == "state" or rule.factors or (shape.K == 1 and not (rule.delta or rule.low_rank))
+
+
+def token_work(region: Region, tokens: int) -> TokenWork:
+    """The region as the cost model of tokens takes it; tokens: those of a block that follow each other."""
+    rule, s = region.rule, region.shape
+    assert isinstance(rule, RecurrenceRule) and isinstance(s, RecurrenceShape)
+    exps = {"none": 0, "head": 1, "token": 1, "channel": s.K, "state": s.K}[rule.decay] + 2 * (rule.gate == "exp")
+    states = 8.0 * s.B * s.H * s.K * (s.V + rule.columns)
+    moved = float(rule.elements(s) * ITEM_BYTES.get(region.dtype, 4))
+    return TokenWork(s.B, s.H, s.L, s.K, s.V, moved, states, exps, tokens, region.training)
 
 
 def cost_in_chunks(region: Region, chunk: int) -> Cost:
