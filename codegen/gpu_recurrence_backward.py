@@ -1,7 +1,7 @@
 """Launch the kernels of chunked recurrences, backward: gradients of all inputs from what the forward saved.
 
-    backward(kernels, grad_out, grad_state, inputs, saved, rule, knobs)
-        -> Gradients
+    backward(kernels, grad_out, grad_state, query, key, value, decay, beta, bonus, initial, a, b, documents,
+             rule, knobs) -> Gradients, in the order of the inputs
 
 Gradients have the shapes and dtypes of the inputs; those of absent inputs are None. Gradients of q, k, a and b of
 grouped heads are summed over the group, of decays by head and of the bonus over the batch, in float32, without atomics.
@@ -29,10 +29,13 @@ from attnc.codegen.gpu_recurrence import (
     RecurrenceKnobs,
     Saved,
     constants_of,
+    forward,
+    operands_of,
     pointers,
     run_kernel,
     tile_width,
 )
+from attnc.codegen.gpu_recurrence import kernels_of as forward_kernels
 from attnc.codegen.launch import strides
 from attnc.codegen.load import kernel_folder, load
 from attnc.codegen.render import render, skeleton_text
@@ -58,8 +61,12 @@ class BackwardKnobs:
     state_block_v: int = 32
     state_warps: int = 4
     state_stages: int = 2
+    output_block_k: int = 32
     output_warps: int = 8
     output_stages: int = 2
+
+
+DEFAULT = BackwardKnobs()
 
 
 class Gradients(NamedTuple):
@@ -78,8 +85,8 @@ class Gradients(NamedTuple):
 
 @lru_cache(maxsize=8)
 def kernels_of(device: str) -> SimpleNamespace:
-    """The loaded backward kernels by name, for all rules."""
-    found: dict[str, Any] = {}
+    """The loaded kernels by name, for all rules, and those of the forward."""
+    found: dict[str, Any] = dict(vars(forward_kernels(device)))
     for skeleton, names in KERNELS.items():
         module = load(text_of(skeleton, device), kernel_folder(Options().store))
         found |= {name: getattr(module, name) for name in names}
@@ -96,15 +103,32 @@ def backward(
     kernels: Any,
     grad_out: Tensor,
     grad_state: Tensor,
-    inputs: Operands,
-    saved: Saved,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    initial: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    documents: Tensor | None,
     rule: RecurrenceRule,
     knobs: RecurrenceKnobs,
-    schedule: BackwardKnobs = BackwardKnobs(),
+    schedule: BackwardKnobs = DEFAULT,
+    *,
+    saved: Saved | None = None,
 ) -> Gradients:
-    """Gradients of the inputs of a forward, given those of its results."""
-    x, given = inputs, pointers_of(grad_out, grad_state, inputs, saved, rule, knobs)
-    (B, H, L, V), N = x.value.shape, saved.states.shape[2]
+    """Gradients of the inputs of a forward, given those of its results; without `saved` the forward runs again.
+
+    For rules without normaliser and exponential gate; those go through `gpu_recurrence_normalised`.
+    """
+    if saved is None:
+        inputs = (query, key, value, decay, None, beta, bonus, initial, a, b, documents)
+        _, _, saved = forward(kernels, *inputs, rule, knobs)
+    x = operands_of(query, key, value, decay, beta, bonus, initial, a, b, documents, rule)
+    given = pointers_of(grad_out, grad_state, x, saved, rule, knobs)
+    (B, H, _, V), N = x.value.shape, saved.states.shape[2]
     given |= {"BLOCK_K": tile_width(given["K"], schedule.block_k), "BLOCK_V": tile_width(V, schedule.block_v)}
     if saved.inverse is not None:
         run_kernel(kernels.chunk_within_backward, N * B * H, given, schedule.warps, schedule.stages)
@@ -117,6 +141,7 @@ def backward(
     else:
         programs = blocks(V, given["BLOCK_V"]) * N * B * H
         run_kernel(kernels.chunk_values_backward, programs, given, schedule.warps, schedule.stages)
+    given["BLOCK_K"] = tile_width(given["K"], schedule.output_block_k)
     run_kernel(kernels.chunk_output_backward, N * B * H, given, schedule.output_warps, schedule.output_stages)
     return _gathered(given, x, saved, rule)
 
@@ -139,7 +164,7 @@ def pointers_of(
         "p_grad": grad_state.float().contiguous(),
         "p_weights": empty(L, K, dtype=mid, when=solve),
         "p_y": empty(L, V, dtype=mid, when=solve),
-        "p_x": saved.corrected,
+        "p_x": None if rule.delta else saved.corrected,
         "p_dstates": empty(N, K, V, dtype=mid),
         "p_dinitial": empty(K, V),
         "p_dv": empty(L, V, dtype=x.value.dtype, when=not rule.delta),

@@ -18,7 +18,6 @@ import triton.language as tl
 
 from attnc.codegen.skeletons.chunk_parts import (
     CHANNEL,
-    HEAD,
     TOKEN,
     decay_sums,
     earlier_sums,
@@ -98,7 +97,7 @@ def chunk_state_backward(
         enter = tl.where(m_row, 1.0, 0.0)
         enter_q = enter * SCALE
         enter_a = enter
-        if DECAY == TOKEN or DECAY == HEAD:
+        if DECAY != CHANNEL:
             g = decay_sums(p_sums_n, rate, row, m_row, DECAY)
             late = earlier_sums(p_sums_n, rate, row, m_row, DECAY)
             total = tl.exp(tl.load(p_sums_n + last) if DECAY == TOKEN else (last + 1) * rate)
