@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._higher_order_ops.associative_scan import associative_scan
 from torch._higher_order_ops.scan import scan
 
 B, H, L, K, V = 2, 2, 7, 4, 3
@@ -252,6 +253,15 @@ def scanned(q, k, v, g, b):
     return scan(step, q.new_zeros(B, H, K, V), (k, v, q, g), dim=2)[1]
 
 
+def combine(before, after):
+    return before[0] * after[0], after[0] * before[1] + after[1]
+
+
+def scanned_pairs(q, k, v, g, b):
+    factors = (g[..., None] * torch.arange(1, K + 1)).exp()
+    return associative_scan(combine, (factors, k * b[..., None]), dim=2, combine_mode="generic")[1] * q
+
+
 # What must be left alone.
 
 
@@ -312,7 +322,7 @@ PRODUCTS = (
 )
 SUMS = (
     Mix(cumulative, {**NONE, "written": "sums"}),
-    Mix(cumulative_normalised, NONE, regions=2),
+    Mix(cumulative_normalised, NONE),
     Mix(cumulative_weighted, {**NONE, "gate": "write"}),
 )
 LOOPS = (
@@ -332,6 +342,7 @@ LOOPS = (
     Mix(loop_selective, {**CHANNEL, "V": 1}),
 )
 SCANS = (Mix(scanned, {**TOKEN, "written": "scan"}),)
+PAIRS = (Mix(scanned_pairs, {**TOKEN, "factors": True, "written": "operator"}),)
 LEFT = (
     Mix(with_softmax, regions=0),
     Mix(squared_scores, regions=0),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from inspect import signature
 from types import FunctionType
 from typing import Any
 
@@ -34,6 +35,7 @@ class Hook:
                 returns equal arguments for equal states of the generator.
     refuse:     why a call cannot be substituted, as one sentence; None if it can.
     home:       a module that is known to define it: if it is loaded and does not, the report says so.
+    by_name:    whether the substitute is called with the arguments it has, by name: the library changes their order.
     """
 
     module: str
@@ -42,6 +44,7 @@ class Hook:
     sample: Callable[[Arguments, torch.Generator], Arguments]
     refuse: Callable[[Arguments], str | None] = lambda arguments: None
     home: str = ""
+    by_name: bool = False
 
     @property
     def last_name(self) -> str:
@@ -55,6 +58,13 @@ class Hook:
         """Whether `function` is this row's."""
         return self.names(function.__module__ or "", function.__qualname__)
 
+    def taken(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those of a call's arguments that the substitute is called with."""
+        if not self.by_name:
+            return arguments
+        names = signature(self.substitute).parameters
+        return {name: x for name, x in arguments.items() if name in names}
+
     def disagreement(self, original: Callable[..., Any], arguments: Arguments) -> str:
         """How original and substitute differ on small arguments like `arguments`; "" where they agree."""
         try:
@@ -67,7 +77,7 @@ class Hook:
         small = dict(self.sample(arguments, _generator()))
         allowed = max((TOLERANCE.get(x.dtype, 0.0) for x in _tensors(small)), default=0.0)
         want = _run(original, small)
-        got = _run(self.substitute, self.sample(arguments, _generator()))
+        got = _run(self.substitute, self.taken(dict(self.sample(arguments, _generator()))))
         if allowed == TOLERANCE[torch.float32] or _unlike(want, got):
             return _unlike(want, got) or _far(want, got, allowed)
         # Narrow dtypes: at most half as far again from the function in float32 as the function itself is.

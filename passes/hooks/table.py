@@ -27,16 +27,19 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 from torch._dynamo.variables.base import VariableTracker
-from torch._dynamo.variables.functions import UserFunctionVariable
+from torch._dynamo.variables.functions import SkipFunctionVariable, UserFunctionVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
+from torch._dynamo.variables.lists import BaseListVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import TracingContext
 
 from attnc.passes.graph import path_in
 from attnc.passes.hooks import experts, samples
+from attnc.passes.hooks import linear_library as library
 from attnc.passes.hooks import recurrence as mixers
 from attnc.passes.hooks import state_space as spaces
 from attnc.passes.hooks.hook import Hook
+from attnc.passes.hooks.pair_scan import no_pair, pair_scan, small_scan
 from attnc.region import Unmatched
 
 TRANSFORMERS = "transformers*.modeling_*"  # of its models, and of code that comes with a checkpoint
@@ -44,6 +47,14 @@ TRANSFORMERS = "transformers*.modeling_*"  # of its models, and of code that com
 
 def _home(model: str) -> str:
     return f"transformers.models.{model}.modeling_{model}"
+
+
+def _library(name: str, substitute: Callable[..., Any], *ways: str) -> list[Hook]:
+    """Rows for the functions of flash-linear-attention that compute one mixer in several ways."""
+    refuse = library.unfit(substitute)
+    return [
+        Hook(f"fla.ops.{name}*", f"{way}_{name}", substitute, library.sample, refuse, by_name=True) for way in ways
+    ]
 
 
 # fmt: off
@@ -86,6 +97,18 @@ HOOKS: tuple[Hook, ...] = (
          home=_home("jetmoe")),
     Hook(TRANSFORMERS, "JetMoeParallelExperts.forward", experts.jetmoe_experts, experts.jetmoe_experts_sample,
          home=_home("jetmoe")),
+    Hook("torch._higher_order_ops.associative_scan", "associative_scan", pair_scan, small_scan, no_pair),
+    *_library("linear_attn", library.linear, "chunk", "fused_chunk", "fused_recurrent"),
+    *_library("simple_gla", library.decayed, "chunk", "fused_chunk", "fused_recurrent", "parallel"),
+    *_library("retention", library.retention, "chunk", "fused_chunk", "fused_recurrent", "parallel"),
+    *_library("lightning_attn", library.lightning, "chunk", "fused_recurrent"),
+    *_library("gla", library.gated, "chunk", "fused_chunk", "fused_recurrent"),
+    *_library("delta_rule", library.delta, "chunk", "fused_chunk", "fused_recurrent"),
+    *_library("gated_delta_rule", library.delta, "chunk", "fused_recurrent"),
+    *_library("kda", library.delta, "chunk", "fused_recurrent"),
+    *_library("rwkv6", library.rwkv6, "chunk", "fused_recurrent"),
+    *_library("rwkv7", library.rwkv7, "chunk", "fused_recurrent"),
+    *_library("hgrn", library.hgrn, "chunk", "fused_recurrent"),
 )
 # fmt: on
 
@@ -128,6 +151,13 @@ def install() -> None:
 
     setattr(hooked, MARK, True)
     setattr(InstructionTranslatorBase, _ENTRANCE, hooked)
+    disabled = SkipFunctionVariable.call_function
+
+    @functools.wraps(disabled)
+    def hooked_skip(variable: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return sys.modules[__name__].enter_disabled(disabled, variable, tx, args, kwargs)
+
+    SkipFunctionVariable.call_function = hooked_skip  # type: ignore[method-assign]
 
 
 def enter(entrance: Callable[..., Any], tx: Any, fn: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
@@ -151,7 +181,25 @@ def enter(entrance: Callable[..., Any], tx: Any, fn: Any, args: Any, kwargs: Any
         trace.named.append(Unmatched(hook.last_name, f"{hook.last_name} is traced as it is: {why}", "", path))
         return entrance(tx, fn, args, kwargs, *rest, **options)
     trace.hits[hook] = trace.hits.get(hook, 0) + 1
-    return entrance(tx, UserFunctionVariable(cast(FunctionType, hook.substitute)), args, kwargs, *rest, **options)
+    substitute = UserFunctionVariable(cast(FunctionType, hook.substitute))
+    if hook.by_name:
+        args, kwargs = [], hook.taken(dict(inspect.signature(function).bind(*args, **kwargs).arguments))
+    return entrance(tx, substitute, args, kwargs, *rest, **options)
+
+
+def enter_disabled(entrance: Callable[..., Any], variable: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    """The call of a function that Dynamo is told to leave alone: traced only where the table has a substitute for it."""
+    function = inspect.unwrap(getattr(variable.value, "_torchdynamo_orig_callable", variable.value))
+    hook = hook_of(function) if isinstance(function, FunctionType) else None
+    if hook is None or not is_ours(tx.output.compiler_fn):
+        return entrance(variable, tx, args, kwargs)
+
+    def leave(tx: Any, fn: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(fn, "fn", None) is function:
+            return entrance(variable, tx, args, kwargs)
+        return fn.call_function(tx, args, kwargs)
+
+    return enter(leave, tx, UserFunctionVariable(function), args, kwargs)
 
 
 def hook_of(function: FunctionType) -> Hook | None:
@@ -241,6 +289,8 @@ def _value(x: Any) -> Any:
         return x.as_proxy().node.meta["example_value"]
     if isinstance(x, SymNodeVariable):
         return x.sym_num
+    if isinstance(x, BaseListVariable):
+        return tuple(map(_value, x.items))
     try:
         return x.as_python_constant()
     except NotImplementedError:

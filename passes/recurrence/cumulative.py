@@ -31,7 +31,10 @@ NEAREST = 24
 def cumulatives(
     facts: GraphFacts, taken: Collection[fx.Node]
 ) -> Iterator[tuple[fx.Node, fx.Node, Rewriting | NoMatch]]:
-    """(cumulative sum, what is read of it, what may take the place of that) for each that sums keys times values."""
+    """(cumulative sum, what is read of it, what may take the place of that) for each that sums keys times values.
+
+    A sum of keys alone, as normalisers read it, is no larger than the keys and stays.
+    """
     for total in facts.graph.nodes:
         if op_name(total) != "cumsum" or total in taken or not isinstance(total.args[0], fx.Node):
             continue
@@ -164,6 +167,8 @@ def _emitted(
     value = tensor_of(total)
     assert value is not None
     mixer, renames = mixer_of(update, read, value.dtype)
+    if mixer.value is None:
+        raise Unliftable("no values are summed", total)
 
     def placed(factors: Sequence[Factor]) -> list[Factor]:
         return [Factor(draft.leaf(f.node), f.index, f.power) for f in factors]

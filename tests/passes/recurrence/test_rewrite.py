@@ -7,7 +7,7 @@ import torch
 
 import attnc
 from attnc.region import Region
-from tests.gallery_recurrence import GALLERY, LEFT, Mix, arguments
+from tests.gallery_recurrence import GALLERY, LEFT, PAIRS, Mix, arguments
 
 RELATIVE = 1e-5
 ALIKE = dict.fromkeys(
@@ -64,6 +64,12 @@ def test_a_mixer_written_out_runs_as_the_operator_and_equals_eager(mix: Mix) -> 
     facts = max(regions, key=lambda r: r.shape.V).facts
     assert {name: facts[name] for name in mix.facts} == mix.facts
     assert report.problems == ()
+
+
+@pytest.mark.parametrize("mix", params(PAIRS))
+def test_an_associative_scan_of_pairs_is_one_operator(mix: Mix) -> None:
+    (region,) = mixers(assert_equals_eager(mix, strict=True))
+    assert {name: region.facts[name] for name in mix.facts} == mix.facts
 
 
 @pytest.mark.slow
