@@ -74,17 +74,12 @@ def _launched(constants: dict[str, Any], rule: RecurrenceRule, x: BackwardKnobs)
     """Kernels with their skeletons, the constants that are theirs alone, warps and stages."""
     names = {kernel: skeleton for skeleton, kernels in KERNELS.items() for kernel in kernels}
     narrow = {"BLOCK_V": tile_width(constants["V"], x.state_block_v)}
+    output = {"BLOCK_K": tile_width(constants["K"], x.output_block_k)}
     found = [
         ("chunk_within_backward", constants["SOLVE"] != 0, {}, x.warps, x.stages),
         ("chunk_state_backward", True, narrow, x.state_warps, x.state_stages),
         ("chunk_values_backward", not rule.delta, {}, x.warps, x.stages),
-        (
-            "chunk_output_backward",
-            True,
-            {"BLOCK_K": tile_width(constants["K"], x.output_block_k)},
-            x.output_warps,
-            x.output_stages,
-        ),
+        ("chunk_output_backward", True, output, x.output_warps, x.output_stages),
     ]
     return [(kernel, names[kernel], *rest) for kernel, wanted, *rest in found if wanted]
 

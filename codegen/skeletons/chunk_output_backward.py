@@ -192,10 +192,8 @@ def chunk_output_backward(
         p_x += token * V
         p_a += b * a_b + h // GROUP_A * a_h + start * a_l
         p_b += b * b_b + h // GROUP_B * b_h + start * b_l
-    if DECAY == CHANNEL:
-        p_sums += token * K
-    if DECAY == TOKEN:
-        p_sums += token
+    if DECAY >= TOKEN:
+        p_sums += token * (K if DECAY == CHANNEL else 1)
     d_qk, d_qb, d_ak, d_ab = of_values(p_do, p_v, p_x, p_y, row, o_l, o_e, v_l, v_e, m_row, V, SOLVE, MID, PRECISION,
                                        BLOCK_V)  # fmt: skip
     same = row[:, None] == row[None, :]
@@ -309,10 +307,8 @@ def chunk_values_backward(
     rate = rate_of(p_rate, h, DECAY)
     p_q += b * q_b + h // GROUP * q_h + start * q_l
     p_k += b * k_b + h // GROUP * k_h + start * k_l
-    if DECAY == CHANNEL:
-        p_sums += token * K
-    if DECAY == TOKEN:
-        p_sums += token
+    if DECAY >= TOKEN:
+        p_sums += token * (K if DECAY == CHANNEL else 1)
     g = decay_sums(p_sums, rate, row, m_row, DECAY)
     late = earlier_sums(p_sums, rate, row, m_row, DECAY) if BEFORE else g
     m_ok, _enter, leave, _total = edges(p_segments, g, row, m_row, b * L + start, last, b * L, PACKED)

@@ -76,8 +76,9 @@ def test_inputs_of_sixteen_bits_have_gradients_of_their_type(name, dtype, poison
 def test_decays_of_any_strength_have_finite_gradients(name, poisoned_memory):
     case = replace(COMPUTED[name], H=1, Hk=1, K=16)
     inputs = given(case, 21)
-    kind = torch.randint(3, inputs["decay"].shape)
-    inputs["decay"] = torch.where(kind < 2, torch.tensor([-20.0, 0.0, 0.0])[kind], inputs["decay"])
+    kind = torch.randint(4, inputs["decay"].shape)
+    strengths = torch.tensor([-20.0, -torch.inf, 0.0, -1e-3])
+    inputs["decay"] = torch.where(kind < 3, strengths[kind], inputs["decay"])
     check(case, inputs)
 
 
@@ -99,7 +100,7 @@ def test_one_token_and_no_state(poisoned_memory):
 @pytest.mark.parametrize("length", [1, 33, 70, 200])
 def test_the_whole_table(name, length, poisoned_memory):
     for number, (chunk, dtype, V) in enumerate(((16, FP32, 6), (64, BF16, 20), (32, FP16, 16), (128, FP32, 24))):
-        case = replace(COMPUTED[name], Hk=1 + number % 2, H=2, K=(8, 20, 40, 16)[number], V=(6, 20, 16, 24)[number])
+        case = replace(COMPUTED[name], Hk=1 + number % 2, H=2, K=(8, 20, 40, 16)[number], V=V)
         knobs = replace(SMALL, chunk_size=chunk, block_k=(16, 64)[number % 2], out_block_v=(64, 16)[number % 2])
         inputs = given(case, length, dtype, state=number % 2 == 0, batch=2 - number % 2)
         check(case, inputs, knobs, TILES if number % 2 else BackwardKnobs())

@@ -9,7 +9,7 @@ import torch
 
 from attnc.codegen.compile_stats import TARGETS, Compiled, compile_job
 from attnc.codegen.gpu_recurrence import RecurrenceKnobs
-from attnc.codegen.gpu_recurrence_backward import BackwardKnobs
+from attnc.codegen.gpu_recurrence_backward import DEFAULT, BackwardKnobs
 from attnc.codegen.recurrence_backward_jobs import backward_jobs
 from attnc.rule_recurrence import RecurrenceRule
 
@@ -27,7 +27,7 @@ RULES = {
 }
 
 
-def compiled(name, dtype, target, *, only=None, K=64, V=64, knobs=KNOBS, schedule=BackwardKnobs(), folder=None) -> dict:
+def compiled(name, dtype, target, *, only=None, K=64, V=64, knobs=KNOBS, schedule=DEFAULT, folder=None) -> dict:
     jobs = backward_jobs(RULES[name], dtype, 2, K, V, knobs, schedule, target, bonus=name == "rwkv6")
     found = {job.kernel: compile_job(job, folder=folder, timeout_s=600) for job in jobs if only in (None, job.kernel)}
     for kernel, made in found.items():
