@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import attnc
+from attnc import offline
 from attnc.backend import attnc_backend
 from attnc.observe import Reader
 from attnc.passes.hooks import table as hooks
@@ -212,13 +213,13 @@ def test_functions_methods_partials_and_wrappers_are_met(
 
 def test_explain_reads_the_substituted_graph(library: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
-    entrance = attnc.offline.analyse
+    entrance = offline.analyse
 
     def reading(gm, *rest):
         lengths.append(len(gm.graph.nodes))
         return entrance(gm, *rest)
 
-    monkeypatch.setattr(attnc.offline, "analyse", reading)
+    monkeypatch.setattr(offline, "analyse", reading)
     attnc.explain(library.slow, torch.randn(3))
     assert lengths == [3]
 
