@@ -89,7 +89,8 @@ def _verdict(found: Found, store: Store, form: str) -> Verdict:
             verdict = check_rewriting(written_out, training)
         else:
             verdict = check(found.match, "dense" if not _is_exact(found.region) else form, training)
-        if written_out is None and verdict.passed and not _is_exact(found.region):  # the lift holds, by an exact form: how far off is this one
+        # The lift holds, by an exact form: how far off is this one?
+        if written_out is None and verdict.passed and not _is_exact(found.region):
             verdict = check(found.match, form, training, exact=False)
     except Exception as exc:
         log.debug("check of %s failed", found.region.path, exc_info=True)

@@ -188,7 +188,7 @@ def enter(entrance: Callable[..., Any], tx: Any, fn: Any, args: Any, kwargs: Any
 
 
 def enter_disabled(entrance: Callable[..., Any], variable: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-    """The call of a function that Dynamo is told to leave alone: traced only where the table has a substitute for it."""
+    """The call of a function that Dynamo is told to leave alone: traced where the table has a substitute for it."""
     function = inspect.unwrap(getattr(variable.value, "_torchdynamo_orig_callable", variable.value))
     hook = hook_of(function) if isinstance(function, FunctionType) else None
     if hook is None or not is_ours(tx.output.compiler_fn):

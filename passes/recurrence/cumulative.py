@@ -139,7 +139,9 @@ def _cumulative(facts: GraphFacts, total: fx.Node, node: fx.Node) -> Rewriting |
             made_of.ranges.declare(e.args[0], s)
     source = total.args[0]
     assert isinstance(source, fx.Node)
-    written = made_of.of(source, tuple(full)) if source in made_of.inside else [Term(1.0, (Factor(source, tuple(full)),))]
+    written = [Term(1.0, (Factor(source, tuple(full)),))]
+    if source in made_of.inside:
+        written = made_of.of(source, tuple(full))
     if len(written) != 1 or written[0].summed:
         return None
     update = Update(total, tuple(e for d, e in enumerate(full) if d != dim), [Term(1.0)], written, None)

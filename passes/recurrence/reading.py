@@ -100,14 +100,15 @@ class Reading:
         view = through(node, tuple(var(f"z{d}") for d in range(value.dim())), Ranges())
         return view is not None and source in self.same and source is view[0]
 
-    def terms(self, node: fx.Node, states: Sequence[fx.Node], prefix: str) -> tuple[Terms, tuple[Expr, ...], list[Term]]:
+    def terms(self, node: fx.Node, states: Sequence[fx.Node], prefix: str) -> tuple[tuple[Expr, ...], list[Term]]:
+        """New indices for the axes of `node`, named with `prefix`, and its terms at them; `states` are factors."""
         inside = self.inside | {node}
         terms = Terms(inside, states, self.steps.uncut)
         index = terms.indices(node, prefix)
         if node in states:
-            return terms, index, [Term(1.0, (Factor(node, index),))]
+            return index, [Term(1.0, (Factor(node, index),))]
         found = terms.of(node, index)
-        return terms, index, [self._unified(t) for t in found]
+        return index, [self._unified(t) for t in found]
 
     def _unified(self, term: Term) -> Term:
         factors = tuple(Factor(self.same.get(f.node, f.node), f.index, f.power) for f in term.factors)
@@ -120,7 +121,7 @@ class Reading:
             value, before = tensor_of(node), tensor_of(own)
             if value is None or before is None or not value.is_floating_point() or value.shape != before.shape:
                 raise Unliftable("what is carried is no state: it changes its shape, or is no floating tensor", node)
-            _, index, terms = self.terms(node, list(self.entries), f"s{place}_")
+            index, terms = self.terms(node, list(self.entries), f"s{place}_")
             found[place] = update_of(node, index, terms, list(self.entries), own)
         return found
 

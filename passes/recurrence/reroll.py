@@ -19,7 +19,7 @@ from attnc.passes.recurrence.loops import Loop
 from attnc.passes.recurrence.reading import Steps
 from attnc.passes.recurrence.rewriting import Rewriting, finished, misplaced
 from attnc.passes.recurrence.rolling import Rolling
-from attnc.passes.recurrence.stacking import Stacked, Stacker
+from attnc.passes.recurrence.stacking import Stacked, Stacker, rank_of
 from attnc.passes.recurrence.step import entry
 from attnc.passes.recurrence.terms import ZEROS
 
@@ -113,7 +113,8 @@ def _collected(
     found = []
     left = not joined
     for user in users if joined else ():
-        parts = list(user.args[0]) if op_name(user) in ("stack", "cat") and isinstance(user.args[0], list | tuple) else []
+        joins = op_name(user) in ("stack", "cat") and isinstance(user.args[0], list | tuple)
+        parts = list(user.args[0]) if joins else []
         start = parts.index(nodes[0]) if nodes[0] in parts else -1
         if start < 0 or parts[start : start + len(nodes)] != nodes or any(n in nodes for n in parts[:start]):
             left = True
@@ -122,7 +123,7 @@ def _collected(
         if any(_follows(n, inside) for n in others):
             left = True
             continue
-        dim = int(user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)) % tensor_of(user).dim()  # type: ignore[union-attr]
+        dim = int(user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)) % rank_of(user)
         found.append((user, _joined(draft, user, parts, start, len(nodes), dim, stacked)))
     if left:
         for k, node in enumerate(nodes):

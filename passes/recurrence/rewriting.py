@@ -107,13 +107,16 @@ def _now(node: fx.Node) -> fx.Node:
 
 
 def finished(
-    draft: Draft, results: Sequence[tuple[fx.Node, fx.Node]], rule: RecurrenceRule, shape: RecurrenceShape, steps: int = 0
+    draft: Draft,
+    results: Sequence[tuple[fx.Node, fx.Node]],
+    rule: RecurrenceRule,
+    shape: RecurrenceShape,
+    steps: int = 0,
 ) -> Rewriting:
     """A draft with (written node, its replacement) pairs as a rewriting; leaves that nothing reads are dropped."""
     draft.graph.output(tuple(new for _, new in results))
     draft.graph.eliminate_dead_code()
-    leaves = []
-    for node, mine in list(draft.leaves.items()):
+    for mine in draft.leaves.values():
         if not mine.users:
             draft.graph.erase_node(mine)
     by_place = {mine: node for node, mine in draft.leaves.items()}
@@ -144,7 +147,6 @@ def misplaced(facts: GraphFacts, found: Rewriting) -> NoMatch | None:
     for leaf in found.leaves:
         if leaf in behind:
             return NoMatch("what it reads is computed from its own results", leaf)
-        at = [w for w in facts.writers(leaf)]
-        if any(order[leaf] < order[w] for w in at):
+        if any(order[leaf] < order[w] for w in facts.writers(leaf)):
             return NoMatch("a tensor that it reads is modified in place", leaf)
     return None

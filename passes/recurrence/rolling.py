@@ -54,7 +54,7 @@ class Rolling:
         """Stack `node` if it is a read of states; False if it is computed from reads."""
         states = [*self.reading.entries, *self.reading.next]
         try:
-            terms, index, found = self.reading.terms(node, states, "r")
+            index, found = self.reading.terms(node, states, "r")
             held = [t for t in found if t.of(states)]
             whole = len(held) == 1 and len(found) == 1 and found[0].coef == 1.0 and len(found[0].factors) == 1
             if not held or (not whole and not all(t.summed for t in held)):
@@ -73,7 +73,7 @@ class Rolling:
             for x in node.all_input_nodes:
                 if x in self.reading.dependent and x not in states:
                     try:
-                        _, _, found = self.reading.terms(x, states, "q")
+                        _, found = self.reading.terms(x, states, "q")
                     except Unliftable:
                         return True
                     held = [t for t in found if t.of(states)]
@@ -81,7 +81,10 @@ class Rolling:
                         return True
         return False
 
-    def _emit(self, node: fx.Node, place: int, index: Sequence[Expr], reads: Sequence[Read], rest: Sequence[Term]) -> None:
+    def _emit(
+        self, node: fx.Node, place: int, index: Sequence[Expr], reads: Sequence[Read], rest: Sequence[Term]
+    ) -> None:
+        """Put the operator in the draft and its results, plus what has no state in it, where `node` stands."""
         if len(reads) != 1:
             raise Unliftable(f"the state is read in {len(reads)} ways at once, expected one", node)
         (read,) = reads

@@ -153,7 +153,7 @@ def compiled(fn, given: dict[str, Tensor], **options):
     return model, call
 
 
-@pytest.mark.parametrize("name", [n for n in FUNCTIONS])
+@pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_a_function_of_the_library_is_one_operator_in_one_graph(fla, name: str) -> None:
     given = drawn(name)
     model, plain = compiled(fla[name], given)
