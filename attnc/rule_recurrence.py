@@ -3,10 +3,10 @@
     S_t = D_t S_{t-1} + w_t k_t v_t^T             the state, (K, V) for each head; with `delta`, v_t is replaced by
     o_t = q_t^T S_t                               v_t - (D_t S_{t-1})^T k_t
 
-D_t multiplies rows of the state (`decay`), w_t is 1 or comes from beta (`gate`). With `low_rank`, b_t (a_t^T S_{t-1}) is
-added to the state: a transition of diagonal plus low rank, of which the delta rule is a case. With `read` "before",
-o_t = q_t^T (S_{t-1} + diag(bonus) w_t k_t v_t^T). A normaliser divides by what the same recurrence gives for v = 1. With
-`packed`, S_{t-1} is zero where a document starts.
+D_t multiplies rows of the state (`decay`), w_t is 1 or comes from beta (`gate`). With `low_rank`, b_t (a_t^T S_{t-1})
+is added to the state: a transition of diagonal plus low rank, of which the delta rule is a case. With `read` "before",
+o_t = q_t^T (S_{t-1} + diag(bonus) w_t k_t v_t^T). A normaliser divides by what the same recurrence gives for v = 1.
+With `packed`, S_{t-1} is zero where a document starts.
 
 Source: systems of part D of the catalogue: Yang et al. 2024, arXiv:2406.06484 (delta rule) and arXiv:2412.06464
 (gated); Dao and Gu 2024, arXiv:2405.21060 (Mamba-2); Gu and Dao 2023, arXiv:2312.00752 (Mamba); Beck et al. 2024,

@@ -48,7 +48,7 @@ class InChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q, k, v, p, b, g, state, earlier: bool, silent: bool = False) -> tuple[Tensor, Tensor]:
-        n, N, C = v.shape[:3]
+        n = v.shape[0]
         x = Chunks(q, k, v, p, b, state, earlier, silent)
         decay = decays(None if g is None else g.flatten(0, 1))
         done = _Done(x, decay)
@@ -96,7 +96,7 @@ class _Done:
 
     def __init__(self, x: Chunks, decay: Decay) -> None:
         self.x, self.decay = x, decay
-        n, N, C, K = x.k.shape
+        n, N, _, K = x.k.shape
         self.enter = decay.enter
         self.before = None if decay.enter is None else _later(decay.enter, 1.0)
         self.q_enter = self.before if x.earlier else self.enter

@@ -36,7 +36,7 @@ def _squared(x: Tensor) -> Tensor:
 
 
 def lower_blocks(x: Tensor, s: int) -> Tensor:
-    """Of matrices from `square`, the blocks (count, s, s) below the diagonal: second half of 2 s rows, first of columns."""
+    """Of matrices from `square`, the blocks (count, s, s) below the diagonal: second halves and first."""
     return _blocks(x, s, s, 0)
 
 

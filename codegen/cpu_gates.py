@@ -25,7 +25,9 @@ def starts_of(documents: Tensor) -> Tensor:
     return F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=False)
 
 
-def stopped(decay: Tensor | None, starts: Tensor, v: Tensor, rule: RecurrenceRule) -> tuple[Tensor | None, RecurrenceRule]:
+def stopped(
+    decay: Tensor | None, starts: Tensor, v: Tensor, rule: RecurrenceRule
+) -> tuple[Tensor | None, RecurrenceRule]:
     """The decay with nothing left of the state where a document starts, and the rule that it follows then."""
     if rule.decay == "state":  # steps times rates: its factors are cut off later
         return decay, rule
@@ -48,9 +50,7 @@ def divided(out: Tensor, maximum: Tensor | None, rule: RecurrenceRule) -> Tensor
     return numerator / (denominator + rule.eps)
 
 
-def running_maximum(
-    f: Tensor, i: Tensor, start: Tensor, fresh: float, starts: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def running_maximum(f: Tensor, i: Tensor, start: Tensor, fresh: float, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """m_t = max(f_t + m_{t-1}, i_t) and m_{t-1}, all (B, H, L); `fresh` before the first token of later documents."""
     total = f.cumsum(-1)
     first = start[..., None]

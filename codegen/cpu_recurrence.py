@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -163,7 +162,9 @@ def _part(given: Given, tokens: slice, rule: RecurrenceRule) -> Given:
         for name, x in given._asdict().items()
     }
     if rule.packed and given.documents is not None:
-        found["documents"] = starts_of(given.documents[:, max(0, tokens.start - 1) : tokens.stop])[:, min(1, tokens.start) :]
+        found["documents"] = starts_of(given.documents[:, max(0, tokens.start - 1) : tokens.stop])[
+            :, min(1, tokens.start) :
+        ]
     return Given(**{**found, "initial": None})
 
 
@@ -219,9 +220,7 @@ def _with_one(v: Tensor) -> Tensor:
     return F.pad(v, (0, 1), value=1.0)
 
 
-def _under_maximum(
-    x: Given, state: Tensor, rule: RecurrenceRule, chunk: int, silent: bool
-) -> tuple[Tensor, Tensor]:
+def _under_maximum(x: Given, state: Tensor, rule: RecurrenceRule, chunk: int, silent: bool) -> tuple[Tensor, Tensor]:
     """exp(beta) as a gate of at most 1: state and normaliser are kept times exp(-m), m the largest exponent so far."""
     q, k, v, decay, _, beta, bonus, _, _, _, starts = x
     assert beta is not None
@@ -270,9 +269,7 @@ def _own(q: Tensor | None, k: Tensor | None, beta: Tensor | None, bonus: Tensor)
     return own if beta is None else own * beta[..., None]
 
 
-def _in_chunks(
-    x: Given, state: Tensor, rule: RecurrenceRule, chunk: int, silent: bool
-) -> tuple[Tensor, Tensor]:
+def _in_chunks(x: Given, state: Tensor, rule: RecurrenceRule, chunk: int, silent: bool) -> tuple[Tensor, Tensor]:
     B, H, L, _ = x.value.shape
     one = x.value.new_ones(()).expand(B, H, L, 1)
     v = _cut(x.value, H, chunk)

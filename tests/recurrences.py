@@ -105,7 +105,9 @@ def token_loop(inputs: list[Tensor | None], rule: RecurrenceRule) -> tuple[Tenso
         if rule.packed and t > 0:
             new = documents[:, t] != documents[:, t - 1]
             fresh = _start(None, v, k.shape[-1], rule)
-            S, n, m = (torch.where(new.reshape(-1, *[1] * (x.dim() - 1)), y, x) for x, y in zip((S, n, m), fresh))
+            S, n, m = (
+                torch.where(new.reshape(-1, *[1] * (x.dim() - 1)), y, x) for x, y in zip((S, n, m), fresh, strict=True)
+            )
         before = S, n, m
         if rule.gate == "exp":
             f = d[..., 0].log()

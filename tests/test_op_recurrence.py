@@ -56,7 +56,9 @@ def test_narrow_inputs_are_computed_in_float32(case: Case, dtype: torch.dtype) -
     inputs = case.inputs(70, dtype)
     out, state = apply(inputs, case.rule)
     assert out.dtype == dtype and state.dtype == torch.float32
-    want, _ = token_loop([x if x is None or not x.is_floating_point() else x.double() for x in inputs], in_float64(case))
+    want, _ = token_loop(
+        [x if x is None or not x.is_floating_point() else x.double() for x in inputs], in_float64(case)
+    )
     assert_close(out, want)
 
 
@@ -116,9 +118,7 @@ def test_fake_results_and_schema_are_true(case: Case) -> None:
 
 def test_lengths_stay_symbolic() -> None:
     case = FEW[0]
-    compiled = torch.compile(
-        lambda *x: apply(x, case.rule)[0], backend="aot_eager", dynamic=True, fullgraph=True
-    )
+    compiled = torch.compile(lambda *x: apply(x, case.rule)[0], backend="aot_eager", dynamic=True, fullgraph=True)
     for length in (33, 70, 5):
         inputs = case.inputs(length, torch.float32)
         with torch._dynamo.config.patch(error_on_recompile=length != 33):
@@ -146,7 +146,9 @@ def test_extreme_decays_stay_finite() -> None:
     case = next(c for c in CASES if c.name == "mamba2")
     inputs = case.inputs(70, torch.float32)
     inputs[3] = torch.where(torch.rand_like(inputs[3]) < 0.2, -300.0, -1e-3)
-    want, _ = token_loop([x if x is None or not x.is_floating_point() else x.double() for x in inputs], in_float64(case))
+    want, _ = token_loop(
+        [x if x is None or not x.is_floating_point() else x.double() for x in inputs], in_float64(case)
+    )
     assert_close(apply(inputs, case.rule)[0], want)
 
 

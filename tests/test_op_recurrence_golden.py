@@ -113,7 +113,11 @@ def _rwkv7(t: Held) -> Held:
     decay = -torch.sigmoid(torch.tanh(d @ w["Ww1"]) @ w["Ww2"] + w["w_bias"]) * torch.tensor(-0.5).double().exp()
     k, a = k @ w["Wk"].T, torch.sigmoid(a @ w["Wa1"] @ w["Wa2"] + w["a_bias"])
     normed = F.normalize(heads(k * w["k_k"]), dim=-1, eps=1e-12)
-    operands = {"query": heads(r @ w["Wr"].T), "key": heads(k * (1 + (a - 1) * w["k_a"])), "value": heads(v @ w["Wv"].T)}
+    operands = {
+        "query": heads(r @ w["Wr"].T),
+        "key": heads(k * (1 + (a - 1) * w["k_a"])),
+        "value": heads(v @ w["Wv"].T),
+    }
     return {**operands, "decay": heads(decay), "a": -normed, "b": normed * heads(a)}
 
 
@@ -144,12 +148,17 @@ OPERANDS: dict[str, Callable[[Held], Held]] = {
     "rwkv6": lambda t: {"decay": t["w"], "bonus": t["u"]},
     # Elementwise: as many heads of one state each.
     "hgrn": lambda t: {
-        "value": t["x"].mT[..., None], "decay": t["g"].mT, "initial_state": t["initial_state"][..., None, None]
-    },  # fmt: skip
+        "value": t["x"].mT[..., None],
+        "decay": t["g"].mT,
+        "initial_state": t["initial_state"][..., None, None],
+    },
     "ssd_minimal": lambda t: {
-        "query": t["C"], "key": t["Bm"], "value": t["X"], "decay": t["A"],
+        "query": t["C"],
+        "key": t["Bm"],
+        "value": t["X"],
+        "decay": t["A"],
         **({"initial_state": t["initial_state"].mT} if "initial_state" in t else {}),
-    },  # fmt: skip
+    },
     "mamba2_scan": _mamba2,
     "mamba1_selective_scan": _mamba1,
     "gated_delta_product": _product,
