@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnc.codegen.gpu_segments import held_down, last_maximum, segments_of
 from attnc.codegen.launch import launch, strides
 from attnc.codegen.load import kernel_folder, load, triton
 from attnc.codegen.render import render, skeleton_text
@@ -54,7 +55,6 @@ KERNELS = {
 DECAYS = {"none": 0, "head": 1, "token": 2, "channel": 3}
 DELTA, RANK = 1, 2
 WIDEST = 256
-LEAST = -1e4  # a logarithm whose exponential is 0, in sums of float64
 
 
 @dataclass(frozen=True)
@@ -173,42 +173,46 @@ def forward(
     x = operands_of(query, key, value, decay, beta, bonus, initial, a, b, documents, rule)
     (B, H, L, _), C = value.shape, knobs.chunk_size
     constants = constants_of(rule, x, knobs)
-    mid = product_type(x.value.dtype, knobs.products)
     sums, norms = _sums(kernels, x, rule, knobs), _norms(kernels, x, rule, knobs)
-    solve, stored = constants["SOLVE"], constants["STORED"]
+    saved = _empty(x, constants, rule, knobs.products, sums, norms)
+    out = value.new_empty(B, L, H, V, dtype=value.dtype if rule.out == "value" else torch.float32).transpose(1, 2)
+    last = value.new_empty(B, H, K, V + rule.columns, dtype=torch.float32)
+    if x.maximum is not None:
+        last[..., -1] = last_maximum(x.maximum, initial, rule)[..., None]
+    given = constants | pointers(x, saved, constants["DECAY"]) | {"p_out": out, "p_final": last, **strides("o", out)}
+    N, matrices = blocks(L, C), (constants["SOLVE"] != 0) + constants["STORED"]
+    if matrices:
+        within = given | {"BLOCK_K": tile_width(K, knobs.within_block_k)}
+        run_kernel(kernels.chunk_within, N * B * H * matrices, within, knobs.within_warps, 1)
+    run_kernel(kernels.chunk_state, blocks(V, constants["BLOCK_V"]) * B * H, given, knobs.warps, knobs.stages)
+    given |= _reading(x, saved, rule, knobs)
+    run_kernel(kernels.chunk_output, blocks(V, given["BLOCK_V"]) * N * B * H, given, knobs.out_warps, knobs.out_stages)
+    return out, last, saved
+
+
+def _empty(x: Operands, constants: dict[str, Any], rule: RecurrenceRule, products: str, sums: Any, norms: Any) -> Saved:
+    """What is kept, unwritten but for sums and norms."""
+    (B, H, L, V), K, C = x.value.shape, constants["K"], constants["BLOCK_C"]
+    N, solve, mid = blocks(L, C), constants["SOLVE"], product_type(x.value.dtype, products)
 
     def pairs(wanted: bool) -> Tensor | None:
-        return value.new_empty(B, H, L, C, dtype=mid) if wanted else None
+        return x.value.new_empty(B, H, L, C, dtype=mid) if wanted else None
 
-    N = blocks(L, C)
-    normalised = rule.normaliser != "none"
-    saved = Saved(
+    return Saved(
         decay=x.decay,
         beta=x.beta,
         sums=sums,
         norms=norms,
         segments=x.segments,
-        states=value.new_empty(B, H, N, K, V, dtype=mid),
-        normalisers=value.new_empty(B, H, N, K, dtype=torch.float32) if normalised else None,
+        states=x.value.new_empty(B, H, N, K, V, dtype=mid),
+        normalisers=x.value.new_empty(B, H, N, K, dtype=torch.float32) if rule.normaliser != "none" else None,
         inverse=pairs(solve != 0),
-        scores=pairs(stored),
+        scores=pairs(constants["STORED"]),
         keys=pairs(solve == RANK),
         reads=pairs(solve == RANK),
-        corrected=value.new_empty(B, H, L, V, dtype=mid) if solve else None,
+        corrected=x.value.new_empty(B, H, L, V, dtype=mid) if solve else None,
         maximum=x.maximum,
     )
-    out = value.new_empty(B, L, H, V, dtype=value.dtype if rule.out == "value" else torch.float32).transpose(1, 2)
-    last = value.new_empty(B, H, K, V + rule.columns, dtype=torch.float32)
-    if rule.gate == "exp":
-        last[..., -1] = _end(x, initial, rule)[..., None]
-    given = constants | pointers(x, saved, constants["DECAY"]) | {"p_out": out, "p_final": last, **strides("o", out)}
-    if solve or stored:
-        within = given | {"BLOCK_K": tile_width(K, knobs.within_block_k)}
-        run_kernel(kernels.chunk_within, N * B * H, within, knobs.within_warps, 1)
-    run_kernel(kernels.chunk_state, blocks(V, constants["BLOCK_V"]) * B * H, given, knobs.warps, knobs.stages)
-    given |= _reading(x, saved, rule, knobs)
-    run_kernel(kernels.chunk_output, blocks(V, given["BLOCK_V"]) * N * B * H, given, knobs.out_warps, knobs.out_stages)
-    return out, last, saved
 
 
 # What kernels are given.
@@ -229,44 +233,6 @@ def operands_of(
     if rule.gate == "exp":
         decay, beta, maximum = held_down(decay, beta, initial, segments, rule)
     return Operands(query, key, value, decay, beta, bonus, initial, a, b, segments, maximum)
-
-
-def segments_of(documents: Tensor) -> Tensor:
-    """Documents counted along each row: two of the same number with another between them are two."""
-    starts = documents[:, 1:] != documents[:, :-1]
-    return torch.nn.functional.pad(starts.cumsum(1, dtype=torch.int32), (1, 0)).contiguous()
-
-
-def held_down(
-    decay: Tensor | None, beta: Tensor, initial: Tensor | None, segments: Tensor | None, rule: RecurrenceRule
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Decay, gate and running maximum m (B, H, L): the state is kept times exp(-m). Sums over tokens in float64."""
-    B, H, L = beta.shape
-    g = torch.zeros_like(beta) if decay is None else decay.view(1, H, 1) if decay.dim() == 1 else decay
-    f, i = g.double().clamp(min=LEAST).expand(B, H, L), beta.double()
-    start = _start(beta, initial, rule).double()[..., None].expand(B, H, L)
-    total, lift = f.cumsum(-1), torch.zeros((), dtype=torch.float64, device=beta.device)
-    if segments is not None:  # sums from the document's first token; later documents lie above all earlier ones
-        first = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)[:, None]
-        total = total - torch.where(first, total - f, torch.inf).cummin(-1).values
-        start = torch.where(segments[:, None] == 0, start, _start(beta, None, rule).double()[..., None])
-        lift = segments[:, None] * ((i - total).amax(-1, True) - (i - total).amin(-1, True) + 1.0)
-    m = total + torch.maximum(start, (i - total + lift).cummax(-1).values - lift)
-    before = torch.cat([start[..., :1], m[..., :-1]], -1)
-    if segments is not None:
-        before = torch.where(first, start, before)
-    return (f + before - m).float(), torch.exp(i - m).float(), m.float().contiguous()
-
-
-def _start(beta: Tensor, initial: Tensor | None, rule: RecurrenceRule) -> Tensor:
-    if initial is not None:
-        return initial[..., 0, -1]
-    return beta.new_full(beta.shape[:2], 0.0 if rule.normaliser == "max1" else -1e38, dtype=torch.float32)
-
-
-def _end(x: Operands, initial: Tensor | None, rule: RecurrenceRule) -> Tensor:
-    assert x.beta is not None and x.maximum is not None
-    return x.maximum[..., -1] if x.beta.shape[2] else _start(x.beta, initial, rule)
 
 
 def product_type(dtype: torch.dtype, products: str = "input") -> torch.dtype:

@@ -56,6 +56,36 @@ def read_state(S, p_x, p_sums, row, x_l, x_e, m_row, EARLIER: tl.constexpr, K: t
 
 
 @triton.jit
+def weights(p_sums, p_segments, p_norms, rate, before, row, last, m_row, start, SOLVE: tl.constexpr,
+            DECAY: tl.constexpr, NORMED: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
+    """Factors of tokens, by what is the same for all channels: on writing k and b, on reading the state that came in;
+    factor of the state; the document at the end."""
+    total = 1.0
+    leave = tl.where(m_row, 1.0, 0.0)
+    enter = leave
+    if (DECAY == TOKEN) | (DECAY == HEAD):
+        g = decay_sums(p_sums, rate, row, m_row, DECAY)
+        g_last = tl.load(p_sums + last) if DECAY == TOKEN else (last + 1) * rate
+        total = tl.exp(g_last)
+        leave *= tl.exp(tl.where(m_row, g_last - g, 0.0))
+        enter *= tl.exp(earlier_sums(p_sums, rate, row, m_row, DECAY) if SOLVE == RANK else g)
+    if PACKED:
+        segment = tl.load(p_segments + start + row, mask=m_row, other=-1)
+        end = tl.load(p_segments + start + last)
+        leave = tl.where(segment == end, leave, 0.0)
+        enter = tl.where(segment == before, enter, 0.0)
+        total = tl.where(end == before, total, 0.0)
+        before = end
+    write = leave
+    if NORMED:
+        norm = vector(p_norms + start, row, 1, m_row)
+        write *= norm
+        if SOLVE == DELTA:
+            enter *= norm
+    return write, leave, enter, total, before
+
+
+@triton.jit
 def chunk_state(
     p_k, p_v, p_a, p_b, p_beta, p_sums, p_rate, p_norms, p_segments, p_inverse, p_keys, p_initial,
     p_states, p_final, p_corrected, p_normalisers,
@@ -84,9 +114,12 @@ def chunk_state(
         p_b += b * b_b + h // GROUP_B * b_h
     if GATED:
         p_beta += b * beta_b + h * beta_h
+    before = 0  # the document whose state comes in
     if PACKED:
         p_segments += b * L
         before = tl.load(p_segments)
+    if NORMED:
+        p_norms += (b * (H // GROUP) + h // GROUP) * L
     S, sums = (), ()
     for t in tl.static_range(TILES):
         k_row = t * BLOCK_K + channel
@@ -110,35 +143,13 @@ def chunk_state(
             if NORMALISED and part == 0:
                 tl.store(p_normalisers + (head * count + n) * K + k_row, sums[t], mask=k_row < K)
 
-        # Weights of tokens: on leaving the chunk, and on reading what came in.
-        total = 1.0
-        write = tl.where(m_row, 1.0, 0.0)
-        enter = write
         p_sums_n = p_sums
         if DECAY == CHANNEL:
             p_sums_n += token * K
         if DECAY == TOKEN:
             p_sums_n += token
-        if (DECAY == TOKEN) | (DECAY == HEAD):
-            g = decay_sums(p_sums_n, rate, row, m_row, DECAY)
-            g_last = tl.load(p_sums_n + last) if DECAY == TOKEN else (last + 1) * rate
-            total = tl.exp(g_last)
-            write *= tl.exp(tl.where(m_row, g_last - g, 0.0))
-            enter *= tl.exp(earlier_sums(p_sums_n, rate, row, m_row, DECAY) if SOLVE == RANK else g)
-        leave = write
-        if PACKED:
-            segment = tl.load(p_segments + start + row, mask=m_row, other=-1)
-            end = tl.load(p_segments + start + last)
-            write = tl.where(segment == end, write, 0.0)
-            leave = write
-            enter = tl.where(segment == before, enter, 0.0)
-            total = tl.where(end == before, total, 0.0)
-            before = end
-        if NORMED:
-            norm = vector(p_norms + (b * (H // GROUP) + h // GROUP) * L + start, row, 1, m_row)
-            write *= norm
-            if SOLVE == DELTA:
-                enter *= norm
+        write, leave, enter, total, before = weights(p_sums_n, p_segments, p_norms, rate, before, row, last, m_row,
+                                                     start, SOLVE, DECAY, NORMED, PACKED)  # fmt: skip
         if GATED:
             beta = vector(p_beta + start * beta_l, row, beta_l, m_row)
             if SOLVE != DELTA:

@@ -97,6 +97,31 @@ def store_pairs(p, s, row, m_row):
 
 
 @triton.jit
+def write_scores(p_scores, p_reads, xk, xb, own, own_b, of_pair, beta, q_norm, k_norm, row, m_ok, m_row,
+                 RANK_TOO: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+    """A_qk and A_qb of one chunk."""
+    i, j = row[:, None], row[None, :]
+    xk = tl.where(i == j, own[:, None], tl.where(m_ok, xk * of_pair, 0.0))
+    store_pairs(p_scores, xk * (q_norm * SCALE)[:, None] * (k_norm * beta)[None, :], row, m_row)
+    if RANK_TOO:
+        xb = tl.where(i == j, own_b[:, None], tl.where(m_ok, xb * of_pair, 0.0))
+        store_pairs(p_reads, xb * (q_norm * SCALE)[:, None], row, m_row)
+
+
+@triton.jit
+def write_solved(p_inverse, p_keys, xk, xb, of_pair, beta, k_norm, row, m_ok, m_row, SOLVE: tl.constexpr,
+                 EXACT: tl.constexpr):  # fmt: skip
+    """T of one chunk, and A_ak."""
+    xk = tl.where(m_ok, xk * of_pair, 0.0)
+    if SOLVE == RANK:
+        store_pairs(p_keys, xk * (k_norm * beta)[None, :], row, m_row)
+        a = tl.where(m_ok, xb * of_pair, 0.0) * -1.0
+    else:
+        a = xk * (k_norm * beta)[:, None] * k_norm[None, :]
+    store_pairs(p_inverse, inverse(a, EXACT), row, m_row)
+
+
+@triton.jit
 def chunk_within(
     p_q, p_k, p_a, p_b, p_beta, p_bonus, p_sums, p_rate, p_norms, p_segments, p_scores, p_inverse, p_keys, p_reads,
     q_b, q_h, q_l, q_e, k_b, k_h, k_l, k_e, a_b, a_h, a_l, a_e, b_b, b_h, b_l, b_e, beta_b, beta_h, beta_l,
@@ -106,9 +131,13 @@ def chunk_within(
     BONUS: tl.constexpr, SCORES: tl.constexpr, SCALE: tl.constexpr, MID: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The matrices of one chunk of one head; EXACT: precision of products that make T."""
+    """The matrices of one chunk of one head, rows k or a by one program and rows q by another, where both are wanted;
+    columns k and b. EXACT: precision of products that make T."""
     LEVELS: tl.constexpr = 4 + (BLOCK_C > 16) + (BLOCK_C > 32) + (BLOCK_C > 64)  # log2 of the chunk
-    n, b, h = place(tl.program_id(0), tl.cdiv(L, BLOCK_C), H, GROUP)
+    BOTH: tl.constexpr = SCORES and SOLVE != 0
+    at = tl.program_id(0)
+    solving = at % 2 == 0  # if BOTH
+    n, b, h = place(at // 2 if BOTH else at, tl.cdiv(L, BLOCK_C), H, GROUP)
     head, start = b * H + h, (n * BLOCK_C).to(tl.int64)
     row, channel = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     i, j = row[:, None], row[None, :]
@@ -116,101 +145,88 @@ def chunk_within(
     token = head * L + start
     rate = rate_of(p_rate, h, DECAY)
     p_k += b * k_b + h // GROUP * k_h + start * k_l
-    if SCORES:
-        p_q += b * q_b + h // GROUP * q_h + start * q_l
+    p_q += b * q_b + h // GROUP * q_h + start * q_l
+    shift = 1 if BEFORE else 0  # tokens by which rows see less decay
     if SOLVE == RANK:
         p_a += b * a_b + h // GROUP_A * a_h + start * a_l
         p_b += b * b_b + h // GROUP_B * b_h + start * b_l
+        shift = tl.where(solving, 1, shift)
     if DECAY == CHANNEL:
         p_sums += token * K
     if DECAY == TOKEN:
         p_sums += token
-    qk = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
-    kk, ak, qb, ab = qk, qk, qk, qk
+    xk = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    xb = xk
     own, own_b = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
     for low in tl.range(0, K, BLOCK_K):
         column = low + channel
         k = tile(p_k, row, k_l, column, k_e, m_row, K)
-        if SCORES:
-            q = tile(p_q, row, q_l, column, q_e, m_row, K)
-            if BONUS:
-                u = vector(p_bonus + h * bonus_h, column, bonus_e, column < K)
-                own += tl.sum(q.to(tl.float32) * k * u[None, :], 1)
-            elif not BEFORE:
-                own += tl.sum(q.to(tl.float32) * k, 1)
-        if SOLVE == RANK:
-            a = tile(p_a, row, a_l, column, a_e, m_row, K)
-            low_b = tile(p_b, row, b_l, column, b_e, m_row, K)
-            if not BEFORE:
-                own_b += tl.sum(q.to(tl.float32) * low_b, 1)
-        if DECAY == CHANNEL:
-            g = tile(p_sums, row, K, column, 1, m_row, K)
-            if BEFORE or SOLVE == RANK:
-                g_before = tile(p_sums - K, row, K, column, 1, m_row & (row > 0), K)
-        if DECAY != CHANNEL:
-            if SCORES:
-                qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
-            if SOLVE == DELTA:
-                kk = tl.dot(k, tl.trans(k), kk, input_precision=PRECISION)
-            if SOLVE == RANK:
-                ab = tl.dot(a, tl.trans(low_b), ab, input_precision=PRECISION)
-                ak = tl.dot(a, tl.trans(k), ak, input_precision=PRECISION)
-                qb = tl.dot(q, tl.trans(low_b), qb, input_precision=PRECISION)
+        if BOTH:
+            if solving:
+                x = k if SOLVE == DELTA else tile(p_a, row, a_l, column, a_e, m_row, K)
+            else:
+                x = tile(p_q, row, q_l, column, q_e, m_row, K)
         else:
+            x = tile(p_q, row, q_l, column, q_e, m_row, K) if SCORES else k
+        if BONUS:
+            u = vector(p_bonus + h * bonus_h, column, bonus_e, column < K)
+            own += tl.sum(x.to(tl.float32) * k * u[None, :], 1)
+        elif SCORES and not BEFORE:
+            own += tl.sum(x.to(tl.float32) * k, 1)
+        if SOLVE == RANK:
+            y = tile(p_b, row, b_l, column, b_e, m_row, K)
+            if not BEFORE:
+                own_b += tl.sum(x.to(tl.float32) * y, 1)
+        if DECAY != CHANNEL:
+            xk = tl.dot(x, tl.trans(k), xk, input_precision=PRECISION)
+            if SOLVE == RANK:
+                xb = tl.dot(x, tl.trans(y), xb, input_precision=PRECISION)
+        else:
+            g = tile(p_sums, row, K, column, 1, m_row, K)
+            g_x = tile(p_sums - shift * K, row, K, column, 1, m_row & (row >= shift), K)
             for level in tl.range(0, LEVELS):
                 pair = halves(i, j, level)
                 middle = (row >> (level + 1) << (level + 1)) + (1 << level) - 1
                 g_middle = tile(p_sums, middle, K, column, 1, middle < L - start, K)
-                fade = tl.exp(-tl.abs(g - g_middle))
-                k_fade = (k * fade).to(MID)
-                if BEFORE or SOLVE == RANK:
-                    fade_before = tl.exp(tl.minimum(g_before - g_middle, 0.0))
-                if SCORES:
-                    qk = products(qk, q * (fade_before if BEFORE else fade), k_fade, pair, MID, PRECISION)
-                if SOLVE == DELTA:
-                    kk = products(kk, k_fade, k_fade, pair, MID, PRECISION)
+                x_fade = (x * tl.exp(tl.minimum(g_x - g_middle, 0.0))).to(MID)
+                fade = tl.exp(tl.minimum(g_middle - g, 0.0))
+                xk = products(xk, x_fade, k * fade, pair, MID, PRECISION)
                 if SOLVE == RANK:
-                    a_fade, b_fade = (a * fade_before).to(MID), (low_b * fade).to(MID)
-                    ab = products(ab, a_fade, b_fade, pair, MID, PRECISION)
-                    ak = products(ak, a_fade, k_fade, pair, MID, PRECISION)
-                    qb = products(qb, q * (fade_before if BEFORE else fade), b_fade, pair, MID, PRECISION)
+                    xb = products(xb, x_fade, y * fade, pair, MID, PRECISION)
 
     m_ok = (i > j) & m_row[:, None]
     if PACKED:
         segment = tl.load(p_segments + b * L + start + row, mask=m_row, other=-1)
         m_ok = m_ok & (segment[:, None] == segment[None, :])
     g_row = decay_sums(p_sums, rate, row, m_row, DECAY)
-    late = earlier_sums(p_sums, rate, row, m_row, DECAY)
-    after = pair_decay(g_row, g_row, m_ok, DECAY)
-    at = token * BLOCK_C
+    late = g_row
+    if BEFORE or SOLVE == RANK:
+        late = tl.where(shift == 1, earlier_sums(p_sums, rate, row, m_row, DECAY), g_row)
+    of_pair = pair_decay(late, g_row, m_ok, DECAY)
+    ones = tl.full([BLOCK_C], 1.0, tl.float32)
+    q_norm, k_norm, beta = ones, ones, ones
     if NORMED:
         k_head = b * (H // GROUP) + h // GROUP
         k_norm = vector(p_norms + k_head * L + start, row, 1, m_row)
+        q_norm = vector(p_norms + (k_head + B * (H // GROUP)) * L + start, row, 1, m_row)
     if GATED:
         beta = vector(p_beta + b * beta_b + h * beta_h + start * beta_l, row, beta_l, m_row)
+    write = ones if SOLVE == DELTA else beta
     if SCORES:
-        qk *= pair_decay(late, g_row, m_ok, DECAY) if BEFORE else after
-        qk = tl.where(i == j, own[:, None], tl.where(m_ok, qk, 0.0)) * SCALE
-        if NORMED:
-            q_norm = vector(p_norms + (k_head + B * (H // GROUP)) * L + start, row, 1, m_row)
-            qk *= q_norm[:, None] * k_norm[None, :]
-        if GATED and SOLVE != DELTA:
-            qk *= beta[None, :]
-        store_pairs(p_scores + at, qk, row, m_row)
-    if SOLVE == DELTA:
-        kk = tl.where(m_ok, kk * after, 0.0)
-        if NORMED:
-            kk *= k_norm[:, None] * k_norm[None, :]
-        if GATED:
-            kk *= beta[:, None]
-        store_pairs(p_inverse + at, inverse(kk, EXACT), row, m_row)
+        p_scores += token * BLOCK_C
+    if SOLVE != 0:
+        p_inverse += token * BLOCK_C
     if SOLVE == RANK:
-        reach = pair_decay(late, g_row, m_ok, DECAY)
-        store_pairs(p_inverse + at, inverse(tl.where(m_ok, ab * reach, 0.0) * -1.0, EXACT), row, m_row)
-        ak = tl.where(m_ok, ak * reach, 0.0)
-        qb = tl.where(i == j, own_b[:, None], tl.where(m_ok, qb * (reach if BEFORE else after), 0.0)) * SCALE
-        if NORMED:
-            ak *= k_norm[None, :]
-            qb *= q_norm[:, None]
-        store_pairs(p_keys + at, ak * beta[None, :] if GATED else ak, row, m_row)
-        store_pairs(p_reads + at, qb, row, m_row)
+        p_keys += token * BLOCK_C
+        p_reads += token * BLOCK_C
+    if BOTH:
+        if solving:
+            write_solved(p_inverse, p_keys, xk, xb, of_pair, beta, k_norm, row, m_ok, m_row, SOLVE, EXACT)
+        else:
+            write_scores(p_scores, p_reads, xk, xb, own, own_b, of_pair, write, q_norm, k_norm, row, m_ok, m_row,
+                         SOLVE == RANK, SCALE)  # fmt: skip
+    elif SCORES:
+        write_scores(p_scores, p_reads, xk, xb, own, own_b, of_pair, write, q_norm, k_norm, row, m_ok, m_row, False,
+                     SCALE)  # fmt: skip
+    else:
+        write_solved(p_inverse, p_keys, xk, xb, of_pair, beta, k_norm, row, m_ok, m_row, SOLVE, EXACT)
