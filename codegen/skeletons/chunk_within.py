@@ -15,8 +15,10 @@ in the earlier. With R the sum at the end of the earlier half, exp(G_i - G_j) = 
 positive, and both factors are exp(-|G - R|): one exponential per token, channel and size, log2(C) of them where pairs
 within 16 tokens would take 16, and products of (C, K) by (K, C), which tensor cores do.
 
-Why it is fast: everything of a chunk stays in registers until T and A are written; query, key, a and b are read once;
-T is solved in registers, its diagonal blocks of 16 all at once; one program makes all matrices of its chunk.
+Why it is fast: what a matrix needs stays in registers until it is written, two accumulators at most, because rows q
+and rows k or a go to two programs; they run side by side, so that k, b and G, which both read, come from the cache for
+one of them, and so do the rows of heads that share keys; T is solved in registers, its diagonal blocks of 16 all at
+once; W and U are not made, `chunk_state` has one product more instead.
 
 Source: Yang et al. 2024, arXiv:2406.06484, section 3 and appendix; Yang et al. 2023, arXiv:2312.06635, section 4.3.
 """
