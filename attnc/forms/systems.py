@@ -1,7 +1,7 @@
 """Which published mixer is which setting of the recurrent family: one row each.
 
 `rule` is what the operator `attnc::recurrence` is spelled with (lengths, heads, scale and epsilons left out); `around`
-is what stands beside it, where that is more: a function of `attnc.mixers`, or a word on the operands. FoX and PaTH are
+is what stands beside it, where that is more: a function of attnc, or a word on the operands. FoX and PaTH are
 softmax attentions with a learned decay: rules of the masked family, as is Linformer, attention over few keys.
 
 Source: systems.md, part D; each row names its paper.
@@ -52,9 +52,9 @@ SYSTEMS: tuple[System, ...] = (
     System("HGRN2", "D11", CHANNEL, "Qin et al. 2024, arXiv:2404.07904", "hgrn2", "k = 1 - exp(g)"),
     System("GSA", "", CHANNEL, "Zhang et al. 2024, arXiv:2409.07146", "gsa", "mixers.linear.gated_slots"),
     System("Based", "D12", "normaliser='sum'", "Arora et al. 2024, arXiv:2402.18668", "based",
-           "mixers.feature_maps.taylor"),
+           "codegen.feature_maps.taylor"),
     System("ReBased", "D12", "normaliser='sum'", "Aksenov et al. 2024, arXiv:2402.10644", "rebased",
-           "mixers.feature_maps.squares"),
+           "codegen.feature_maps.squares"),
     System("DeltaNet", "D13", DELTA, "Yang et al. 2024, arXiv:2406.06484", "deltanet"),
     System("gated DeltaNet", "D14", f"{TOKEN}; {DELTA}; qk_norm=1e-06", "Yang et al. 2024, arXiv:2412.06464",
            "gated_deltanet"),
@@ -80,13 +80,13 @@ SYSTEMS: tuple[System, ...] = (
     System("MoM", "D23", f"{TOKEN}; {DELTA}; packed=True", "Du et al. 2025, arXiv:2502.13685", "",
            "mixers.linear.mixture_of_memories"),
     System("Performer", "D25", "normaliser='sum'", "Choromanski et al. 2021, arXiv:2009.14794", "",
-           "mixers.feature_maps.favor"),
+           "codegen.feature_maps.favor"),
     System("Flow-Attention", "D27", "", "Wu et al. 2022, arXiv:2202.06258", "flow_attention",
            "mixers.linear.flow_attention"),
     System("Hedgehog", "D32", "normaliser='sum'", "Zhang et al. 2024, arXiv:2402.04347", "hedgehog",
-           "mixers.feature_maps.hedgehog"),
+           "codegen.feature_maps.hedgehog"),
     System("LoLCATs", "D32", "", "Zhang et al. 2024, arXiv:2410.10254", "lolcats_hybrid",
-           "mixers.linear.window_and_linear"),
+           "codegen.linear_attention.window_and_linear"),
     System("log-linear attention", "", "", "Guo et al. 2025, arXiv:2506.04761", "log_linear_attention",
            "mixers.log_linear.log_linear_attention"),
 )

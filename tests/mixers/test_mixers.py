@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnc.codegen import feature_maps
 from attnc.forms.systems import SYSTEMS, System
-from attnc.mixers import feature_maps, linear, log_linear
+from attnc.mixers import linear, log_linear
 from attnc.rule_recurrence import RecurrenceRule
 from tests.conftest import GOLDEN
 
@@ -25,7 +26,7 @@ def randn(*sizes: int) -> Tensor:
 def test_a_row_names_a_rule_a_paper_and_what_stands_around_it(system: System) -> None:
     RecurrenceRule.parse(system.rule)
     assert "arXiv:" in system.source
-    if system.around.startswith("mixers."):
+    if system.around.startswith(("mixers.", "codegen.")):
         module, _, function = system.around.split()[0].rpartition(".")
         assert callable(getattr(importlib.import_module(f"attnc.{module}"), function))
     if system.golden and GOLDEN.is_dir():
