@@ -12,8 +12,8 @@ type of products. SCORES: whether A_qk is wanted; without a decay by channel the
 
 By channel, pairs are taken where they part: at SIZE 1, 2, .. C / 2, i in the later half of a block of 2 SIZE tokens, j
 in the earlier. With R the sum at the end of the earlier half, exp(G_i - G_j) = exp(G_i - R) exp(R - G_j), no exponent
-positive, and both factors are exp(-|G - R|): one exponential per token, channel and size, log2(C) of them where pairs
-within 16 tokens would take 16, and products of (C, K) by (K, C), which tensor cores do.
+positive, and both factors are exp(-|G - R|): one exponential per token, channel and size (two where rows see less
+decay), log2(C) of them where pairs within 16 tokens would take 16, and products of (C, K) by (K, C) on tensor cores.
 
 Why it is fast: what a matrix needs stays in registers until it is written, two accumulators at most, because rows q
 and rows k or a go to two programs; they run side by side, so that k, b and G, which both read, come from the cache for
@@ -185,13 +185,15 @@ def chunk_within(
                 xb = tl.dot(x, tl.trans(y), xb, input_precision=PRECISION)
         else:
             g = tile(p_sums, row, K, column, 1, m_row, K)
-            g_x = tile(p_sums - shift * K, row, K, column, 1, m_row & (row >= shift), K)
+            if BEFORE or SOLVE == RANK:
+                g_x = tile(p_sums - shift * K, row, K, column, 1, m_row & (row >= shift), K)
             for level in tl.range(0, LEVELS):
                 pair = halves(i, j, level)
                 middle = (row >> (level + 1) << (level + 1)) + (1 << level) - 1
                 g_middle = tile(p_sums, middle, K, column, 1, middle < L - start, K)
-                x_fade = (x * tl.exp(tl.minimum(g_x - g_middle, 0.0))).to(MID)
-                fade = tl.exp(tl.minimum(g_middle - g, 0.0))
+                fade = tl.exp(-tl.abs(g - g_middle))
+                of_x = tl.exp(tl.minimum(g_x - g_middle, 0.0)) if BEFORE or SOLVE == RANK else fade
+                x_fade = (x * of_x).to(MID)
                 xk = products(xk, x_fade, k * fade, pair, MID, PRECISION)
                 if SOLVE == RANK:
                     xb = products(xb, x_fade, y * fade, pair, MID, PRECISION)
