@@ -36,8 +36,8 @@ class Chunks:
     q: Tensor
     k: Tensor
     v: Tensor
-    p: Tensor | None
-    b: Tensor | None
+    p: Any
+    b: Any
     state: Tensor
     earlier: bool
     silent: bool
@@ -92,7 +92,13 @@ def _sooner(x: Tensor) -> Tensor:
 
 
 class _Done:
-    """The forward of n chunks and what its gradient needs."""
+    """The forward of n chunks and what its gradient needs; what a rule does not have is None."""
+
+    kept: Any
+    all_kept: Any
+    p_hat: Any
+    b_hat: Any
+    inverse: Any
 
     def __init__(self, x: Chunks, decay: Decay) -> None:
         self.x, self.decay = x, decay
@@ -158,18 +164,19 @@ class _Done:
             return
         self.u = torch.empty_like(x.v)
         columns = (self.k_hat if x.b is None else self.b_hat).mT.unbind(0)
-        right, sign, written = x.v, -1, None
+        right, sign = x.v, -1
+        added: Any = None
         if x.b is not None:
             right = torch.bmm(self.of_p[0], _flat(x.v)).view_as(x.v)
-            written = torch.bmm(_flat(self.k_hat).mT, _flat(x.v)).view(n, *x.state.shape)
+            added = torch.bmm(_flat(self.k_hat).mT, _flat(x.v)).view(n, *x.state.shape)
             sign = 1
         states, us = S.unbind(0), self.u.unbind(0)
         each = zip(states, states[1:], us, right.unbind(0), self.p_hat.unbind(0), self.inverse.unbind(0), strict=False)
         for i, (before, after, u, r, p_hat, inverse) in enumerate(each):
             torch.bmm(inverse, torch.baddbmm(r, p_hat, before, alpha=sign), out=u)
             left = before if self.kept[i] is None else torch.mul(before, self.kept[i], out=after)
-            if written is not None:
-                left = left + written[i]
+            if added is not None:
+                left = left + added[i]
             torch.baddbmm(left, columns[i], u, out=after)
 
     def _read(self) -> Tensor:
@@ -191,7 +198,8 @@ class _Done:
         values = x.v if x.b is not None else self.u
         dk_hat = torch.bmm(_flat(values), last.mT).view_as(x.k)
         of_scores = [torch.bmm(do, _flat(values).mT)]
-        dp_hat, db_hat = None, None
+        dp_hat: Any = None
+        db_hat: Any = None
         if x.b is not None:
             of_scores.append(torch.bmm(do, _flat(self.u).mT))
             db_hat = torch.bmm(_flat(self.u), last.mT).view_as(x.b)
@@ -229,7 +237,7 @@ class _Done:
         right = torch.empty_like(du)
         columns = self.k_hat if x.b is None else self.b_hat
         each = [t.unbind(0) for t in (from_out, dS, du, right)]
-        inverse, p_hat = ([None] * n if t is None else t.mT.unbind(0) for t in (self.inverse, self.p_hat))
+        solvers: Any = None if x.p is None else (self.inverse.mT.unbind(0), self.p_hat.mT.unbind(0))
         for i in reversed(range(n)):
             out, later, moved, solved = (t[i] for t in (each[0], each[1][1:], each[2], each[3]))
             kept, before = self.kept[i], each[1][i]
@@ -237,10 +245,11 @@ class _Done:
                 carried = torch.add(out, later, out=before)
             else:
                 carried = torch.addcmul(out, later, kept, out=before)
-            if inverse[i] is None:
+            if solvers is None:
                 continue
-            torch.bmm(inverse[i], moved.baddbmm_(columns[i], later), out=solved)
-            carried.baddbmm_(p_hat[i], solved, alpha=-1 if x.b is None else 1)
+            inverse, p_hat = solvers[0][i], solvers[1][i]
+            torch.bmm(inverse, moved.baddbmm_(columns[i], later), out=solved)
+            carried.baddbmm_(p_hat, solved, alpha=-1 if x.b is None else 1)
         if x.p is None:
             self.dv = du.view(-1, *du.shape[2:]).baddbmm_(_flat(self.k_hat), _flat(dS[1:]))
         elif x.b is not None:

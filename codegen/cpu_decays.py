@@ -165,7 +165,7 @@ class ByToken:
         self, rows: list[Tensor], columns: list[Tensor], grads: list[Tensor], scores: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Of the rows, of the columns, and of the sum of logarithms up to each token."""
-        of_sums = 0
+        of_sums = torch.zeros_like(grads[0][..., 0])
         for g, a in zip(grads, scores, strict=True):
             both = g * a
             both.diagonal(0, -2, -1).zero_()
@@ -211,8 +211,11 @@ class ByChannel:
                 for i, r in enumerate(rows_there):
                     found = torch.bmm(blocks[i * len(columns) + j].mT, r).view_as(right)
                     halves(into, s)[0].addcmul_(found, right)
-        of_sums = sum(r * d for r, d in zip(rows, of_rows, strict=True))
-        of_sums = of_sums - sum(c * d for c, d in zip(columns, of_columns, strict=True))
+        of_sums = torch.zeros_like(rows[0])
+        for x, d in zip(rows, of_rows, strict=True):
+            of_sums.addcmul_(x, d)
+        for x, d in zip(columns, of_columns, strict=True):
+            of_sums.addcmul_(x, d, value=-1)
         for i, r in enumerate(rows):
             for j, c in enumerate(columns):
                 own = grads[i * len(columns) + j].diagonal(0, -2, -1)[..., None]

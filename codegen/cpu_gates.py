@@ -46,7 +46,8 @@ def divided(out: Tensor, maximum: Tensor | None, rule: RecurrenceRule) -> Tensor
     """The last column of `out` is the normaliser; both are scaled by exp(-maximum)."""
     numerator, denominator = out[..., :-1], out[..., -1:]
     if rule.normaliser == "max1":
-        denominator = torch.maximum(denominator.abs(), 1.0 if maximum is None else torch.exp(-maximum))
+        least = torch.ones_like(denominator) if maximum is None else torch.exp(-maximum)
+        denominator = torch.maximum(denominator.abs(), least)
     return numerator / (denominator + rule.eps)
 
 

@@ -85,7 +85,8 @@ def gradients(
     carried = grad_state.to(acc)
     for tokens, state in zip(reversed(segments), reversed(states), strict=True):
         part = _part(given, tokens, rule)
-        part = Given(*(x if x is None else x.detach().requires_grad_(n) for x, n in zip(part, needs, strict=True)))
+        fresh = (None if x is None else x.detach().requires_grad_(n) for x, n in zip(part, needs, strict=True))
+        part = Given(*fresh)  # type: ignore[arg-type]
         own = None if state is None else state.detach().requires_grad_()
         out, last = _segment(part, own, rule, chunk)
         learned = [name for name, x in part._asdict().items() if x is not None and wanted[name] and name != "initial"]
