@@ -52,7 +52,11 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class BackwardKnobs:
-    """Schedule of the backward kernels beside the forward's chunk size and precision: tiles, warps, stages."""
+    """Schedule of the backward kernels beside the forward's chunk size and precision: tiles, warps, stages.
+
+    state_: of chunk_state_backward. output_: of chunk_output_backward. The others: of the two that are left; block_k
+    also of chunk_state_backward.
+    """
 
     block_k: int = 64
     block_v: int = 64
@@ -62,11 +66,15 @@ class BackwardKnobs:
     state_warps: int = 4
     state_stages: int = 2
     output_block_k: int = 32
+    output_block_v: int = 32
     output_warps: int = 8
     output_stages: int = 2
 
 
-DEFAULT = BackwardKnobs()
+def schedule_of(rule: RecurrenceRule) -> BackwardKnobs:
+    """The schedule of a rule that is not tuned: narrower tiles where `chunk_output_backward` would else spill."""
+    many = rule.low_rank or (rule.delta and rule.decay == "channel")
+    return BackwardKnobs(output_block_k=16) if many else BackwardKnobs()
 
 
 class Gradients(NamedTuple):
@@ -115,14 +123,16 @@ def backward(
     documents: Tensor | None,
     rule: RecurrenceRule,
     knobs: RecurrenceKnobs,
-    schedule: BackwardKnobs = DEFAULT,
+    schedule: BackwardKnobs | None = None,
     *,
     saved: Saved | None = None,
 ) -> Gradients:
     """Gradients of the inputs of a forward, given those of its results; without `saved` the forward runs again.
 
-    For rules without normaliser and exponential gate; those go through `gpu_recurrence_normalised`.
+    schedule: by default that of `schedule_of`. For rules without normaliser and exponential gate; those go through
+    `gpu_recurrence_normalised`.
     """
+    schedule = schedule or schedule_of(rule)
     if saved is None:
         inputs = (query, key, value, decay, None, beta, bonus, initial, a, b, documents)
         _, _, saved = forward(kernels, *inputs, rule, knobs)
@@ -142,6 +152,7 @@ def backward(
         programs = blocks(V, given["BLOCK_V"]) * N * B * H
         run_kernel(kernels.chunk_values_backward, programs, given, schedule.warps, schedule.stages)
     given["BLOCK_K"] = tile_width(given["K"], schedule.output_block_k)
+    given["BLOCK_V"] = tile_width(V, schedule.output_block_v)
     run_kernel(kernels.chunk_output_backward, N * B * H, given, schedule.output_warps, schedule.output_stages)
     return _gathered(given, x, saved, rule)
 

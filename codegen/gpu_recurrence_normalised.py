@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnc.codegen.gpu_recurrence import RecurrenceKnobs, forward, held_down, operands_of
-from attnc.codegen.gpu_recurrence_backward import DEFAULT, BackwardKnobs, Gradients, backward
+from attnc.codegen.gpu_recurrence import RecurrenceKnobs, forward, operands_of
+from attnc.codegen.gpu_recurrence_backward import BackwardKnobs, Gradients, backward
+from attnc.codegen.gpu_segments import held_down
 from attnc.rule_recurrence import RecurrenceRule
 
 
@@ -39,7 +40,7 @@ def normalised_backward(
     documents: Tensor | None,
     rule: RecurrenceRule,
     knobs: RecurrenceKnobs,
-    schedule: BackwardKnobs = DEFAULT,
+    schedule: BackwardKnobs | None = None,
 ) -> Gradients:
     """Gradients of the inputs of a forward under `rule`; as `backward`, which does the rules without either."""
     x = operands_of(query, key, value, decay, beta, bonus, initial, a, b, documents, rule)

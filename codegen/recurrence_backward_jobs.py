@@ -74,7 +74,10 @@ def _launched(constants: dict[str, Any], rule: RecurrenceRule, x: BackwardKnobs)
     """Kernels with their skeletons, the constants that are theirs alone, warps and stages."""
     names = {kernel: skeleton for skeleton, kernels in KERNELS.items() for kernel in kernels}
     narrow = {"BLOCK_V": tile_width(constants["V"], x.state_block_v)}
-    output = {"BLOCK_K": tile_width(constants["K"], x.output_block_k)}
+    output = {
+        "BLOCK_K": tile_width(constants["K"], x.output_block_k),
+        "BLOCK_V": tile_width(constants["V"], x.output_block_v),
+    }
     found = [
         ("chunk_within_backward", constants["SOLVE"] != 0, {}, x.warps, x.stages),
         ("chunk_state_backward", True, narrow, x.state_warps, x.state_stages),

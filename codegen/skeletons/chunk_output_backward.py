@@ -215,7 +215,7 @@ def chunk_output_backward(
         q_norm = vector(p_norms + (k_head + B * (H // GROUP)) * L + start, row, 1, m_row)
     if GATED:
         beta = vector(p_beta + b * beta_b + h * beta_h + start * beta_l, row, beta_l, m_row)
-    of_g, of_late, of_beta, all_left = ones * 0.0, ones * 0.0, ones * 0.0, 0.0
+    of_g, of_rest, of_beta = ones * 0.0, ones * 0.0, ones * 0.0
     for low in tl.range(0, K, BLOCK_K):
         column = low + tl.arange(0, BLOCK_K)
         q = widened(p_q, row, q_l, column, q_e, m_row, q_norm, K, MID)
@@ -255,8 +255,7 @@ def chunk_output_backward(
                 dg = tl.cumsum(dG, 0, reverse=True) - early + left[None, :]
                 put(p_dg + token * K, dg, row, K, column, 1, m_row, K)
             of_g += tl.sum(dG, 1)
-            of_late += tl.sum(early, 1)
-            all_left += tl.sum(left, 0)
+            of_rest += tl.sum(left[None, :] - early, 1)
         if BONUS:
             u = vector(p_bonus + h * bonus_h, column, bonus_e, column < K)
             tl.store(p_dbonus + (head * count + n) * K + column, tl.sum(own[:, None] * q * k, 0), mask=column < K)
@@ -278,7 +277,7 @@ def chunk_output_backward(
             put(p_da + token * K, da, row, K, column, 1, m_row, K)
             put(p_db + token * K, db, row, K, column, 1, m_row, K)
     if DECAY != 0 and DECAY != CHANNEL:
-        tl.store(p_dg + token + row, tl.cumsum(of_g, 0, reverse=True) - of_late + all_left, mask=m_row)
+        tl.store(p_dg + token + row, tl.cumsum(of_g, 0, reverse=True) + of_rest, mask=m_row)
     if GATED:
         tl.store(p_dbeta + token + row, of_beta, mask=m_row)
 

@@ -19,7 +19,7 @@ from tests.tolerance import error
 
 mend()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TILES = BackwardKnobs(block_k=16, block_v=16, state_block_v=16, output_block_k=16)
+TILES = BackwardKnobs(block_k=16, block_v=16, state_block_v=16, output_block_k=16, output_block_v=16)
 TRIED = ("linear_attention", "retention", "mamba2_packed", "rwkv6_packed", "simple_gla_before", "delta_rule",
          "gated_delta_rule_packed", "gla", "kda_packed", "rwkv7_packed", "low_rank_before",
          "normalised_linear_attention", "mlstm_packed")  # fmt: skip

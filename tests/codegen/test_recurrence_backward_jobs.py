@@ -9,7 +9,7 @@ import torch
 
 from attnc.codegen.compile_stats import TARGETS, Compiled, compile_job
 from attnc.codegen.gpu_recurrence import RecurrenceKnobs
-from attnc.codegen.gpu_recurrence_backward import DEFAULT, BackwardKnobs
+from attnc.codegen.gpu_recurrence_backward import BackwardKnobs, schedule_of
 from attnc.codegen.recurrence_backward_jobs import backward_jobs
 from attnc.rule_recurrence import RecurrenceRule
 
@@ -27,8 +27,10 @@ RULES = {
 }
 
 
-def compiled(name, dtype, target, *, only=None, K=64, V=64, knobs=KNOBS, schedule=DEFAULT, folder=None) -> dict:
-    jobs = backward_jobs(RULES[name], dtype, 2, K, V, knobs, schedule, target, bonus=name == "rwkv6")
+def compiled(name, dtype, target, *, only=None, K=64, V=64, knobs=KNOBS, schedule=None, folder=None) -> dict:
+    rule = RULES[name]
+    schedule = schedule or schedule_of(rule)
+    jobs = backward_jobs(rule, dtype, 2, K, V, knobs, schedule, target, bonus=name == "rwkv6")
     found = {job.kernel: compile_job(job, folder=folder, timeout_s=600) for job in jobs if only in (None, job.kernel)}
     for kernel, made in found.items():
         assert isinstance(made, Compiled), f"{kernel} {name} {dtype} {target}: {made}"
@@ -54,7 +56,7 @@ def test_every_rule_compiles_for_every_target(name, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_types_and_widths_compile_for_every_target(target):
-    tiny = replace(SMALL, block_k=16, block_v=16, state_block_v=16, output_block_k=16)
+    tiny = replace(SMALL, block_k=16, block_v=16, state_block_v=16, output_block_k=16, output_block_v=16)
     for name in ("linear", "kda", "low_rank_by_token"):
         compiled(name, FP32, target, K=32, V=32, knobs=replace(KNOBS, chunk_size=32), schedule=tiny)
         compiled(name, FP16, target, K=48, V=40, knobs=replace(KNOBS, chunk_size=32), schedule=tiny)
@@ -62,7 +64,7 @@ def test_other_types_and_widths_compile_for_every_target(target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("name", ["linear", "mamba2_packed", "gated_delta"])
+@pytest.mark.parametrize("name", ["linear", "mamba2_packed", "gated_delta", "rwkv6", "kda"])
 def test_no_loop_spills_on_an_h100(name, width):
     for kernel, made in compiled(name, BF16, "cuda:90", K=width, V=width).items():
         assert "local" not in made.instructions and made.spill_bytes <= 16, kernel
