@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnc.codegen.cpu_recurrence import Given
-from attnc.codegen.gpu_recurrence import segments_of
+from attnc.codegen.gpu_segments import segments_of
 from attnc.codegen.launch import launch, strides
 from attnc.codegen.load import kernel_folder, load
 from attnc.codegen.render import render, skeleton_text
@@ -66,11 +66,11 @@ def step(kernel: Any, given: Given, rule: RecurrenceRule, knobs: StepKnobs) -> t
         B * H * blocks(V, constants["BLOCK_V"]),
         {
             "p_q": given.query, "p_k": given.key, "p_v": value, "p_a": given.a, "p_b": given.b, "p_out": out,
-            "p_decay": given.decay, "p_rates": _dense(given.rates), "p_beta": given.beta, "p_final": last,
-            "p_bonus": _dense(given.bonus), "p_initial": given.initial,
+            "p_decay": given.decay, "p_rates": dense(given.rates), "p_beta": given.beta, "p_final": last,
+            "p_bonus": dense(given.bonus), "p_initial": given.initial,
             "p_segments": None if given.documents is None else segments_of(given.documents),
-            **places, **_decay_strides(given, rule), **_strides("w", "bhl", given.beta),
-            **_strides("i", "bhkv", given.initial), "H": H, "L": L, **constants,
+            **places, **decay_strides(given, rule), **strides_by("w", "bhl", given.beta),
+            **strides_by("i", "bhkv", given.initial), "H": H, "L": L, **constants,
         },
         num_warps=knobs.warps,
         num_stages=1,
@@ -79,52 +79,59 @@ def step(kernel: Any, given: Given, rule: RecurrenceRule, knobs: StepKnobs) -> t
 
 
 def constants_of(rule: RecurrenceRule, given: Given, knobs: StepKnobs, K: int, V: int) -> dict[str, Any]:
-    """What a rule is to the kernel, and the sizes of its block."""
-    H = given.value.shape[1]
-    block_k = 1 << (K - 1).bit_length()
-    block_v = max(1, min(knobs.block_v, 1 << (V - 1).bit_length(), LARGEST // block_k))
-    shared = {"k": given.key, "a": given.a, "b": given.b}
-    groups = {name: 1 if x is None else H // x.shape[1] for name, x in shared.items()}
+    """The compile-time arguments of the kernel."""
+    shared = {"GROUP": given.key, "GROUP_A": given.a, "GROUP_B": given.b}
+    groups = {name: 1 if x is None else given.value.shape[1] // x.shape[1] for name, x in shared.items()}
+    there = {name: getattr(given, name) is not None for name in ("query", "key", "bonus")}
+    packed, rank = given.documents is not None, given.a is not None
+    kinds = kinds_of(rule, **there, rank=rank, packed=packed)
+    return {**groups, **kinds, **sizes_of(K, V, knobs), "INITIAL": given.initial is not None}
+
+
+def kinds_of(rule: RecurrenceRule, *, query: bool, key: bool, rank: bool, bonus: bool, packed: bool) -> dict[str, Any]:
+    """What a rule is to the kernel."""
     return {
-        "GROUP": groups["k"],
-        "GROUP_A": groups["a"],
-        "GROUP_B": groups["b"],
         "SCALE": rule.scale,
         "EPS": rule.eps,
         "NORM": rule.qk_norm or 0.0,
         "NORMED": rule.qk_norm is not None,
-        "QUERY": given.query is not None,
-        "KEY": given.key is not None,
+        "QUERY": query,
+        "KEY": key,
         "KIND": KINDS[rule.decay],
         "FACTORS": rule.factors,
         "DELTA": rule.delta,
-        "RANK": given.a is not None,
+        "RANK": rank,
         "WRITE": rule.gate == "write",
         "EXPONENTIAL": rule.gate == "exp",
         "BEFORE": rule.read == "before",
-        "BONUS": given.bonus is not None,
+        "BONUS": bonus,
         "NORMALISED": rule.normaliser != "none",
         "MAX1": rule.normaliser == "max1",
-        "PACKED": given.documents is not None,
-        "INITIAL": given.initial is not None,
+        "PACKED": packed,
         "COLUMNS": rule.columns,
-        "K": K,
-        "V": V,
-        "BLOCK_K": block_k,
-        "BLOCK_V": block_v,
     }
 
 
-def _decay_strides(given: Given, rule: RecurrenceRule) -> dict[str, int]:
+def sizes_of(K: int, V: int, knobs: StepKnobs) -> dict[str, int]:
+    """The block of the state that a program keeps."""
+    block_k = 1 << (K - 1).bit_length()
+    block_v = max(1, min(knobs.block_v, 1 << (V - 1).bit_length(), LARGEST // block_k))
+    return {"K": K, "V": V, "BLOCK_K": block_k, "BLOCK_V": block_v}
+
+
+def decay_strides(given: Given, rule: RecurrenceRule) -> dict[str, int]:
+    """Strides of a decay as the kernels' g_b, g_h, g_l, g_e, 0 along what it does not have."""
     x = given.decay
     if x is not None and rule.decay == "head":
         return {"g_b": 0, "g_h": x.stride(0), "g_l": 0, "g_e": 0}
-    return {"g_e": 0} | _strides("g", "bhl" if x is None or x.dim() == 3 else "bhle", x)
+    return {"g_e": 0} | strides_by("g", "bhl" if x is None or x.dim() == 3 else "bhle", x)
 
 
-def _strides(name: str, axes: str, x: Tensor | None) -> dict[str, int]:
+def strides_by(name: str, axes: str, x: Tensor | None) -> dict[str, int]:
+    """Strides as name_axis, 0 where there is no tensor."""
     return {f"{name}_{axis}": 0 if x is None else x.stride(n) for n, axis in enumerate(axes)}
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def dense(x: Tensor | None) -> Tensor | None:
+    """Contiguous, if given."""
     return None if x is None else x.contiguous()
