@@ -6,11 +6,13 @@ Trouble in one region stays there: it is left as written and reported.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import fx
+from torch import Tensor, fx
 
 from attnc.forms import parse_form
+from attnc.forms.chunked import Chunked
 from attnc.forms.generated import Generated, kept_in
 from attnc.options import Options
 from attnc.passes.check import Verdict, check
@@ -20,6 +22,7 @@ from attnc.passes.recurrence.lift import Operator
 from attnc.passes.recurrence.rewriting import Rewriting
 from attnc.passes.rewrite import rewrite
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region
+from attnc.rule_recurrence import RecurrenceRule
 from attnc.store import Store
 
 log = logging.getLogger("attnc.passes.apply")
@@ -35,14 +38,19 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
         if choice is None or not choice.rewrites or found.match is None or found.facts is None:
             continue
         if isinstance(found.match, Operator):
-            if "{" in choice.form or found.region.device != "cpu":  # on CPUs the operator runs like this by itself
+            if not _runs_by_itself(choice.form, found.region):
                 found.match.spell(choice.form)
                 changed = True
             continue
-        written_out = isinstance(found.match, Rewriting)
-        form = choice.form if written_out else _kept_as_asked(choice.form, options)
+        if isinstance(found.match, Rewriting) and ("{" in choice.form or found.region.device != "cpu"):
+            found.match.spell(choice.form)
+        form = _kept_as_asked(choice.form, options)
         with analysis.timed("check"):
-            verdict = _verdict(found, store, form) if options.check else Verdict(True, 0.0, _unmeasured(found.region))
+            verdict = (
+                _verdict(found, store, form, options)
+                if options.check
+                else Verdict(True, 0.0, _unmeasured(found.region))
+            )
         if not verdict.passed:
             _leave(analysis, position, verdict.reason)
             continue
@@ -50,7 +58,10 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
             told = replace(choice, reason=f"{choice.reason}; {verdict.reason}")
             analysis.found[position] = replace(found, region=replace(found.region, choice=told))
         with analysis.timed("rewrite"):
-            found.match.apply() if isinstance(found.match, Rewriting) else rewrite(found.facts, found.match, form)
+            if isinstance(found.match, Rewriting):
+                found.match.apply()
+            else:
+                rewrite(found.facts, found.match, form, weights_of(found.region, options))
         changed = True
     if not changed:
         return None
@@ -69,17 +80,31 @@ def region_key(region: Region) -> str:
     return f"{bare!r} {dict(region.shape.symbols)} {choice.form if choice else ''}"
 
 
+def _runs_by_itself(form: str, region: Region) -> bool:
+    """Whether the operator without a form runs on CPUs as `form` says: chunks of 64 tokens, or of the rule's fewer."""
+    rule = region.rule
+    assert isinstance(rule, RecurrenceRule)
+    shorter = form == Chunked.name and 1 < rule.chunk < Chunked().chunk_size
+    return region.device == "cpu" and "{" not in form and not shorter
+
+
 def _kept_as_asked(form: str, options: Options) -> str:
     """The form's spelling with the store that the options name, where it has kernels and that is not the user's own."""
     own = options.store == Options().store or not isinstance(parse_form(form), Generated)
     return form if own else kept_in(form, options.store)
 
 
-def _verdict(found: Found, store: Store, form: str) -> Verdict:
-    """What the check of a region as `form` said, now or earlier."""
+def weights_of(region: Region, options: Options) -> Mapping[str, Tensor]:
+    """What the options supply for `region`."""
+    return options.weights_for(region.key, region.path) if options.weights else {}
+
+
+def _verdict(found: Found, store: Store, form: str, options: Options) -> Verdict:
+    """What the check of a region as `form` said, now or earlier; with supplied weights always now."""
+    weights = weights_of(found.region, options)
     written_out = found.match if isinstance(found.match, Rewriting) else None
     key = region_key(found.region) + (f" {written_out.signature()}" if written_out is not None else "")
-    known = store.get(key)
+    known = store.get(key) if not weights else None
     if known is not None:
         return Verdict(bool(known["passed"]), float(known["error"]), str(known["reason"]))  # type: ignore[arg-type]
     assert found.region.choice is not None and found.match is not None
@@ -91,11 +116,12 @@ def _verdict(found: Found, store: Store, form: str) -> Verdict:
             verdict = check(found.match, "dense" if not _is_exact(found.region) else form, training)
         # The lift holds, by an exact form: how far off is this one?
         if written_out is None and verdict.passed and not _is_exact(found.region):
-            verdict = check(found.match, form, training, exact=False)
+            verdict = check(found.match, form, training, exact=False, weights=weights)
     except Exception as exc:
         log.debug("check of %s failed", found.region.path, exc_info=True)
         return Verdict(False, 0.0, f"its check raised {type(exc).__name__}: {exc}".splitlines()[0])
-    store.put(key, {"passed": verdict.passed, "error": verdict.error, "reason": verdict.reason})
+    if not weights:
+        store.put(key, {"passed": verdict.passed, "error": verdict.error, "reason": verdict.reason})
     return verdict
 
 

@@ -36,6 +36,7 @@ from attnc.passes.hooks import table as hooks
 from attnc.passes.moe.lift import moes
 from attnc.passes.normalize import normalize
 from attnc.passes.recurrence.lift import Operator, recurrences
+from attnc.passes.recurrence.rewriting import Rewriting
 from attnc.passes.recurrence.rows import stack_rows
 from attnc.passes.recurrence.written import rolled
 from attnc.passes.rewrite import rule_of, shape_of_match, size_nodes
@@ -142,10 +143,14 @@ def _reorder(graph: fx.Graph, analysis: Analysis, options: Options) -> None:
 
 def _chosen(found: Found, analysis: Analysis, options: Options) -> Found:
     """`found` with a choice, where its lift made none."""
-    if not isinstance(found.match, Operator):
+    if not isinstance(found.match, Operator | Rewriting):
         return found
     with analysis.timed("choose"):
-        return replace(found, region=choose_recurrence(found.region, options))
+        region = choose_recurrence(found.region, options)
+    if isinstance(found.match, Rewriting) and found.region.choice is not None and region.choice is not None:
+        reason = f"{found.region.choice.reason}; {region.choice.reason}"
+        region = replace(region, choice=replace(region.choice, reason=reason))
+    return replace(found, region=region)
 
 
 def _attentions(facts: GraphFacts, analysis: Analysis, options: Options) -> set[fx.Node]:
@@ -159,13 +164,21 @@ def _attentions(facts: GraphFacts, analysis: Analysis, options: Options) -> set[
             analysis.unmatched.append(missed(anchor, match))
             continue
         with analysis.timed("choose"):
-            region = describe(facts, match)
+            region = _supplied(describe(facts, match), options)
             region = choose(region, options) if not match.readers else replace(region, choice=_kept_weights(match))
         leaves = leaves_of(match)
         nodes = frozenset(inside(match, leaves)).difference(leaves)
         analysis.found.append(Found(region, match, facts, nodes))
         taken |= nodes
     return taken
+
+
+def _supplied(region: AttentionRegion, options: Options) -> AttentionRegion:
+    """`region` with what the options hold for it."""
+    if not options.weights:
+        return region
+    given = options.weights_for(region.key, region.path)
+    return replace(region, weights=tuple((name, tuple(w.shape)) for name, w in sorted(given.items())))
 
 
 def _lifted(facts: GraphFacts, anchor: fx.Node, repeats: Repeats) -> Match | NoMatch:

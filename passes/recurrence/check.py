@@ -41,6 +41,8 @@ def check_rewriting(found: Rewriting, training: bool) -> Verdict:
         twin = again.find(facts)
         if isinstance(twin, NoMatch):
             return Verdict(False, 0.0, f"the region at a smaller size is not found ({twin})")
+        if found.form:
+            twin.spell(found.form)
         found, outs = twin, twin.outs
         written.graph.output(tuple(outs))
         places = twin.leaves

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import fx
 
+from attnc.op_recurrence import RECURRENCE
 from attnc.passes.graph import GraphFacts, NoMatch, op_name
 from attnc.passes.recurrence.emit import Draft
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
 
+AT = 8  # place of the spelling among the operator's arguments
 REPLACED = "attnc_replaced_by"
 
 
@@ -46,6 +48,16 @@ class Rewriting:
     steps: int = 0
     sample: Rewriting | None = None
     again: Again | None = None
+    form: str = ""
+
+    def spell(self, form: str) -> None:
+        """Run the operators that the rule is of by `form`; others, as of a normaliser, run by what suits them."""
+        self.form = form
+        for node in self.graph.nodes:
+            if node.target is RECURRENCE and node.args[AT] == self.rule.spell():
+                node.args = (*node.args[:AT], f"{form} | {self.rule.spell()}", *node.args[AT + 1 :])
+        if self.sample is not None:
+            self.sample.spell(form)
 
     def written(self) -> list[fx.Node]:
         """The nodes from the leaves to the outs, as written, in order, with whatever else they start from."""

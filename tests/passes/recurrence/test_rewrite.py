@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import attnc
+from attnc.plan import Plan
 from attnc.region import Region
 from tests.gallery_recurrence import GALLERY, LEFT, PAIRS, Mix, arguments
 
@@ -60,7 +61,7 @@ def params(mixes) -> list:
 def test_a_mixer_written_out_runs_as_the_operator_and_equals_eager(mix: Mix) -> None:
     report = assert_equals_eager(mix, strict=True)
     regions = mixers(report)
-    assert len(regions) == mix.regions and all(r.choice.form == "recurrence" for r in regions)
+    assert len(regions) == mix.regions and all(r.choice.name in ("chunked", "scan", "step") for r in regions)
     facts = max(regions, key=lambda r: r.shape.V).facts
     assert {name: facts[name] for name in mix.facts} == mix.facts
     assert report.problems == ()
@@ -86,6 +87,14 @@ def test_what_is_no_such_recurrence_is_left_alone_with_a_reason(mix: Mix) -> Non
     assert not any(r.choice.rewrites for r in regions)
     reasons = [r.choice.reason for r in regions] + [u.reason for u in report.unmatched]
     assert len(regions) == mix.regions and (not mix.reason or any(mix.reason in said for said in reasons))
+
+
+def test_a_plan_names_the_form_of_a_loop() -> None:
+    (mix,) = (m for m in GALLERY if m.name == "loop_rows")
+    _, _, report = run(mix.fn, arguments())
+    (region,) = mixers(report)
+    plan = Plan({region.key: region.choice}, "cpu")
+    assert Plan.from_json(plan.to_json()) == plan
 
 
 @pytest.mark.slow
