@@ -13,7 +13,8 @@ from tests.gallery_recurrence import GALLERY, LEFT, PAIRS, Mix, arguments
 RELATIVE = 1e-5
 ALIKE = dict.fromkeys(
     ("loop_plain", "loop_by_head", "loop_forget_gate", "loop_gated_results", "loop_selective", "scaled_einsums",
-     "batched_products", "powers", "segment_sums", "cumulative_weighted"),
+     "batched_products", "powers", "segment_sums", "cumulative_weighted", "constant_decay", "grouped_heads",
+     "gated_writes", "cumulative_normalised", "loop_by_token", "loop_delta", "loop_read_before", "loop_elementwise"),
     "another spelling of one that is run",
 )  # fmt: skip
 
