@@ -227,12 +227,12 @@ def operands_of(
     dtype = several[0].dtype
     for t in several[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
-    query, key, value, a, b = (t if t is None else t.to(dtype) for t in (query, key, value, a, b))
+    query, key, a, b = (t if t is None else t.to(dtype) for t in (query, key, a, b))
     segments = None if documents is None else segments_of(documents)
     maximum = None
     if rule.gate == "exp":
         decay, beta, maximum = held_down(decay, beta, initial, segments, rule)
-    return Operands(query, key, value, decay, beta, bonus, initial, a, b, segments, maximum)
+    return Operands(query, key, value.to(dtype), decay, beta, bonus, initial, a, b, segments, maximum)
 
 
 def product_type(dtype: torch.dtype, products: str = "input") -> torch.dtype:
