@@ -17,19 +17,19 @@ import torch
 from torch import fx
 
 from attnc.budget import Batch, batches_of, checked_limit, within
-from attnc.cost_models.device import Gpu, device_named
+from attnc.cost_models.device import device_named
 from attnc.errors import UsageError
 from attnc.observe import as_written, name_of, observed
 from attnc.options import Options
 from attnc.passes.choose import checked_forms, choose
+from attnc.passes.choose_recurrence import choose_recurrence
 from attnc.passes.pipeline import analyse
 from attnc.plan import Plan
 from attnc.probes import identities
 from attnc.region import AttentionRegion, Region
 from attnc.report import Report
 from attnc.tuned import records_in
-from attnc.tuning.flash import flash_problems
-from attnc.tuning.measure import is_here
+from attnc.tuning.problems import dearest, problems_in
 from attnc.tuning.search import Settings
 from attnc.tuning.tune import tune
 
@@ -87,8 +87,8 @@ def autotune(
 ) -> Plan:
     """Search the kernels of `model` for `device`, keep the records, and return the plan that follows from them.
 
-    model, args, kwargs, options: as for `explain`. device: as "h100"; it need not be here. For "cpu" there are no
-              kernels to search, and the plan follows from the forms alone.
+    model, args, kwargs, options: as for `explain`. device: as "h100"; it need not be here. For "cpu" the chunks of
+              recurrences are searched, and the rest of the plan follows from the forms alone.
     trials, seconds: the budget of each kernel, and of all of them; what earlier runs found counts. trials=0 searches
               nothing: the plan follows from the records there are.
     fidelity: "predict" (closed form), "compile" (ahead of time) or "measure" (on the device); None: measured where the
@@ -102,7 +102,6 @@ def autotune(
     Raises: UsageError as `explain` does, for a wrong budget, and for data that the model does not run on.
     """
     chosen = _with_allowed(replace(_options(options), device=device), allow)
-    target = device_named(device)
     limit, batches = checked_limit(max_error), [(args, kwargs)] if data is None else batches_of(data)
     if chosen.allow:
         _check_measurable(model, chosen)
@@ -110,10 +109,10 @@ def autotune(
         raise UsageError("autotune data: found no approximation in allow to measure on it. Name one, or leave it out.")
     exact = replace(chosen, allow=())
     graphs = [(place, report.regions) for place, report in _graphs(model, args, kwargs, exact)]
-    if isinstance(target, Gpu) and trials != 0:
-        problems = flash_problems([region for _, regions in graphs for region in regions], [device], chosen.store)
-        dearest = fidelity or ("measure" if is_here(target) else "compile")
-        asked = Settings(trials, seconds, dearest, seed=seed, workers=workers, folder=Path(chosen.store) / "studies")
+    if trials != 0:
+        problems = problems_in([region for _, regions in graphs for region in regions], [device], chosen.store)
+        how, folder = fidelity or dearest([device]), Path(chosen.store) / "studies"
+        asked = Settings(trials, seconds, how, seed=seed, workers=workers, folder=folder)
         if problems:
             tune(problems, asked, records=records_in(chosen.store))
     return plan_of(model, graphs, batches, chosen, limit)
@@ -131,11 +130,7 @@ def plan_of(
     graphs: the place in the model and the regions of each graph; the plan names them by the paths the backend sees.
     """
     exact = replace(options, allow=())
-    chosen = [
-        choose(r, exact) if isinstance(r, AttentionRegion) and r.choice and r.choice.offers else r
-        for _, regions in graphs
-        for r in regions
-    ]
+    chosen = [_chosen_anew(r, exact) for _, regions in graphs for r in regions]
     paths = Counter(r.path for r in chosen)
     names = [r.path if paths[r.path] == 1 else r.key for r in chosen]
     choices = [r.choice for r in chosen]
@@ -144,6 +139,15 @@ def plan_of(
         choices = within(as_written(model), named, batches, options, limit)
     made = {name: choice for name, choice in zip(names, choices, strict=True) if choice is not None}
     return Plan(made, device_named(options.device or "cpu").name)
+
+
+def _chosen_anew(region: Region, options: Options) -> Region:
+    """`region` with the choice that follows from the records there are by now, where it has one to make."""
+    if region.choice is None or not region.choice.offers:
+        return region
+    if isinstance(region, AttentionRegion):
+        return choose(region, options)
+    return choose_recurrence(region, options) if region.kind == "recurrence" else region
 
 
 def _with_allowed(options: Options, allow: Iterable[str]) -> Options:

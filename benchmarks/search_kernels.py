@@ -22,7 +22,8 @@ from timing import print_environment, print_table, write_result
 from attnc.codegen.compile_stats import compile_many
 from attnc.region import AttentionRegion
 from attnc.rule_attention import AttentionRule, AttentionShape
-from attnc.tuning.flash import FlashProblem, flash_problems
+from attnc.tuning.flash import FlashProblem
+from attnc.tuning.problems import problems_in
 from attnc.tuning.samplers import DEFAULT
 from attnc.tuning.search import Search, Settings
 
@@ -56,7 +57,7 @@ def problems() -> list[tuple[str, FlashProblem]]:
             path=name, node="", rule=AttentionRule.parse(rule), shape=AttentionShape(*sizes), dtype="bfloat16",
             device="cuda", written="sdpa", captured=captured,
         )  # fmt: skip
-        found += [(name, problem) for problem in flash_problems([region], DEVICES)]
+        found += [(name, problem) for problem in problems_in([region], DEVICES)]
     return found
 
 

@@ -1,6 +1,8 @@
 """Time of the chunkwise kernels of linear recurrences by their knobs: which settings fit, and how long one takes.
 
-    chunk_seconds(work, knobs, device)      closed form, microseconds
+    chunk_seconds(work, knobs, device)              closed form, microseconds
+    chunk_seconds(work, knobs, device, compiled)    refined by what the compiler made of the kernels: registers, spills
+                                                    and shared memory
 
 A forward is three kernels: `within` (products and decays inside a chunk, and the inverse of a delta rule), `state`
 (chunk after chunk, one block for each head and slice of the values) and `output`. A backward computes the states again
@@ -12,6 +14,7 @@ Dao and Gu 2024, arXiv:2405.21060, section 6.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from math import ceil
@@ -21,11 +24,12 @@ from attnc.cost_models.device_kinds import TENSOR_TYPE_OF
 from attnc.cost_models.estimate import Bounds, Estimate
 from attnc.cost_models.occupancy import max_registers, occupancy
 from attnc.cost_models.tile_kernels import ITEM, MMA_FLOPS, OLD_RATE, matrix_class, padded
-from attnc.cost_models.tile_model import coefficients, sm_figures
+from attnc.cost_models.tile_model import CompiledFigures, coefficients, sm_figures
 from attnc.cost_models.tile_terms import TileFigures, seconds_function
 
-__all__ = ["ChunkKnobs", "ChunkWork", "chunk_estimate", "chunk_fits", "chunk_seconds", "kernels_of"]
+__all__ = ["ChunkKnobs", "ChunkWork", "chunk_fits", "chunk_interval", "chunk_seconds", "kernels_of"]
 
+LONGEST = 128  # tokens of a chunk
 SUB = 16  # tokens of a sub-chunk: decays by channel and the inverse go block by block
 INVERSE_STEPS = 60.0  # cycles of one row of the substitution in a diagonal block
 OVERHEAD = 60  # registers of a thread beyond the tiles
@@ -109,6 +113,8 @@ def kernels_of(work: ChunkWork) -> tuple[str, ...]:
 
 def chunk_fits(work: ChunkWork, knobs: ChunkKnobs, device: Gpu) -> str | None:
     """Why `knobs` make no kernel on `device`, as a sentence, or None."""
+    if knobs.chunk_size > LONGEST:
+        return f"chunk_size={knobs.chunk_size}: kernels take chunks of up to {LONGEST} tokens. Use smaller chunks."
     for name in kernels_of(work):
         step = _step(work, knobs, name.removeprefix("d"))
         shared = _shared(step, knobs, name)
@@ -127,11 +133,21 @@ def chunk_fits(work: ChunkWork, knobs: ChunkKnobs, device: Gpu) -> str | None:
     return None
 
 
-def chunk_seconds(work: ChunkWork, knobs: ChunkKnobs, device: Gpu, *, kernels: tuple[str, ...] = ()) -> float:
-    """Predicted seconds of the recurrence with these knobs, or of `kernels` alone; inf where a block does not fit."""
+def chunk_seconds(
+    work: ChunkWork,
+    knobs: ChunkKnobs,
+    device: Gpu,
+    compiled: Mapping[str, CompiledFigures] | None = None,
+    *,
+    kernels: tuple[str, ...] = (),
+) -> float:
+    """Predicted seconds of the recurrence with these knobs, or of `kernels` alone; inf where a block does not fit.
+
+    compiled: by kernel ("within", "state", "output"); those that are not in it are priced by closed form.
+    """
     total = 0.0
     for name in kernels or kernels_of(work):
-        figures = _figures(work, knobs, name, device)
+        figures = _figures(work, knobs, name, device, (compiled or {}).get(name))
         if figures is None:
             return float("inf")
         instruction, tile = figures
@@ -139,12 +155,14 @@ def chunk_seconds(work: ChunkWork, knobs: ChunkKnobs, device: Gpu, *, kernels: t
     return total / REACHED[device.arch in DATA_CENTRE][work.decay == "channel"]
 
 
-def chunk_estimate(work: ChunkWork, knobs: ChunkKnobs, device: Gpu) -> Estimate:
-    """`chunk_seconds` with the interval that holds about 80% of the measured calls."""
-    return BOUNDS.around(chunk_seconds(work, knobs, device))
+def chunk_interval(seconds: float) -> Estimate:
+    """`seconds`, found by `chunk_seconds`, with the interval that holds about 80% of the measured calls."""
+    return BOUNDS.around(seconds)
 
 
-def _figures(work: ChunkWork, knobs: ChunkKnobs, name: str, device: Gpu) -> tuple[str, TileFigures] | None:
+def _figures(
+    work: ChunkWork, knobs: ChunkKnobs, name: str, device: Gpu, compiled: CompiledFigures | None
+) -> tuple[str, TileFigures] | None:
     forward = name.removeprefix("d")
     step = _step(work, knobs, forward)
     more, moved = BACKWARD[forward] if forward != name else (1.0, 1.0)
@@ -153,9 +171,8 @@ def _figures(work: ChunkWork, knobs: ChunkKnobs, name: str, device: Gpu) -> tupl
     along = chunks if forward == "state" else 1  # tiles that one block does after each other
     grid = float(blocks * (1 if forward == "state" else chunks))
     instruction = matrix_class(device.arch, step.rows, knobs.warps)
-    threads = knobs.warps * device.warp_size
-    registers = min(_registers(step, knobs, device), max_registers(device))
-    held = occupancy(device, threads, registers, _shared(step, knobs, name), 0)
+    made: CompiledFigures = compiled or _guessed(step, knobs, name, device)
+    held = occupancy(device, made.threads, made.registers, made.shared_bytes, 0)
     if held.blocks < 1:
         return None
     per_clock = device.sms * (device.tensor_clock_hz or device.clock_hz)
@@ -172,19 +189,36 @@ def _figures(work: ChunkWork, knobs: ChunkKnobs, name: str, device: Gpu) -> tupl
         issue=issue,
         shared=2.0 * step.read * moved,
         loads=step.read * moved,
-        spilled=8.0 * threads * max(0, _registers(step, knobs, device) - max_registers(device)),
+        spilled=2.0 * made.threads * made.spill_bytes,  # stored and loaded again
         barriers=step.barriers * more,
         grid=grid,
         tiles=tiles,
         longest=float(along),
         resident=float(min(held.blocks, max(1, ceil(grid / device.sms)))),
-        groups=threads / 128,
+        groups=knobs.warps * device.warp_size / 128,
         ahead=float(knobs.stages - 1 if along > 1 else 0),
         unique=tiles * (step.read + step.written) * moved,
         again=0.0,
         flops=tiles * pairs,
         even=1.0,
     )
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """What the closed form takes a compile to give."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    threads: int
+    instructions: Mapping[str, int]
+
+
+def _guessed(step: _Step, knobs: ChunkKnobs, name: str, device: Gpu) -> _Guess:
+    wanted, room = _registers(step, knobs, device), max_registers(device)
+    threads, shared = knobs.warps * device.warp_size, _shared(step, knobs, name)
+    return _Guess(min(wanted, room), 4 * max(0, wanted - room), shared, threads, {})
 
 
 @lru_cache(maxsize=4096)

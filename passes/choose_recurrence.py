@@ -10,11 +10,13 @@ from dataclasses import replace
 from functools import lru_cache
 
 from attnc.cost_models.device import Device, Gpu
+from attnc.cost_models.estimate import Estimate
 from attnc.errors import UsageError
 from attnc.forms import FORMS, Form, parse_form
 from attnc.options import Options
 from attnc.passes.choose import target_device
 from attnc.region import AS_WRITTEN, Choice, Region
+from attnc.tuned import tuned
 
 AS_OPERATOR = "one operator that runs as plain torch code"
 
@@ -36,7 +38,9 @@ def choose_recurrence(region: Region, options: Options) -> Region:
     if options.force is not None and parse_form(options.force).kind == "recurrence":
         return replace(there, choice=_asked(there, options.force, device, "forced by the options"))
     named = tuple(name for name in options.forms or () if name in _names())
-    return replace(there, choice=_choose(replace(there, path="", node="", choice=None), named or _names(), device))
+    bare = replace(there, path="", node="", choice=None)
+    record = tuned(bare, device, options.store)
+    return replace(there, choice=_choose(bare, named or _names(), device, record))
 
 
 @lru_cache(maxsize=1)
@@ -56,7 +60,7 @@ def _asked(region: Region, spelling: str, device: Device, reason: str) -> Choice
 
 
 @lru_cache(maxsize=1024)
-def _choose(region: Region, allowed: tuple[str, ...], device: Device) -> Choice:
+def _choose(region: Region, allowed: tuple[str, ...], device: Device, record: tuple[Form, Estimate] | None) -> Choice:
     offers: list[tuple[float, int, Form]] = []
     refused = {}
     for number, form in enumerate(f for f in FORMS if f.name in allowed):
@@ -64,12 +68,16 @@ def _choose(region: Region, allowed: tuple[str, ...], device: Device) -> Choice:
         if why is not None:
             refused[form.name] = why
             continue
+        if record is not None and record[0].name == form.name:
+            offers.append((record[1].seconds, number, record[0]))
+            continue
         offers += [(best.seconds(region, device), number, best) for best in form().space(region, device)[:1]]
     if not offers:
         return Choice(AS_WRITTEN, f"{AS_OPERATOR}: every form refuses", refused=refused)
     offers.sort()
     seconds, _, best = offers[0]
-    found = best.estimate(region, device)
+    is_tuned = record is not None and best == record[0]
+    found = record[1] if record is not None and is_tuned else best.estimate(region, device)
     offered = {form.spell(): time for time, _, form in offers}
-    reason = f"predicted {found} on {device.name}"
+    reason = f"{'tuned' if is_tuned else 'predicted'} {found} on {device.name}"
     return Choice(best.spell(), reason, seconds, None, refused, offered, low_s=found.low, high_s=found.high)

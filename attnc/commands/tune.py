@@ -18,18 +18,16 @@ from rich.table import Table
 
 from attnc.budget import checked_limit
 from attnc.commands.target import DATA_HELP, INPUT_HELP, TARGET_HELP, Call, input_specs, load_call, load_data
-from attnc.cost_models.device import Gpu, device_named
 from attnc.errors import UsageError
 from attnc.forms import parse_form
-from attnc.forms.generated import Generated
 from attnc.offline import autotune, explain
 from attnc.options import Options
 from attnc.plan import Plan
 from attnc.records import TIMES, Record, Records
 from attnc.tuning import search
 from attnc.tuning.durations import parse_duration, spell_duration
-from attnc.tuning.flash import FlashProblem, flash_problems
 from attnc.tuning.problem import FIDELITIES, Problem
+from attnc.tuning.problems import RegionProblem, dearest, problems_in
 from attnc.tuning.samplers import DEFAULT, SAMPLERS
 from attnc.tuning.tune import tune
 
@@ -38,6 +36,9 @@ ProblemsOf = Callable[[Call, Sequence[str]], Sequence[Problem]]
 STORAGE_HELP = (
     "Where trials are kept: a file, a folder, an Optuna URL as sqlite:///trials.db, or memory. By default a journal "
     "per search in the store."
+)
+FIDELITY_HELP = (
+    f"How times are found: {', '.join(FIDELITIES)}. By default measured where all devices are here, else compiled."
 )
 ALLOW_HELP = "Approximations to consider, as low_rank; measured on --data, taken within --max-error. Makes a plan."
 ERROR_HELP = "The most that an approximation may be off: the error's norm over the output's, above 0, at most 1."
@@ -54,7 +55,7 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
         length: Annotated[int | None, typer.Option(help="The value of L in --input.", min=1)] = None,
         trials: Annotated[int, typer.Option(help="Settings to try per region and device, with earlier runs'.")] = 200,
         time: Annotated[str | None, typer.Option("--time", help="Time for all, as 90s or 10m.")] = None,
-        fidelity: Annotated[str, typer.Option(help=f"How times are found: {', '.join(FIDELITIES)}.")] = "compile",
+        fidelity: Annotated[str | None, typer.Option(help=FIDELITY_HELP)] = None,
         sampler: Annotated[str, typer.Option(help=f"What picks settings: {', '.join(SAMPLERS)}.")] = DEFAULT,
         seed: Annotated[int, typer.Option(help="The same seed gives the same trials.")] = 0,
         workers: Annotated[int, typer.Option(help="Processes that compile side by side.")] = 1,
@@ -67,7 +68,8 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
         as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     ) -> None:
         """Find fast settings of a model's kernels for devices that need not be here, and keep them as records."""
-        store = Path(Options().store)
+        store, names = Path(Options().store), listed(device)
+        fidelity = fidelity or dearest(names)
         asked = search.Settings(
             trials=trials,
             seconds=None if time is None else parse_duration(time),
@@ -78,7 +80,6 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
             storage=storage,
             folder=store / "studies",
         )
-        names = listed(device)
         asks = bool(allow or data or plan)
         if asks and len(names) > 1:
             raise UsageError(f"--device {device}: found {len(names)} devices, a plan is made for one. Name one.")
@@ -86,8 +87,7 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
             checked_limit(max_error)
         with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the result
             call = _call(target, inputs or [], length, train)
-            with_kernels = [name for name in names if not asks or isinstance(device_named(name), Gpu)]
-            problems = problems_of(call, with_kernels) if with_kernels else ()
+            problems = problems_of(call, names)
             records = _tuned(problems, asked, Records(store / "records"))
             made = _plan(call, names[0], train, allow or [], max_error, data) if asks else None
         if plan is not None and made is not None:
@@ -103,10 +103,10 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
 
 
 def model_problems(call: Call, devices: Sequence[str]) -> Sequence[Problem]:
-    """The kernels of the attentions in a call of a model."""
+    """What there is to tune in a call of a model."""
     with torch.set_grad_enabled(getattr(call.model, "training", False)):  # as --train says
         report = explain(call.model, *call.args, device=devices[0], **call.kwargs)
-    return flash_problems(report.regions, devices)
+    return problems_in(report.regions, devices)
 
 
 run = command(model_problems)
@@ -229,9 +229,8 @@ def _with_interval(problem: Problem, record: Record, seconds: float | None) -> s
     timing = record.timings[record.best]
     if timing.measured_s == seconds:
         return str(timing.spread)
-    form = parse_form(record.best) if isinstance(problem, FlashProblem) else None
-    if isinstance(problem, FlashProblem) and isinstance(form, Generated):
-        return str(problem.estimate(form, seconds, compiled=timing.compiled_s == seconds))
+    if isinstance(problem, RegionProblem):
+        return str(problem.estimate(parse_form(record.best), seconds, compiled=timing.compiled_s == seconds))
     return spell_seconds(seconds)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from attnc.codegen import cpu_recurrence, gpu_recurrence
 from attnc.codegen.cpu_recurrence import Given
 from attnc.codegen.gpu_recurrence import RecurrenceKnobs
-from attnc.cost_models.chunk_model import ChunkKnobs, ChunkWork, chunk_estimate, chunk_fits, chunk_seconds
+from attnc.cost_models.chunk_model import ChunkKnobs, ChunkWork, chunk_fits, chunk_interval, chunk_seconds
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.estimate import Estimate
@@ -76,12 +76,28 @@ class Chunked(RecurrentForm):
         return chunk_seconds(work_of(region), self.schedule, gpu)
 
     def gpu_estimate(self, region: Region, gpu: Gpu) -> Estimate:
-        return chunk_estimate(work_of(region), self.schedule, gpu)
+        return chunk_interval(self.gpu_seconds(region, gpu))
+
+    def interval(self, seconds: float, region: Region, device: Device) -> Estimate:
+        """`seconds` that this setting is predicted to take, however refined, with the interval of such predictions."""
+        if isinstance(device, Gpu):
+            return chunk_interval(seconds)
+        held = self.estimate(region, device)
+        return held * (seconds / held.seconds)
 
     @property
     def kernels(self) -> RecurrenceKnobs:
-        """The knobs as the launcher takes them."""
-        return RecurrenceKnobs(self.chunk_size, block_v=self.block_v, warps=self.warps, stages=self.stages)
+        """The knobs as the launcher takes them: each kernel has the same, as the cost model has it."""
+        return RecurrenceKnobs(
+            self.chunk_size,
+            block_v=self.block_v,
+            out_block_v=self.block_v,
+            warps=self.warps,
+            within_warps=self.warps,
+            out_warps=self.warps,
+            stages=self.stages,
+            out_stages=self.stages,
+        )
 
     def run(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
         if given.value.device.type == "cpu":
@@ -110,13 +126,18 @@ class Chunked(RecurrentForm):
         sizes = BY_CHANNEL_ON_CPU if rule.decay == "channel" else ON_CPU
         return tuple(sorted(map(Chunked, sizes), key=lambda form: form.seconds(bare, device)))
 
-    def settings(self, region: Region, gpu: Gpu) -> tuple[Chunked, ...]:
-        """Every setting that fits `gpu`, this one first."""
+    def settings(self, region: Region, device: Device) -> tuple[Chunked, ...]:
+        """Every setting worth trying on `device`, this one first; none has chunks of twice the length or more."""
+        length = max(16, region.shape.L)
+        if not isinstance(device, Gpu):
+            rule = region.rule
+            assert isinstance(rule, RecurrenceRule)
+            sizes = sorted(BY_CHANNEL_ON_CPU if rule.decay == "channel" else ON_CPU)
+            return (self, *(Chunked(n) for n in sizes if n != self.chunk_size and n < 2 * length))
         work, choices = work_of(region), [sorted(k.choices) for k in self.knobs().values()]
         forms = (Chunked(*values) for values in product(*choices))
-        fitting = [f for f in forms if f != self and chunk_fits(work, f.schedule, gpu) is None]
-        useful = [f for f in fitting if f.block_v < 2 * work.V and f.chunk_size < 2 * max(16, work.L)]
-        return (self, *useful)
+        useful = [f for f in forms if f.block_v < 2 * max(16, work.V) and f.chunk_size < 2 * length]
+        return (self, *(f for f in useful if f != self and chunk_fits(work, f.schedule, device) is None))
 
 
 @lru_cache(maxsize=512)

@@ -6,7 +6,7 @@ Decoding is one search, over the parts of the keys too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,16 +17,16 @@ from attnc.codegen.decode_jobs import decode_jobs
 from attnc.codegen.flash_jobs import KERNELS as COMPILED
 from attnc.codegen.flash_jobs import flash_job
 from attnc.codegen.triton_text import Slot
-from attnc.cost_models.device import Gpu, gpu_named
+from attnc.cost_models.device import Gpu
 from attnc.cost_models.estimate import Estimate
 from attnc.cost_models.tile_estimate import predicted
 from attnc.cost_models.tile_model import flash_seconds
-from attnc.errors import LoweringError, UsageError
+from attnc.errors import LoweringError
 from attnc.forms.base import Form
 from attnc.forms.flash import KERNELS, Flash, kernel_seconds, work_of
 from attnc.forms.flash_decode import FlashDecode
 from attnc.forms.generated import Generated
-from attnc.region import AttentionRegion, Region
+from attnc.region import AttentionRegion
 from attnc.tuned import kernel_version, kernels_of, record_key, start_of
 from attnc.tuning.measure import Bench, captured_types
 from attnc.tuning.problem import Outcome
@@ -81,8 +81,9 @@ class FlashProblem:
         assert isinstance(form, Flash)
         return kernel_seconds(form, work_of(self.region, form.skip), self.gpu, self.part, made)
 
-    def estimate(self, form: Generated, seconds: float, *, compiled: bool) -> Estimate:
+    def estimate(self, form: Form, seconds: float, *, compiled: bool) -> Estimate:
         """`seconds` of a setting by closed form or compiled, with the interval of such predictions."""
+        assert isinstance(form, Generated)
         forward = self.part in ("forward", "decode")
         return predicted(seconds, form.work(self.region), form.tiles, self.gpu, compiled=compiled, forward=forward)
 
@@ -127,23 +128,12 @@ def slots_of(region: AttentionRegion, part: str) -> tuple[Slot, ...]:
     )
 
 
-def flash_problems(regions: Iterable[Region], devices: Iterable[str], store: str | None = None) -> list[FlashProblem]:
-    """What there is to tune: each kernel of each attention that Flash can compute, on each device.
+def flash_problems(region: AttentionRegion, gpu: Gpu, store: str | None = None) -> list[FlashProblem]:
+    """The kernels of an attention that Flash can compute on `gpu`, each a problem; none where it can not.
 
     store: where what is compiled and run is kept; None: in the user's own.
-    Raises: UsageError for a device that is not known, or that Triton has no target for.
     """
-    problems = []
-    for name in devices:
-        gpu = gpu_named(name)
-        if gpu.target is None:
-            raise UsageError(f"tune for {name}: it has no target of Triton's ({gpu.no_target}). Name another device.")
-        for region in regions:
-            if not isinstance(region, AttentionRegion) or region.rule.empty == "unknown":
-                continue
-            if region.choice is not None and not region.choice.offers:
-                continue  # left whatever a record says: its weights are read elsewhere, or no form applies
-            start = start_of(region, gpu)
-            if start is not None:
-                problems += [FlashProblem(region, gpu, part, start, store) for part in kernels_of(start, region)]
-    return problems
+    start = None if region.rule.empty == "unknown" else start_of(region, gpu)
+    if start is None:
+        return []
+    return [FlashProblem(region, gpu, part, start, store) for part in kernels_of(start, region)]

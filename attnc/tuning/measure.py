@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from attnc.codegen.load import triton
-from attnc.cost_models.device import Gpu, answers_to
+from attnc.cost_models.device import Device, Gpu, answers_to, device_named
 from attnc.errors import UsageError
 from attnc.forms import spell_attention
 from attnc.forms.base import Form
@@ -25,7 +25,7 @@ from attnc.tuning.problem import Outcome
 
 # Scores up to which the reference, which keeps them all, is run: 1 GiB of float32 and a few copies.
 AFFORDABLE = 1 << 26
-TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,7 @@ class Bench:
         """Seconds of the forward, or of the whole backward for its kernels; a failure where results are wrong."""
         check_here(self.gpu)
         try:
-            off = self._error(form)
-            if not off <= TOLERANCE[self.region.dtype]:
-                return Outcome(failure=f"{form.spell()}: off by {off:.1e} of the largest value from the reference.")
-            return measured(self._call(form), self._clock)
+            return checked(form, self._error(form), self.region.dtype) or measured(self._call(form), self._clock)
         except triton().runtime.errors.OutOfResources as exc:  # this setting's fault, as nothing else is
             return Outcome(failure=f"{form.spell()}: {str(exc).splitlines()[0][:200]}")
 
@@ -94,18 +91,28 @@ class Bench:
         return max(float((a.float() - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)
 
 
-def is_here(gpu: Gpu) -> bool:
-    """Whether the current device of torch is `gpu`."""
+def checked(form: Form, off: float, dtype: str) -> Outcome | None:
+    """The failure of a setting whose results are `off`, a share of the largest value, where that is too much."""
+    if off <= TOLERANCE[dtype]:
+        return None
+    return Outcome(failure=f"{form.spell()}: off by {off:.1e} of the largest value from the reference.")
+
+
+def is_here(device: Device) -> bool:
+    """Whether `device` is torch's current GPU, or this CPU."""
+    if not isinstance(device, Gpu):
+        return device == device_named("cpu")
     if not torch.cuda.is_available():
         return False
-    return answers_to(gpu, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    return answers_to(device, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 
 
-def check_here(gpu: Gpu) -> None:
-    """Raises: UsageError where `gpu` is not the current device: then nothing can be measured."""
-    if not is_here(gpu):
+def check_here(device: Device) -> None:
+    """Raises: UsageError where `device` is neither the current GPU nor this CPU: then nothing can be measured."""
+    if not is_here(device):
         raise UsageError(
-            f"measure on {gpu.name}: found no such GPU here. Use fidelity 'compile', which needs none, or run it there."
+            f"measure on {device.name}: found no such {device.kind.upper()} here. Use fidelity 'compile', which needs none, or "
+            "run it there."
         )
 
 

@@ -17,7 +17,8 @@ from attnc.region import AS_WRITTEN, AttentionRegion, Choice
 from attnc.rule_attention import AttentionRule, AttentionShape
 from attnc.tuned import record_key, records_in, tuned
 from attnc.tuning import flash
-from attnc.tuning.flash import flash_problems, slots_of
+from attnc.tuning.flash import slots_of
+from attnc.tuning.problems import problems_in
 from attnc.tuning.search import Settings
 from attnc.tuning.tune import tune
 
@@ -35,21 +36,21 @@ def options(tmp_path) -> Options:
 
 
 def test_each_kernel_is_a_problem_of_its_own() -> None:
-    assert [p.part for p in flash_problems([region()], ["h100"])] == ["forward"]
-    assert [p.part for p in flash_problems([region(training=True)], ["h100"])] == ["forward", "dq", "dkv"]
+    assert [p.part for p in problems_in([region()], ["h100"])] == ["forward"]
+    assert [p.part for p in problems_in([region(training=True)], ["h100"])] == ["forward", "dq", "dkv"]
     one_row = region("j - i <= 4095", shape=AttentionShape(1, 8, 2, 1, 4096, 64, 64))
-    assert [p.part for p in flash_problems([one_row], ["a100"])] == ["decode"]
-    assert len({p.key for p in flash_problems([region(), region(L=8192)], ["h100", "a100"])}) == 2
+    assert [p.part for p in problems_in([one_row], ["a100"])] == ["decode"]
+    assert len({p.key for p in problems_in([region(), region(L=8192)], ["h100", "a100"])}) == 2
 
 
 def test_what_flash_cannot_compute_is_no_problem() -> None:
-    assert flash_problems([region(dtype="float64")], ["h100"]) == []
+    assert problems_in([region(dtype="float64")], ["h100"]) == []
 
 
 def test_a_region_that_nothing_may_replace_is_no_problem() -> None:
     kept = Choice(AS_WRITTEN, "its weights are also read by sum_1")
-    assert flash_problems([region(choice=kept)], ["h100"]) == []
-    assert flash_problems([region(choice=Choice(AS_WRITTEN, "slower", offers={"flash": 1.0}))], ["h100"])
+    assert problems_in([region(choice=kept)], ["h100"]) == []
+    assert problems_in([region(choice=Choice(AS_WRITTEN, "slower", offers={"flash": 1.0}))], ["h100"])
 
 
 def test_captured_tensors_are_read_from_the_facts() -> None:
@@ -62,7 +63,7 @@ def test_captured_tensors_are_read_from_the_facts() -> None:
 
 @pytest.mark.parametrize("device", ["h100", "mi300x"])
 def test_a_setting_compiles_for_a_gpu_that_is_not_here(device: str) -> None:
-    (problem,) = flash_problems([region()], [device])
+    (problem,) = problems_in([region()], [device])
     found = problem.compile(problem.space()[0])
     assert found.failure is None and found.seconds is not None
     assert 0.3 < found.seconds / problem.predict(problem.space()[0]) < 4
@@ -72,19 +73,19 @@ def test_what_is_compiled_is_kept_in_the_store_of_the_problem(tmp_path, monkeypa
     folders = []
     monkeypatch.setattr(flash, "compile_job", lambda job, *, folder: (folders.append(folder), Failure("none"))[1])
     for store in (None, str(tmp_path)):
-        (problem,) = flash_problems([region()], ["h100"], store)
+        (problem,) = problems_in([region()], ["h100"], store)
         problem.compile(problem.space()[0])
     assert folders == [None, tmp_path / "compiled"]
-    assert len({record_key(p.region, p.gpu, p.part) for p in flash_problems([region()], ["h100"], "/a")}) == 1
+    assert len({record_key(p.region, p.gpu, p.part) for p in problems_in([region()], ["h100"], "/a")}) == 1
 
 
 def test_a_gpu_without_a_triton_target_is_refused_with_a_sentence() -> None:
     with pytest.raises(UsageError, match="v100: it has no target of Triton's"):
-        flash_problems([region()], ["v100"])
+        problems_in([region()], ["v100"])
 
 
 def test_measuring_a_gpu_that_is_not_here_records_nothing(options: Options) -> None:
-    problems = flash_problems([region()], ["h100"])
+    problems = problems_in([region()], ["h100"])
     records = records_in(options.store)
     with pytest.raises(UsageError, match="found no such GPU here"):
         tune(problems, Settings(trials=3, fidelity="measure", storage="memory"), records=records)
@@ -95,7 +96,7 @@ def test_measuring_a_gpu_that_is_not_here_records_nothing(options: Options) -> N
 def test_records_are_picked_up_by_the_choice(options: Options) -> None:
     before = choose(region(), options).choice
     assert before is not None and before.name == "flash" and not before.reason.startswith("tuned")
-    problems = flash_problems([region()], ["h100"])
+    problems = problems_in([region()], ["h100"])
     settings = Settings(trials=60, fidelity="predict", storage="memory")
     (record,) = tune(problems, settings, records=records_in(options.store))
     assert record.key == record_key(region(), problems[0].gpu, "forward")
@@ -106,7 +107,7 @@ def test_records_are_picked_up_by_the_choice(options: Options) -> None:
 
 def test_records_of_training_join_three_kernels(options: Options) -> None:
     where = region(training=True)
-    problems = flash_problems([where], ["h100"])
+    problems = problems_in([where], ["h100"])
     assert tuned(where, problems[0].gpu, options.store) is None
     tune(problems, Settings(trials=20, fidelity="predict", storage="memory"), records=records_in(options.store))
     found = tuned(where, problems[0].gpu, options.store)
@@ -136,7 +137,7 @@ def test_a_device_of_a_file_is_tuned_and_chosen_for_under_its_name_wherever_the_
         file = tmp_path / folder / "own.toml"
         file.parent.mkdir()
         file.write_text('[mine]\nlike = "h100"\ntitle = "Mine"\nsource = { figures = "me" }\n')
-        (problem,) = flash_problems([region()], [str(file)])
+        (problem,) = problems_in([region()], [str(file)])
         settings = Settings(trials=20, fidelity="predict", storage="memory")
         (record,) = tune([problem], settings, records=records_in(options.store))
         choice = choose(region(), Options(device=f"{file}:mine", store=options.store)).choice
