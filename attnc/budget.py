@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from attnc.errors import UsageError
+from attnc.errors import UsageError, did_you_mean
 from attnc.forms import Form
 from attnc.observe import name_of, observed
 from attnc.options import Options
@@ -85,8 +85,10 @@ def within(
     """The choices of regions, approximations among them where `options.allow` names them and `limit` holds.
 
     named: (name in the plan, identity of the region in every run of the model, region with its exact choice).
-    Raises: UsageError for a batch that the model does not run on, or an output without floating-point tensors.
+    Raises: UsageError for a batch that the model does not run on, an output without floating-point tensors, or weights
+    that are supplied for a region that is not there.
     """
+    _check_places([region for _, _, region in named], options)
     units: dict[str, Unit] = {}
     for name, _, region in named:
         _enter(units, name, region, options)
@@ -100,6 +102,19 @@ def within(
         with contextlib.closing(session), observed(model, session.read) as run:
             off = _settle(Measuring(session, run, batches, name_of(model)), limit)
     return [_choice(units.get(name), region, options, limit, off) for name, _, region in named]
+
+
+def _check_places(regions: Sequence[Region], options: Options) -> None:
+    """Raises: UsageError where the options supply weights for what is no region."""
+    there = [region for region in regions if isinstance(region, AttentionRegion)]
+    known = {name for region in there for name in (region.path, region.key) if name} if options.weights else set()
+    for place in options.weights:
+        if place not in known:
+            paths = list(dict.fromkeys(region.path or region.key for region in there))
+            raise UsageError(
+                f"option weights[{place!r}]: found no attention of this path or key; the model has "
+                f"{', '.join(paths[:8]) or 'none'}." + (did_you_mean(place, paths) or " See attnc.explain.")
+            )
 
 
 def _enter(units: dict[str, Unit], name: str, region: Region, options: Options) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from attnc import op_decode, op_flash
+from attnc import op_decode, op_flash, op_recurrence
 from attnc.forms import parse_attention, spell_attention
 from attnc.forms.generated import Generated, store_in
 from attnc.forms.masked import alive_rows, scaled_rows, without_lost_rows
@@ -28,7 +28,8 @@ SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor[] captured, SymInt[] sizes, str spelling) "
     "-> (Tensor, Tensor)"
 )
-GENERATED = (op_flash.flash, op_decode.flash_decode)  # the operators that the forms of these names call
+# The operators that forms call by their names.
+CALLED = (op_flash.flash, op_decode.flash_decode, op_recurrence.RECURRENCE)
 library = torch.library.Library("attnc", "FRAGMENT")
 library.define(SCHEMA)
 

@@ -18,6 +18,7 @@ import torch
 from attnc.errors import UsageError, did_you_mean
 
 INNER = ("inductor", "aot_eager", "eager")
+WEIGHTS = ("query_map", "key_map", "window_factor", "linear_factor")  # what a user may supply for a region
 LOG_LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -59,6 +60,9 @@ class Options:
               yours, "my_gpu.toml" or "my_gpu.toml:mine"; None: the one the model is on.
     plan:     an `attnc.Plan`, whose choices are taken where they apply, its approximations where `allow` names them;
               regions it does not name are chosen as without, among exact forms.
+    weights:  tensors by name of regions by path or key, for approximations that are trained: {"layers.0.attn":
+              {"query_map": w, "key_map": u}}, leaves that keep their identity: the compiled model reads them anew in
+              every run, and gradients reach those that require them when it is compiled.
     store:    directory of verdicts, records and kernels; ATTNC_STORE, else a per-user cache directory, when left out.
 
     Raises: UsageError for a value of the wrong type or range.
@@ -74,6 +78,7 @@ class Options:
     force: str | None = None
     device: str | None = None
     plan: Planned | None = field(default=None, hash=False)
+    weights: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict, hash=False, compare=False)
     store: str = field(default_factory=lambda: _directory(None))
 
     def __post_init__(self) -> None:
@@ -83,6 +88,7 @@ class Options:
         _check_force(self.force)
         _check_device(self.device)
         _check_plan(self.plan)
+        _check_weights(self.weights)
         checked = {
             "inductor": _inductor_settings(self.inductor),
             "mode": _mode(self.mode),
@@ -98,6 +104,10 @@ class Options:
                     f"option {name}={checked[name]!r} with inner={self.inner!r}: only the inner compiler "
                     f"'inductor' has modes and settings. Leave {name} out, or use inner='inductor'."
                 )
+
+    def weights_for(self, *names: str) -> Mapping[str, torch.Tensor]:
+        """The weights supplied under the first of `names`, a region's key and path, that has any."""
+        return next((self.weights[name] for name in names if name in self.weights), {})
 
     @classmethod
     def from_torch(
@@ -201,6 +211,29 @@ def _check_plan(value: object) -> None:
     if value is not None and not isinstance(value, Planned):
         advice = "Make one with attnc.autotune, or read one with attnc.Plan.from_json"
         raise _wrong_type("option plan", value, "an attnc.Plan or None", advice)
+
+
+def _check_weights(value: object) -> None:
+    advice = "Use weights={'layers.0.attn': {'query_map': w, 'key_map': u}}, or leave weights out"
+    if not isinstance(value, Mapping) or not all(isinstance(given, Mapping) for given in value.values()):
+        raise _wrong_type("option weights", value, "a dict of regions' paths or keys to dicts of tensors", advice)
+    for place, given in value.items():
+        for name, tensor in given.items():
+            asked = f"option weights[{place!r}][{name!r}]"
+            if name not in WEIGHTS:
+                raise UsageError(
+                    f"{asked}: no such weight; allowed are {', '.join(WEIGHTS)}."
+                    + (did_you_mean(str(name), WEIGHTS) or " Leave it out.")
+                )
+            if not isinstance(tensor, torch.Tensor):
+                raise UsageError(f"{asked}: found {type(tensor).__name__}, allowed is a tensor. {advice}.")
+            if not tensor.is_floating_point():
+                raise UsageError(f"{asked}: found {tensor.dtype}, allowed are floating-point types. Convert it.")
+            if not tensor.is_leaf:
+                raise UsageError(
+                    f"{asked}: found the result of {tensor.grad_fn and tensor.grad_fn.name()}, which goes stale when "
+                    "its inputs change, allowed are leaves. Pass a parameter, or the result's .detach()."
+                )
 
 
 def _mode(value: object) -> str | None:

@@ -21,8 +21,10 @@ import torch
 from torch import fx
 
 from attnc.forms import Form
+from attnc.forms.base import AttentionForm
 from attnc.forms.masked import as_float64
 from attnc.options import Options
+from attnc.passes.apply import weights_of
 from attnc.passes.capture import ambient_autocast_off, device_of
 from attnc.passes.check import check
 from attnc.passes.found import Found
@@ -112,7 +114,7 @@ class Session:
         settings = [form for form in unit.settings if form.refuse(region) is None]
         call = rewrite(found.facts, found.match, EXACT)
         *given, spelling = call.args
-        probe = Probe(self, unit, settings, str(spelling).partition(" | ")[2])
+        probe = Probe(self, unit, settings, str(spelling).partition(" | ")[2], weights_of(region, self.options))
         owner = call.graph.owning_module
         assert owner is not None
         at = f"attnc_probe_{call.name}"
@@ -151,9 +153,11 @@ def _identities(place: str, regions: Sequence[Region]) -> Iterator[str]:
 class Probe(torch.nn.Module):
     """A region of the graph: measured where the session says so, else computed as its unit has it."""
 
-    def __init__(self, session: Session, unit: Unit, settings: Sequence[Form], rule: str) -> None:
+    def __init__(
+        self, session: Session, unit: Unit, settings: Sequence[Form], rule: str, weights: Mapping[str, torch.Tensor]
+    ) -> None:
         super().__init__()
-        self.session, self.unit, self.settings, self.rule = session, unit, settings, rule
+        self.session, self.unit, self.settings, self.rule, self.weights = session, unit, settings, rule, weights
 
     def forward(self, query: Any, key: Any, value: Any, captured: Sequence[Any], sizes: Sequence[Any]) -> Any:
         if self.session.judging is not None:
@@ -162,9 +166,10 @@ class Probe(torch.nn.Module):
         form = self.unit.taken if self.unit.taken in self.settings else None
         return self.computed(form, query, key, value, captured, sizes)
 
-    def computed(self, form: Form | None, *given: Any) -> Any:
+    def computed(self, form: Form | None, query: Any, key: Any, value: Any, captured: Any, sizes: Any) -> Any:
         spelling = f"{EXACT if form is None else form.spell()} | {self.rule}"
-        return torch.ops.attnc.attention.default(*given, spelling)
+        held = form.tensors(query.shape[-1], self.weights) if isinstance(form, AttentionForm) else []
+        return torch.ops.attnc.attention.default(query, key, value, [*captured, *held], sizes, spelling)
 
     def judge(
         self, batch: int, query: Any, key: Any, value: Any, captured: Sequence[Any], sizes: Sequence[Any]

@@ -132,6 +132,7 @@ class AttentionRegion(Region):
     sizes:    the sizes n0, n1, ... of the rule, as seen at compile time.
     repeats_heads: whether key and value heads are written out once per query head.
     value_in_key: whether the graph proves that the value is the key's first Ev channels.
+    weights: names and shapes of the weights that the options supply for it.
     """
 
     rule: AttentionRule
@@ -142,6 +143,7 @@ class AttentionRegion(Region):
     sizes: tuple[int, ...] = ()
     repeats_heads: bool = False
     value_in_key: bool = False
+    weights: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def facts(self) -> dict[str, Any]:

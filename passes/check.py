@@ -12,7 +12,7 @@ Source: Pnueli, Siegel, Singerman 1998, "Translation validation".
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -50,10 +50,18 @@ class Verdict:
     reason: str = ""
 
 
-def check(match: Match, spelling: str, training: bool, *, exact: bool = True) -> Verdict:
+def check(
+    match: Match,
+    spelling: str,
+    training: bool,
+    *,
+    exact: bool = True,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Verdict:
     """Run the region of `match` as written and as `spelling` on the same small random inputs.
 
     exact: whether the two must agree; else any finite error passes, and the verdict's reason says how large it is.
+    weights: what the user supplies for the region.
     """
     leaves = leaves_of(match)
     smaller = _substitution(match, leaves, exact)
@@ -70,7 +78,7 @@ def check(match: Match, spelling: str, training: bool, *, exact: bool = True) ->
         return Verdict(False, 0.0, f"the region at a smaller size does not lift ({refusals or 'no anchor'})")
     changed, renamed = _twin(written)
     twin = GraphFacts(changed.graph)
-    rewrite(twin, lift_again(twin, renamed[again[0].anchor]), spelling)
+    rewrite(twin, lift_again(twin, renamed[again[0].anchor]), spelling, weights)
     changed.graph.eliminate_dead_code()
     changed.recompile()
     verdict = _compare(written, changed, inputs, training, None if exact else torch.finfo(torch.float32).max)

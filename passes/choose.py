@@ -218,7 +218,8 @@ def _starts(form: type[Form]) -> list[Form]:
 def _settings(form: type[Form], varies: Callable[[Knob], bool]) -> list[Form]:
     """One setting of `form` for each combination of the knobs that vary, the others at their defaults."""
     named = {name: k.choices for name, k in form().knobs().items() if varies(k)}
-    return [form(**dict(zip(named, values, strict=True))) for values in product(*named.values())]
+    made = [form(**dict(zip(named, values, strict=True))) for values in product(*named.values())]
+    return [setting for setting in made if setting.is_distinct]
 
 
 def crossover(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import getitem
 
 import torch
 from torch import fx
 
 from attnc.expr import Expr, size
-from attnc.ops import spell_attention
+from attnc.ops import parse_attention, spell_attention
 from attnc.passes.attention.lift import Match, sizes_of
 from attnc.passes.graph import GraphFacts, hint, tensor_of
 from attnc.predicate import rebuild
@@ -67,8 +68,13 @@ def _hint(match: Match, name: str) -> int:
     return hint(value.shape[kinds.index(role)]) if role in kinds else 1
 
 
-def rewrite(facts: GraphFacts, match: Match, spelling: str) -> fx.Node:
-    """Replace the region by its operator and return the operator's node; the old nodes die with their last reader."""
+def rewrite(
+    facts: GraphFacts, match: Match, spelling: str, weights: Mapping[str, torch.Tensor] | None = None
+) -> fx.Node:
+    """Replace the region by its operator and return the operator's node; the old nodes die with their last reader.
+
+    weights: what the user supplies for the region, by name; the form takes those it needs.
+    """
     graph, out = facts.graph, match.out
     value = tensor_of(out)
     assert value is not None
@@ -81,9 +87,9 @@ def rewrite(facts: GraphFacts, match: Match, spelling: str) -> fx.Node:
         query, key, val = _same_dtype(graph, query, key, val)
         sizes = size_nodes(facts, match)
         text = spell_attention(spelling, rule_of(match))
-        call = graph.call_function(
-            torch.ops.attnc.attention.default, (query, key, val, list(match.captured), sizes, text)
-        )
+        held = parse_attention(text)[0].tensors(match.widths[0], weights or {})
+        captured = [*match.captured, *(_kept(graph, tensor) for tensor in held)]
+        call = graph.call_function(torch.ops.attnc.attention.default, (query, key, val, captured, sizes, text))
         result = graph.call_function(getitem, (call, 0))
         wide = tensor_of(query)
         assert wide is not None
@@ -93,6 +99,18 @@ def rewrite(facts: GraphFacts, match: Match, spelling: str) -> fx.Node:
         result = _restore(graph, match, result, value)
     out.replace_all_uses_with(result)
     return call
+
+
+def _kept(graph: fx.Graph, tensor: torch.Tensor) -> fx.Node:
+    """A tensor from outside as a buffer of the graph's module: by reference, so that what changes it is seen."""
+    module = graph.owning_module
+    assert module is not None
+    known = dict(module.named_buffers(recurse=False, remove_duplicate=False))
+    name = next((name for name, buffer in known.items() if buffer is tensor), None)
+    if name is None:
+        name = next(n for n in map("attnc_weight_{}".format, range(len(known) + 1)) if not hasattr(module, n))
+        module.register_buffer(name, tensor)
+    return graph.get_attr(name)
 
 
 def _batch(match: Match):

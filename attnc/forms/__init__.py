@@ -15,6 +15,7 @@ from attnc.forms.flash import Flash
 from attnc.forms.flash_decode import FlashDecode
 from attnc.forms.generated import BAR, IN
 from attnc.forms.hierarchical import Hierarchical
+from attnc.forms.linear import LinearAttention
 from attnc.forms.low_rank import LowRank
 from attnc.forms.recurrent import RecurrentForm
 from attnc.forms.scan import Scan
@@ -24,7 +25,18 @@ from attnc.rule_recurrence import RecurrenceRule
 
 Made = TypeVar("Made", bound=AttentionForm)
 
-FORMS: tuple[type[Form], ...] = (Dense, BlockSparse, Flash, FlashDecode, LowRank, Hierarchical, Chunked, Scan, Step)
+FORMS: tuple[type[Form], ...] = (
+    Dense,
+    BlockSparse,
+    Flash,
+    FlashDecode,
+    LowRank,
+    Hierarchical,
+    LinearAttention,
+    Chunked,
+    Scan,
+    Step,
+)
 
 
 def form_named(name: str) -> type[Form]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -59,6 +59,11 @@ class Form(ABC):
     @abstractmethod
     def cost(self, region: Any, device: Device) -> Cost:
         """What one run of the region costs on a CPU, forward, and backward where it trains."""
+
+    @property
+    def is_distinct(self) -> bool:
+        """Whether every knob of this setting matters: one that does not is not tried at several values."""
+        return True
 
     def gpu_seconds(self, region: Any, gpu: Gpu) -> float:
         """Predicted time of one run on a GPU, forward, and backward where it trains."""
@@ -145,6 +150,10 @@ class AttentionForm(Form):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse in plain torch; differentiable, traceable."""
 
+    def tensors(self, width: int, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What the form takes behind the captured tensors, for queries of `width`; given: the user's weights."""
+        return []
+
     def gpu(
         self,
         query: torch.Tensor,
@@ -160,9 +169,10 @@ class AttentionForm(Form):
 
 def _value(form: str, key: str, text: str, allowed: Knob) -> Any:
     kind = type(allowed.choices[0])
-    if kind is int and re.fullmatch(r"[1-9][0-9]{0,8}", text):
+    if kind is int and (re.fullmatch(r"[1-9][0-9]{0,8}", text) or (text == "0" and 0 in allowed.choices)):
         return int(text)
     if kind is str and text in allowed.choices:
         return text
-    found = ", ".join(map(str, allowed.choices)) if kind is str else f"a positive integer in {allowed.unit or 'counts'}"
+    number = f"{'0 or ' if 0 in allowed.choices else ''}a positive integer in {allowed.unit or 'counts'}"
+    found = ", ".join(map(str, allowed.choices)) if kind is str else number
     raise UsageError(f"knob {key}={text!r:.80} of form {form}: allowed is {found}. Leave {key} out for the default.")

@@ -19,7 +19,9 @@ Run = Callable[[T, Mapping[str, Any]], dict[str, Tensor]]
 
 def _linear(t: T, o: Mapping[str, Any]) -> dict[str, Tensor]:
     initial = torch.cat([t["initial_state"], t["initial_z"][..., None]], -1) if "initial_z" in t else None
-    out, last = linear_attention.linear_attention(t["q"], t["k"], t["v"], scale=o["scale"], eps=1e-10, initial_state=initial)
+    out, last = linear_attention.linear_attention(
+        t["q"], t["k"], t["v"], scale=o["scale"], eps=1e-10, initial_state=initial
+    )
     return {"out": out, "final_state": last[..., :-1], "final_z": last[..., -1]}
 
 
