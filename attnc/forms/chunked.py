@@ -20,9 +20,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnc.codegen import cpu_recurrence, gpu_recurrence
+from attnc.codegen import cpu_recurrence, gpu_recurrence, gpu_recurrence_backward
 from attnc.codegen.cpu_recurrence import Given
 from attnc.codegen.gpu_recurrence import RecurrenceKnobs
+from attnc.codegen.gpu_recurrence_normalised import normalised_backward
 from attnc.cost_models.chunk_model import ChunkKnobs, ChunkWork, chunk_fits, chunk_interval, chunk_seconds
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
@@ -33,6 +34,8 @@ from attnc.region import Region
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
 
 ON_CPU = (64, 32, 128, 16, 256)
+# The operands of Given that kernels differentiate, in the order of their gradients.
+GRADIENTS = ("query", "key", "value", "decay", "beta", "bonus", "initial", "a", "b")
 BY_CHANNEL_ON_CPU = (64, 32, 16, 128)
 QUICK = tuple(product((64, 32, 128), (32, 64, 128, 16), (4, 8, 2), (2, 3, 1)))
 
@@ -87,9 +90,14 @@ class Chunked(RecurrentForm):
 
     @property
     def kernels(self) -> RecurrenceKnobs:
-        """The knobs as the launcher takes them: each kernel has the same, as the cost model has it."""
+        """The knobs as the launcher takes them: each kernel has the same, as the cost model has it.
+
+        Products keep float32 between them: in bfloat16 their error is 5 times that of the written model, which is not
+        exact.
+        """
         return RecurrenceKnobs(
             self.chunk_size,
+            products="float32",
             block_v=self.block_v,
             out_block_v=self.block_v,
             warps=self.warps,
@@ -112,7 +120,23 @@ class Chunked(RecurrentForm):
     def gradients(
         self, given: Given, needs: list[bool], grad_out: Tensor, grad_state: Tensor, rule: RecurrenceRule
     ) -> list[Tensor]:
-        return cpu_recurrence.gradients(given, needs, grad_out, grad_state, rule, self.chunk_size)
+        if given.value.device.type == "cpu":
+            return cpu_recurrence.gradients(given, needs, grad_out, grad_state, rule, self.chunk_size)
+        return self.launch_gradients(given, needs, grad_out, grad_state, rule)
+
+    def launch_gradients(
+        self, given: Given, needs: list[bool], grad_out: Tensor, grad_state: Tensor, rule: RecurrenceRule
+    ) -> list[Tensor]:
+        """`gradients` by the kernels: on a GPU, or under Triton's interpreter."""
+        kernels = gpu_recurrence_backward.kernels_of(given.value.device.type)
+        plain = rule.normaliser == "none" and rule.gate != "exp"
+        run = gpu_recurrence_backward.backward if plain else normalised_backward
+        inputs = given._asdict()
+        inputs.pop("rates")
+        grads = run(kernels, grad_out, grad_state, *inputs.values(), rule, self.kernels)
+        found = dict(zip(GRADIENTS, grads, strict=True))
+        learned = [name for name, need in zip(Given._fields, needs, strict=True) if need]
+        return [found[name].to(getattr(given, name).dtype) for name in learned]
 
     def space(self, region: Region, device: Device) -> tuple[Form, ...]:
         if self.refuse(region) is not None or self.untargeted(device) is not None:
