@@ -111,8 +111,8 @@ def check_here(device: Device) -> None:
     """Raises: UsageError where `device` is neither the current GPU nor this CPU: then nothing can be measured."""
     if not is_here(device):
         raise UsageError(
-            f"measure on {device.name}: found no such {device.kind.upper()} here. Use fidelity 'compile', which needs none, or "
-            "run it there."
+            f"measure on {device.name}: found no such {device.kind.upper()} here. Use fidelity 'compile', which needs "
+            "none, or run it there."
         )
 
 
