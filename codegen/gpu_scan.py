@@ -44,7 +44,7 @@ Core = Callable[[Given, RecurrenceRule], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class ScanKnobs:
-    """block_t: tokens of a tile, block_h: channels (columns of heads) of a program; powers of two."""
+    """block_t: tokens of a tile, block_h: channels (columns of heads) of a program, warps: of the forward."""
 
     block_t: int = 16
     block_h: int = 32
@@ -81,7 +81,7 @@ def refuse(rule: RecurrenceRule, K: int) -> str | None:
 def scan(kernels: Any, given: Given, rule: RecurrenceRule, knobs: ScanKnobs) -> tuple[Tensor, Tensor]:
     """Outputs and last state. Raises: LoweringError for what `refuse` refuses."""
     _check(given, rule)
-    if _is_plain(rule):
+    if is_plain(rule):
         return forward(kernels, given, rule, knobs)[:2]
     with torch.no_grad():
         found, last = _around(given, rule, lambda x, plain: forward(kernels, x, plain, knobs)[:2])
@@ -100,7 +100,7 @@ def gradients(
     """Gradients of the operands that `needs` names, in their order; autograd must be on unless the rule is plain."""
     _check(given, rule)
     wanted = [name for name, need in zip(Given._fields, needs, strict=True) if need]
-    if _is_plain(rule):
+    if is_plain(rule):
         states = forward(kernels, given, rule, knobs, read=False)[2]
         grads = backward(kernels, given, states, grad_out, grad_state, rule, knobs)
         return [getattr(grads, name) for name in wanted]
@@ -139,7 +139,8 @@ def _check(given: Given, rule: RecurrenceRule) -> None:
 # Around the kernels.
 
 
-def _is_plain(rule: RecurrenceRule) -> bool:
+def is_plain(rule: RecurrenceRule) -> bool:
+    """Whether the kernels do all of a rule."""
     return rule.normaliser == "none" and rule.gate != "exp" and rule.qk_norm is None
 
 
@@ -241,7 +242,7 @@ def backward(
         "p_dinitial": initial, **strides_by("o", "bhle", grad_out), **strides_by("dv", "bhle", value),
         "dg_k": 0, **strides_by("dg", "bhlek" if by_channel else "bhle", decay), **strides_by("dw", "bhle", beta),
     }  # fmt: skip
-    run_kernel(kernels.recurrence_scan_backward, B * count, given, knobs.warps, 1)
+    run_kernel(kernels.recurrence_scan_backward, B * count, given, backward_warps(K, knobs), 1)
     summed = {name: None if t is None else t.sum((0, 3)).T for name, t in (("once", once), ("bonus", bonus))}
     if rule.decay == "head":
         decay, summed["once"] = summed["once"].sum(-1), None  # type: ignore[union-attr]
@@ -297,6 +298,11 @@ def constants_of(rule: RecurrenceRule, x: Given, knobs: ScanKnobs) -> dict[str, 
         "PACKED": x.documents is not None,
         "INITIAL": x.initial is not None,
     }
+
+
+def backward_warps(K: int, knobs: ScanKnobs) -> int:
+    """Twice as many as of the forward, which holds half as much, where rows of the state fill them."""
+    return 2 * knobs.warps if 2 * knobs.warps <= K else knobs.warps
 
 
 def kinds_of(rule: RecurrenceRule, *, query: bool, key: bool, bonus: bool) -> dict[str, Any]:

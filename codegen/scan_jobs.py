@@ -48,7 +48,8 @@ def scan_jobs(
     present |= {"p_states": True, "p_dg": rule.decay not in ("none", "head"), "p_dw": constants["GATED"]}
     present |= {"p_drates": rule.decay in ("head", "state"), "p_dbonus": bonus, "p_dinitial": rule.state_in}
     present |= {"p_dq": given, "p_dk": given}
-    return [forward, _job(text, "recurrence_scan_backward", constants, present, dtype, target, knobs.warps)]
+    warps = gpu_scan.backward_warps(shape.K, knobs)
+    return [forward, _job(text, "recurrence_scan_backward", constants, present, dtype, target, warps)]
 
 
 def step_job(

@@ -44,10 +44,28 @@ def follow_apart(d, u, d_in, u_in, d_next, u_next, d_in_next, u_in_next):
 
 
 @triton.jit
-def rows(p, head, c, far, m, x_h, x_l, x_e, t):
-    """Rows of query or key, (tokens, K, channels or 1)."""
-    at = head[None, None, :] * x_h + t[:, None, None] * x_l + c[None, :, None] * x_e
-    return tl.load(p + far + at, mask=m, other=0.0).to(tl.float32)
+def rows(p, far, head, t, m_t, c, m_c, m_n, x_h, x_l, x_e, SHARED: tl.constexpr):
+    """Rows of query or key, (tokens, K, channels or 1); one head for all channels where they share it."""
+    at = t[:, None] * x_l + c[None, :] * x_e
+    m = m_t[:, None] & m_c[None, :]
+    if SHARED:  # loaded in two dimensions, so that the layout of the tile does not follow from it
+        x = tl.load(p + far + head * x_h + at, mask=m, other=0.0)[:, :, None]
+    else:
+        place = far + at[:, :, None] + head[None, None, :] * x_h
+        x = tl.load(p + place, mask=m[:, :, None] & m_n[None, None, :], other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def put_rows(p, x, first, t, m_t, c, m_c, n, m_n, part, width, parts, K: tl.constexpr, SHARED: tl.constexpr):
+    """Gradients of such rows, summed over the channels where they share one; first: tokens of earlier sequences."""
+    row = first + t[:, None]
+    m = m_t[:, None] & m_c[None, :]
+    if SHARED:
+        tl.store(p + (row * parts + part) * K + c[None, :], tl.sum(x, 2), mask=m)
+    else:
+        at = (row * width * K + c[None, :])[:, :, None] + n[None, None, :] * K
+        tl.store(p + at, x, mask=m[:, :, None] & m_n[None, None, :])
 
 
 @triton.jit
@@ -117,10 +135,10 @@ def recurrence_scan(
     n, c, i = part * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_T)
     m_n, m_c = n < width, c < K
     h, e = (n // V).to(tl.int64), n % V
-    head, m_head = h // GROUP, m_n
     if SHARED:
-        head = tl.zeros([1], tl.int64) + part * BLOCK_H // V // GROUP
-        m_head = head >= 0
+        head = (part * BLOCK_H // V // GROUP).to(tl.int64)
+    else:
+        head = h // GROUP
     m_state = m_n[None, :] & m_c[:, None]
     S = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
     if INITIAL:
@@ -142,8 +160,7 @@ def recurrence_scan(
                         v_b, v_h, v_l, v_e, w_b, w_h, w_l, GATED)  # fmt: skip
         u = (v * w)[:, None, :]
         if KEY:
-            m_k = m_s[:, None, None] & m_head[None, None, :] & m_c[None, :, None]
-            u = u * rows(p_k, head, c, batch * k_b, m_k, k_h, k_l, k_e, s)
+            u = u * rows(p_k, batch * k_b, head, s, m_s, c, m_c, m_n, k_h, k_l, k_e, SHARED)
         else:
             u = tl.where(m_c[None, :, None], u, 0.0)
         f, x = tl.associative_scan((d, u), 0, follow)
@@ -157,12 +174,10 @@ def recurrence_scan(
                 v, w = weighted(p_v, p_beta, batch, t, m_o, h, e, v_b, v_h, v_l, v_e, w_b, w_h, w_l, GATED)
                 own = bonus[None] * (v * w)[:, None, :]
                 if KEY:
-                    m_k = m_t[:, None, None] & m_head[None, None, :] & m_c[None, :, None]
-                    own = own * rows(p_k, head, c, batch * k_b, m_k, k_h, k_l, k_e, t)
+                    own = own * rows(p_k, batch * k_b, head, t, m_t, c, m_c, m_n, k_h, k_l, k_e, SHARED)
                 x += own
             if QUERY:
-                m_q = m_t[:, None, None] & m_head[None, None, :] & m_c[None, :, None]
-                x = x * rows(p_q, head, c, batch * q_b, m_q, q_h, q_l, q_e, t)
+                x = x * rows(p_q, batch * q_b, head, t, m_t, c, m_c, m_n, q_h, q_l, q_e, SHARED)
             o = tl.sum(x, 1) * SCALE
             at = batch * o_b + h[None, :] * o_h + t[:, None] * o_l + e[None, :] * o_e
             tl.store(p_out + at, o.to(p_out.dtype.element_ty), mask=m_o)
@@ -190,12 +205,11 @@ def recurrence_scan_backward(
     n, c, i = part * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_T)
     m_n, m_c = n < width, c < K
     h, e = (n // V).to(tl.int64), n % V
-    head, m_head, column, columns = h // GROUP, m_n, n, width
     if SHARED:
-        head = tl.zeros([1], tl.int64) + part * BLOCK_H // V // GROUP
-        m_head, column, columns = head >= 0, tl.zeros([1], tl.int32) + part, parts
+        head = (part * BLOCK_H // V // GROUP).to(tl.int64)
+    else:
+        head = h // GROUP
     m_state = m_n[None, :] & m_c[:, None]
-    m_row = m_head[None, None, :] & m_c[None, :, None]
     last = ((batch * H + h[None, :]) * K + c[:, None]) * V + e[None, :]
     A = tl.load(p_dfinal + last, mask=m_state, other=0.0)  # what comes back from the tokens behind
     once = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)  # the gradient of what all tokens share
@@ -215,9 +229,10 @@ def recurrence_scan_backward(
         d = factors(p_decay, p_rates, p_segments, batch, s, m_s, h, m_n, c, m_c, g_b, g_h, g_l, g_e, L,
                     KIND, FACTORS, PACKED, K)  # fmt: skip
         v, w = weighted(p_v, p_beta, batch, s, m_so, h, e, v_b, v_h, v_l, v_e, w_b, w_h, w_l, GATED)
-        k = tl.where(m_s[:, None, None] & m_row, 1.0, 0.0)
         if KEY:
-            k = rows(p_k, head, c, batch * k_b, m_s[:, None, None] & m_row, k_h, k_l, k_e, s)
+            k = rows(p_k, batch * k_b, head, s, m_s, c, m_c, m_n, k_h, k_l, k_e, SHARED)
+        else:
+            k = tl.where((m_s[:, None] & m_c[None, :])[:, :, None], 1.0, 0.0)
         u = (v * w)[:, None, :] * k
         _, _, f_in, x_in = tl.associative_scan((d, u, tl.full(d.shape, 1.0, tl.float32), d * 0.0), 0, follow_apart)
         P = f_in * C[None] + x_in  # the state before each update
@@ -233,13 +248,10 @@ def recurrence_scan_backward(
                 v_t, w_t = weighted(p_v, p_beta, batch, t, m_to, h, e, v_b, v_h, v_l, v_e, w_b, w_h, w_l, GATED)
                 own = (v_t * w_t)[:, None, :] * bonus[None]
                 if KEY:
-                    own = own * rows(p_k, head, c, batch * k_b, m_t[:, None, None] & m_row, k_h, k_l, k_e, t)
+                    own = own * rows(p_k, batch * k_b, head, t, m_t, c, m_c, m_n, k_h, k_l, k_e, SHARED)
                 dq += do * own
-            if SHARED:
-                dq = tl.sum(dq, 2)[:, :, None]
-            at = ((batch * L + t[:, None, None]) * columns + column[None, None, :]) * K + c[None, :, None]
-            tl.store(p_dq + at, dq, mask=m_t[:, None, None] & m_row)
-            x = x * rows(p_q, head, c, batch * q_b, m_t[:, None, None] & m_row, q_h, q_l, q_e, t)
+            put_rows(p_dq, dq, batch * L, t, m_t, c, m_c, n, m_n, part, width, parts, K, SHARED)
+            x = x * rows(p_q, batch * q_b, head, t, m_t, c, m_c, m_n, q_h, q_l, q_e, SHARED)
         _, _, f_in, x_in = tl.associative_scan(
             (d, d * x, tl.full(d.shape, 1.0, tl.float32), x), 0, follow_apart, reverse=True
         )
@@ -268,15 +280,12 @@ def recurrence_scan_backward(
             own = tl.load(p_do + at, mask=m_so, other=0.0)
             own = own.to(tl.float32)[:, None, :] * tl.where(m_c[None, :, None], SCALE, 0.0)
             if QUERY:
-                own = own * rows(p_q, head, c, batch * q_b, m_s[:, None, None] & m_row, q_h, q_l, q_e, s)
+                own = own * rows(p_q, batch * q_b, head, s, m_s, c, m_c, m_n, q_h, q_l, q_e, SHARED)
             d_bonus += tl.sum(own * u, 0)
             a += own * bonus[None]
         if KEY:
             dk = a * (v * w)[:, None, :]
-            if SHARED:
-                dk = tl.sum(dk, 2)[:, :, None]
-            at = ((batch * L + s[:, None, None]) * columns + column[None, None, :]) * K + c[None, :, None]
-            tl.store(p_dk + at, dk, mask=m_s[:, None, None] & m_row)
+            put_rows(p_dk, dk, batch * L, s, m_s, c, m_c, n, m_n, part, width, parts, K, SHARED)
         a = tl.sum(a * k, 1)
         at = batch * dv_b + h[None, :] * dv_h + s[:, None] * dv_l + e[None, :] * dv_e
         tl.store(p_dv + at, (a * w).to(p_dv.dtype.element_ty), mask=m_so)
