@@ -52,6 +52,7 @@ def test_every_field_can_be_set_by_torch_compile(tmp_path):
         "force": "block_sparse{provider=sdpa}",
         "device": "h100",
         "plan": Plan(),
+        "weights": {"layer": {"query_map": torch.ones(2, 4, 4)}},
         "store": str(tmp_path),
     }
     built = Options.from_torch(asked)
