@@ -11,6 +11,7 @@ from attnc.codegen.cpu_recurrence import Given
 from attnc.codegen.gpu_scan import ScanKnobs, gradients, kernels_of, refuse, scan, sizes_of
 from attnc.errors import LoweringError
 from attnc.forms.recurrent import is_elementwise
+from attnc.forms.scan import Scan
 from attnc.rule_recurrence import RecurrenceRule as R
 from attnc.rule_recurrence import RecurrenceShape
 from tests.codegen.interpreter import mend
@@ -102,6 +103,12 @@ def test_tiles_do_not_change_results() -> None:
         out, end = scan(KERNELS, x, TABLE["mamba1"].rule, knobs)
         torch.testing.assert_close(out, first)
         torch.testing.assert_close(end, last)
+
+
+def test_the_form_launches_what_it_computes_on_cpus(poisoned_memory: None) -> None:
+    x, rule = given(TABLE["mamba1_packed"], 6), TABLE["mamba1_packed"].rule
+    for got, want in zip(Scan(block_t=8, block_h=8).launch(x, rule), Scan().run(x, rule), strict=True):
+        assert got.stride() == want.stride() and error(got, want) <= 1e-5
 
 
 def test_blocks_of_channels_stay_within_a_head_of_keys_where_they_stay_wide() -> None:
