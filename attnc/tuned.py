@@ -30,6 +30,7 @@ from attnc.codegen import (
 )
 from attnc.codegen.render import skeleton_text, source_hash
 from attnc.cost_models.device import Device, Gpu
+from attnc.cost_models.device_kinds import Cpu
 from attnc.cost_models.estimate import Estimate
 from attnc.cost_models.tile_estimate import predicted
 from attnc.errors import UsageError
@@ -69,7 +70,7 @@ def kernel_version(kind: str = "attention", *, gpu: bool = True) -> str:
 def record_key(region: Region, device: Device, part: str) -> RecordKey:
     """Where the record of one kernel of an attention, or of a recurrence ("chunked"), is kept."""
     version = kernel_version(region.kind, gpu=isinstance(device, Gpu))
-    threads = "" if isinstance(device, Gpu) else f"-by-{device.threads}"
+    threads = f"-by-{device.threads}" if isinstance(device, Cpu) else ""
     return RecordKey(f"{region.key}-{part}{threads}", device.name, region.dtype, version)
 
 

@@ -152,10 +152,10 @@ class Chunked(RecurrentForm):
 
     def settings(self, region: Region, device: Device) -> tuple[Chunked, ...]:
         """Every setting worth trying on `device`, this one first; none has chunks of twice the length or more."""
-        length = max(16, region.shape.L)
+        rule, shape = region.rule, region.shape
+        assert isinstance(rule, RecurrenceRule) and isinstance(shape, RecurrenceShape)
+        length = max(16, shape.L)
         if not isinstance(device, Gpu):
-            rule = region.rule
-            assert isinstance(rule, RecurrenceRule)
             sizes = sorted(BY_CHANNEL_ON_CPU if rule.decay == "channel" else ON_CPU)
             return (self, *(Chunked(n) for n in sizes if n != self.chunk_size and n < 2 * length))
         work, choices = work_of(region), [sorted(k.choices) for k in self.knobs().values()]

@@ -78,7 +78,7 @@ class RecurrenceBench:
         keys = min(s.Hk, heads)
         few = replace(s, B=min(s.B, B), H=keys * s.group if s.Hk else min(s.H, heads), Hk=keys, L=min(s.L, tokens))
         given = operands_of(replace(self.region, shape=few), self._kind)
-        wide = Given(*(t if t is None or not t.is_floating_point() else t.cpu().double() for t in given))
+        wide = Given._make(t if t is None or not t.is_floating_point() else t.cpu().double() for t in given)
         wide = wide._replace(documents=None if given.documents is None else given.documents.cpu())
         exact = replace(rule, state="float64", out="value", chunk=1)
         pairs = list(zip(_applied(given, self._spelled(form)), cpu_recurrence.recurrence(wide, exact, 1), strict=True))
@@ -100,7 +100,7 @@ def _applied(given: Given, spelling: str) -> tuple[Tensor, Tensor]:
 
 def _learning(given: Given) -> Given:
     """The operands as leaves that gradients are asked of."""
-    return Given(*(t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for t in given))
+    return Given._make(t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for t in given)
 
 
 def _gradients(given: Given, spelling: str, grad: Tensor) -> tuple[Tensor, ...]:
@@ -138,6 +138,7 @@ def operands_of(region: Region, kind: str) -> Given:
         decay = decay.log()
     bonus = rule.read == "before"
     initial = torch.randn(s.B, s.H, s.K, s.V + rule.columns, generator=generator, device=kind).to(acc)
+    a, b = (drawn(s.Hk, s.K) / s.K if rule.low_rank else None for _ in "ab")
     runs = torch.arange(s.L, device=kind) * 4 // max(s.L, 1)
     return Given(
         query,
@@ -148,6 +149,7 @@ def operands_of(region: Region, kind: str) -> Given:
         uniform(*of_tokens) if rule.gate != "none" else None,
         uniform(*((s.H,) if rule.gate == "exp" else (s.H, s.K))) if bonus else None,
         initial if rule.state_in else None,
-        *((drawn(s.Hk, s.K) / s.K for _ in "ab") if rule.low_rank else (None, None)),
+        a,
+        b,
         runs.expand(s.B, s.L).contiguous() if rule.packed else None,
     )
