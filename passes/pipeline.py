@@ -96,7 +96,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         return analysis
     for part in bodies(analysis.gm):
         _analyse_part(part, analysis, options)
-    analysis.notes += analysis.reordered
+    analysis.notes += analysis.reordered + _unplaced(analysis, options)
     return analysis
 
 
@@ -179,6 +179,17 @@ def _supplied(region: AttentionRegion, options: Options) -> AttentionRegion:
         return region
     given = options.weights_for(region.key, region.path)
     return replace(region, weights=tuple((name, tuple(w.shape)) for name, w in sorted(given.items())))
+
+
+def _unplaced(analysis: Analysis, options: Options) -> list[str]:
+    """A sentence for each place that weights are supplied for and that is no attention of this graph."""
+    if not options.weights:
+        return []
+    there = [region for region in analysis.regions if isinstance(region, AttentionRegion)]
+    known = {name for region in there for name in (region.path, region.key)}
+    has = ", ".join(dict.fromkeys(region.path or region.key for region in there)) or "none"
+    lost = [place for place in options.weights if place not in known]
+    return [f"weights for {place!r} are of no attention in this graph, which has {has}" for place in lost]
 
 
 def _lifted(facts: GraphFacts, anchor: fx.Node, repeats: Repeats) -> Match | NoMatch:

@@ -331,6 +331,12 @@ def test_without_weights_the_region_stays_as_written() -> None:
     assert "needs weights" in attnc.last_report(fast).regions[0].choice.reason
 
 
+def test_weights_of_another_place_are_noted() -> None:
+    options = {"weights": {"attentoin": weights(LEARNED, 2, 1, 8)}}
+    report = attnc.explain(Model(), torch.randn(1, 33, 16), options=options)
+    assert any("'attentoin'" in note and "which has attention" in note for note in report.notes)
+
+
 def test_a_budget_measures_settings_with_and_without_weights_and_its_plan_runs() -> None:
     torch._dynamo.reset()
     model, x = Model().requires_grad_(False), torch.randn(1, 4096, 16)
