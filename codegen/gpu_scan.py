@@ -38,6 +38,7 @@ from attnc.rule_recurrence import RecurrenceRule
 SKELETON = "recurrence_scan"
 KERNELS = ("recurrence_scan", "recurrence_scan_backward")
 LARGEST = 16384  # elements of a tile of tokens, channels and states
+BY_CHANNEL = 2048  # where a decay of every element is read and written, through shared memory
 NARROW = 8  # channels of a block under which sharing a head's key is not worth it
 Core = Callable[[Given, RecurrenceRule], tuple[Tensor, Tensor]]
 
@@ -104,7 +105,8 @@ def gradients(
         states = forward(kernels, given, rule, knobs, read=False)[2]
         grads = backward(kernels, given, states, grad_out, grad_state, rule, knobs)
         return [getattr(grads, name) for name in wanted]
-    own = Given(*(x if x is None else x.detach().requires_grad_(n) for x, n in zip(given, needs, strict=True)))
+    operands: list[Any] = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(given, needs, strict=True)]
+    own = Given(*operands)
     out, last = _around(own, rule, lambda x, plain: _Scan.apply(kernels, plain, knobs, *x))
     learned = [getattr(own, name) for name in wanted]
     ends = [(y, g) for y, g in ((out, grad_out.to(out.dtype)), (last, grad_state)) if y.requires_grad]
@@ -124,10 +126,10 @@ class _Scan(torch.autograd.Function):
         return out, last
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         kernels, rule, knobs = ctx.bound
         *given, states = ctx.saved_tensors
-        return None, None, None, *backward(kernels, Given(*given), states, *grads, rule, knobs)
+        return None, None, None, *backward(kernels, Given(*given), states, grad_out, grad_state, rule, knobs)
 
 
 def _check(given: Given, rule: RecurrenceRule) -> None:
@@ -253,7 +255,8 @@ def backward(
         query, key, value, decay, summed["once"], beta if beta is None else beta.sum(3) if V > 1 else beta.squeeze(3),
         summed["bonus"], None if initial is None or x.initial is None else initial.sum_to_size(x.initial.shape),
     )  # fmt: skip
-    return Given(*(None if g is None else _laid_out(g, t) for g, t in zip(found, x, strict=True)))
+    grads: list[Any] = [g if g is None or t is None else _laid_out(g, t) for g, t in zip(found, x, strict=True)]
+    return Given(*grads)
 
 
 def _of_heads(row: Tensor | None, x: Tensor | None) -> Tensor | None:
@@ -294,7 +297,7 @@ def constants_of(rule: RecurrenceRule, x: Given, knobs: ScanKnobs) -> dict[str, 
     shared = [t.shape[1] for t in (x.query, x.key) if t is not None]
     return {
         **kinds_of(rule, query=x.query is not None, key=x.key is not None, bonus=x.bonus is not None),
-        **sizes_of(H, shared[0] if shared else 0, _keys(x), V, knobs),
+        **sizes_of(H, shared[0] if shared else 0, _keys(x), V, knobs, rule.decay),
         "PACKED": x.documents is not None,
         "INITIAL": x.initial is not None,
     }
@@ -319,10 +322,11 @@ def kinds_of(rule: RecurrenceRule, *, query: bool, key: bool, bonus: bool) -> di
     }
 
 
-def sizes_of(H: int, Hk: int, K: int, V: int, knobs: ScanKnobs) -> dict[str, Any]:
+def sizes_of(H: int, Hk: int, K: int, V: int, knobs: ScanKnobs, decay: str = "state") -> dict[str, Any]:
     """Tiles. Blocks of channels stay within a head of keys where that leaves them wide enough."""
+    largest = BY_CHANNEL if decay == "channel" and K > 1 else LARGEST
     block_k, group = 1 << (K - 1).bit_length(), H // Hk if Hk else H
-    block_h = max(1, min(knobs.block_h, 1 << (H * V - 1).bit_length(), LARGEST // (block_k * knobs.block_t)))
+    block_h = max(1, min(knobs.block_h, 1 << (H * V - 1).bit_length(), largest // (block_k * knobs.block_t)))
     whole = (group * V) & -(group * V)  # the largest power of two in it
     if Hk > 1 and whole >= min(NARROW, block_h):
         block_h = min(block_h, whole)

@@ -36,7 +36,7 @@ def scan_jobs(
     given = shape.Hk > 0
     constants = {
         **gpu_scan.kinds_of(rule, query=given, key=given, bonus=bonus),
-        **gpu_scan.sizes_of(shape.H, shape.Hk, shape.K, shape.V, knobs),
+        **gpu_scan.sizes_of(shape.H, shape.Hk, shape.K, shape.V, knobs, rule.decay),
         "PACKED": rule.packed,
         "INITIAL": rule.state_in,
         "READ": True,

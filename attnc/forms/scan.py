@@ -71,7 +71,7 @@ class Scan(RecurrentForm):
         """The region as the cost model takes it."""
         rule, s = region.rule, region.shape
         assert isinstance(rule, RecurrenceRule) and isinstance(s, RecurrenceShape)
-        sizes = gpu_scan.sizes_of(s.H, s.Hk, s.K, s.V + (rule.normaliser != "none"), self.schedule)
+        sizes = gpu_scan.sizes_of(s.H, s.Hk, s.K, s.V + (rule.normaliser != "none"), self.schedule, rule.decay)
         apart = not gpu_scan.is_plain(rule)
         return ScanWork(token_work(region, s.L), sizes["BLOCK_T"], sizes["BLOCK_H"], self.warps, apart)
 
@@ -109,7 +109,8 @@ class Scan(RecurrentForm):
 
     def fits(self, region: Region) -> bool:
         """Whether a thread holds whole tokens in registers: 64 elements forward, 32 backward, as compiled."""
-        scan, K = self.work(region), max(1, region.shape.K)
+        scan = self.work(region)
+        K = scan.work.K
         elements = scan.block_t * scan.block_h * K
         narrow = elements <= 32 * 32 * gpu_scan.backward_warps(K, self.schedule)
         along = scan.block_h * K >= 32 * self.warps
