@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 
 from attnc.atomic_file import leftovers, private_folder, replace_file
-from attnc.codegen.ownership import check_owner
+from attnc.codegen.ownership import Shared, check_owner
 from attnc.codegen.render import source_hash
 from attnc.errors import LoweringError, UsageError
 
@@ -62,7 +62,7 @@ def kernel_folder(store: str | Path) -> Path:
 
 @lru_cache(maxsize=4096)
 def load(text: str, folder: str | Path) -> ModuleType:
-    """The module that `text` is, kept in `folder`, or in a folder of this process where that cannot be written.
+    """The module that `text` is, kept in `folder`, or in a folder of this process where that cannot be written, or a group may replace it.
 
     Raises: LoweringError for a folder that others may write, a file that is not what its name says, or text that does
             not run; UsageError without Triton.
@@ -139,14 +139,17 @@ def _filed(text: str, name: str, folder: Path) -> Path:
     try:
         check_owner(private_folder(folder))
         return _written(text, folder / f"{name}.py")
+    except Shared as exc:
+        why = str(exc)
     except OSError as exc:
-        private = _private_folder()
-        _warn_once(str(folder), f"{exc.strerror or exc}", private)
+        why = f"it cannot be written ({exc.strerror or exc})"
+    private = _private_folder()
+    _warn_once(str(folder), why, private)
     try:
         return _written(text, Path(private) / f"{name}.py")
     except OSError as exc:
         raise LoweringError(
-            f"file the kernels {name}: found neither {folder} nor the temporary folder {private} to be written "
+            f"file the kernels {name}: found neither {folder} ({why}) nor the temporary folder {private} to take them "
             f"({exc.strerror or exc}). Free some space, or name another folder with the option store."
         ) from exc
 
@@ -176,4 +179,4 @@ def _private_folder() -> str:
 
 @cache
 def _warn_once(folder: str, why: str, private: str) -> None:
-    log.warning("kernels are not kept: %s cannot be written (%s); this process keeps them in %s", folder, why, private)
+    log.warning("kernels are not kept in %s: %s; this process keeps them in %s", folder, why, private)

@@ -23,8 +23,15 @@ from attnc.errors import LoweringError
 MOST_LINKS = 40  # as Linux follows
 
 
+class Shared(Exception):
+    """A group other than the user's own may write a folder on the way: nobody's fault, and no place for kernels."""
+
+
 def check_owner(folder: Path) -> None:
-    """Raises: LoweringError where somebody else may write the folder, or put another one in its place."""
+    """Raises: LoweringError where somebody else may write the folder, or put another one in its place.
+
+    Shared where only a group may, in a folder above: shared homes and scratch disks are made like this.
+    """
     info = folder.stat()
     ours, others = info.st_uid == os.geteuid(), stat.S_IMODE(info.st_mode) & 0o022
     if ours and not others:
@@ -37,8 +44,8 @@ def check_owner(folder: Path) -> None:
 
 
 def _check_above(folder: Path) -> None:
-    """Raises: LoweringError for a folder or link on the way that somebody else may replace."""
-    trusted = {0, os.geteuid()}
+    """Raises: LoweringError for a folder or link on the way that somebody else may replace, Shared for a group."""
+    trusted, shared = {0, os.geteuid()}, ""
     with suppress(OSError):
         trusted.add(os.stat("/proc").st_uid)  # root, as a user namespace shows it
     for path in _way_to(folder):
@@ -47,6 +54,9 @@ def _check_above(folder: Path) -> None:
         if info.st_uid not in trusted:
             found = f"owner {info.st_uid}"
         elif stat.S_ISDIR(info.st_mode) and not mode & stat.S_ISVTX and _others_write(mode, info.st_gid):
+            if not mode & 0o002:
+                shared = shared or f"found mode {mode:o} of {path}, whose group may replace it: run `chmod g-w {path}`"
+                continue
             found = f"mode {mode:o}"
         if found:
             raise LoweringError(
@@ -55,12 +65,15 @@ def _check_above(folder: Path) -> None:
                 "because who may write there can put another folder in its place. "
                 f"Run `chmod go-w {path}`, or name another folder with the option store."
             )
+    if shared:
+        raise Shared(shared)
 
 
 def _way_to(folder: Path) -> Iterator[Path]:
     """Every folder above `folder`, and every link on the way to it. Raises: OSError."""
     at, links = Path("/"), 0
-    parts = list(reversed(Path(os.path.abspath(folder)).parts[1:]))
+    # Not os.path.abspath: it takes out `..` by its text, which after a link leads elsewhere.
+    parts = list(reversed(Path(os.path.join(os.getcwd(), folder)).parts[1:]))
     yield at
     while parts:
         name = parts.pop()

@@ -151,6 +151,17 @@ def test_every_folder_on_the_way_through_links_counts(tmp_path: Path) -> None:
         list(ownership._way_to(tmp_path / "outer" / "kernels"))
 
 
+def test_the_folder_that_is_checked_is_the_one_behind_links_and_dots(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "open" / "inner").mkdir(parents=True, mode=0o700)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "link").symlink_to(tmp_path / "open" / "inner")
+    (tmp_path / "open").chmod(0o777)
+    monkeypatch.chdir(tmp_path)
+    for start in (tmp_path, Path()):
+        with pytest.raises(LoweringError, match=f"found mode 777 of {tmp_path / 'open'}"):
+            load(TEXT, start / "own" / "link" / ".." / "kernels")
+
+
 def test_the_group_may_write_above_where_it_is_the_users_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.mkdir(parents=True, mode=0o700)
     folder.parent.chmod(0o770)
@@ -159,13 +170,27 @@ def test_the_group_may_write_above_where_it_is_the_users_own(folder: Path, monke
         load.cache_clear()
         known = grp.struct_group((me.pw_name, "x", group, members))
         monkeypatch.setattr(grp, "getgrgid", lambda _, known=known: known)
-        if taken:
-            assert runs(load(TEXT, folder))
-        else:
-            with pytest.raises(LoweringError, match="found mode 770"):
-                load(TEXT, folder)
-    monkeypatch.setattr(grp, "getgrgid", lambda _: grp.struct_group(("staff", "x", group, [])))
-    with pytest.raises(LoweringError, match="found mode 770"):
+        module = load(TEXT, folder)
+        assert runs(module) and Path(module.__file__).is_relative_to(folder) == taken
+
+
+def test_a_folder_below_one_that_a_group_may_write_is_replaced_with_one_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    folder.mkdir(parents=True, mode=0o700)
+    folder.parent.chmod(0o775)
+    monkeypatch.setattr(grp, "getgrgid", lambda group: grp.struct_group(("staff", "x", group, [])))
+    for text in (TEXT, TEXT + "\n"):
+        module = load(text, folder)
+        assert runs(module) and not Path(module.__file__).is_relative_to(folder)
+    assert len(warned(caplog)) == 1 and f"chmod g-w {folder.parent}" in warned(caplog)[0]
+    folder.chmod(0o775)
+    load.cache_clear()
+    with pytest.raises(LoweringError, match="found mode 775"):
+        load(TEXT, folder)
+    folder.chmod(0o700)
+    folder.parent.parent.chmod(0o777)
+    with pytest.raises(LoweringError, match="found mode 777"):
         load(TEXT, folder)
 
 
