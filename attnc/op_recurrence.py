@@ -106,11 +106,19 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Tens
     return (*grads[:8], None, *grads[8:])[:given]
 
 
+def _twice(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        "attnc::recurrence is not differentiable twice: its gradients have none of their own. Use the plain formula "
+        "where second derivatives are needed: leave the region as written, or compile without attnc."
+    )
+
+
 library.impl("recurrence", _forward, "CompositeExplicitAutograd")
 library.impl("recurrence_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("attnc::recurrence", _fake, lib=library)
 torch.library.register_fake("attnc::recurrence_backward", _fake_backward, lib=library)
 torch.library.register_autograd("attnc::recurrence", _differentiate, setup_context=_remember, lib=library)
+torch.library.register_autograd("attnc::recurrence_backward", _twice, lib=library)
 
 RECURRENCE = torch.ops.attnc.recurrence.default
 RECURRENCE_BACKWARD = torch.ops.attnc.recurrence_backward.default

@@ -130,6 +130,14 @@ def test_output_is_laid_out_token_by_token() -> None:
     assert out.transpose(1, 2).is_contiguous()
 
 
+def test_second_derivatives_are_an_error_not_zero() -> None:
+    q, k, v = (torch.randn(1, 1, 3, 2).requires_grad_() for _ in range(3))
+    out, _ = RECURRENCE(q, k, v, None, None, None, None, None, RecurrenceRule().spell())
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="not differentiable twice"):
+        torch.autograd.grad(grad.square().sum(), k)
+
+
 def test_gradients_are_laid_out_as_the_inputs() -> None:
     # Otherwise the gradient of softplus has other strides than its meta kernel says, and a view after it fails.
     def mixer(q: Tensor, v: Tensor, raw: Tensor) -> Tensor:
