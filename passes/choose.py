@@ -112,7 +112,8 @@ def _choose(
     as_written = written_estimate(region, device)
     written = as_written.seconds
     if not offers:
-        return Choice(AS_WRITTEN, "every form refuses", written_s=written, refused=refused)
+        why = "every form refuses" if refused else f"the option forms names no form of {region.kind}"
+        return Choice(AS_WRITTEN, why, written_s=written, refused=refused)
     offers.sort(key=lambda offer: offer[0])
     time, best = offers[0]
     offered = {form.spell(): taken for taken, form in offers}
@@ -181,14 +182,14 @@ def _offers(
     *,
     search: bool = True,
 ) -> tuple[list[tuple[float, Form]], dict[str, str]]:
-    """(predicted seconds, form) of each form that applies, and the sentences of those that refuse.
+    """(predicted seconds, form) of each form of the region's kind that applies, the sentences of those that refuse.
 
     search: whether each form offers its best knobs, or only its default ones.
     """
     every = tuple(form for form in FORMS if not form.approximates or form.name in allow)
     chosen = every if allowed is None else tuple(form_named(name) for name in allowed)
     offers, refused = [], {}
-    for form in chosen:
+    for form in (form for form in chosen if form.kind == region.kind):
         for start in _starts(form):
             why = _mistrusted(start, region) or start.refuse(region) or start.untargeted(device)
             why = why or _unnamed(start, region, allow)

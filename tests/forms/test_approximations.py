@@ -172,6 +172,13 @@ def test_by_name_they_are_taken_and_offered(name: str) -> None:
     assert long.name == "hierarchical" and "approximation by name" in long.reason
 
 
+def test_only_forms_of_attention_are_asked() -> None:
+    found = choose(region(), Options()).choice
+    assert {parse_form(spelling).kind for spelling in (*found.offers, *found.refused)} == {"attention"}
+    none = choose(region(), Options(forms=("chunked",))).choice
+    assert none.form == AS_WRITTEN and not none.refused and "no form of attention" in none.reason
+
+
 def test_at_its_limit_a_form_needs_no_name() -> None:
     assert choose(region(), Options(force="low_rank{rank=128}")).choice.name == "low_rank"
 
