@@ -209,7 +209,7 @@ def _gathered(given: dict[str, Any], x: Operands, saved: Saved, rule: Recurrence
         decay if decay is None or x.decay is None else decay.to(x.decay.dtype),
         beta if beta is None else beta.to(x.beta.dtype),
         bonus if bonus is None else bonus.sum((0, 2)).to(x.bonus.dtype),
-        None if x.initial is None else initial.to(x.initial.dtype),
+        None if x.initial is None else initial.sum_to_size(x.initial.shape).to(x.initial.dtype),
         None if x.a is None else _over_group(given["p_da"], x.a, None),
         None if x.b is None else _over_group(given["p_db"], x.b, None),
     )

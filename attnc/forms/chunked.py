@@ -18,6 +18,7 @@ from functools import lru_cache
 from itertools import product
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from attnc.codegen import cpu_recurrence, gpu_recurrence, gpu_recurrence_backward
@@ -136,7 +137,9 @@ class Chunked(RecurrentForm):
         grads = run(kernels, grad_out, grad_state, *inputs.values(), rule, self.kernels)
         found = dict(zip(GRADIENTS, grads, strict=True))
         learned = [name for name, need in zip(Given._fields, needs, strict=True) if need]
-        return [found[name].to(getattr(given, name).dtype) for name in learned]
+        pairs = [(getattr(given, name), found[name]) for name in learned]
+        # Laid out as the inputs, as the operator says under compilers.
+        return [torch.empty_like(x).copy_(grad) for x, grad in pairs]
 
     def space(self, region: Region, device: Device) -> tuple[Form, ...]:
         if self.refuse(region) is not None or self.untargeted(device) is not None:

@@ -57,6 +57,35 @@ def test_kernels_and_the_cpu_core_are_one_function_gradients_included(name: str)
         close(mine, theirs, 10)
 
 
+@pytest.mark.parametrize("name", ["retention", "mlstm"])
+def test_gradients_of_the_kernels_are_laid_out_as_the_operator_promises(name: str) -> None:
+    torch.manual_seed(0)
+    which = case(name)
+    given = which.inputs(3, state=True, batch=2)
+    given = [x if x is None or x.dim() != 4 else x.float().transpose(1, 2).contiguous().transpose(1, 2) for x in given]
+    needs = [x is not None and x.is_floating_point() for x in given]
+    own = Given(*given)
+    form = Chunked(chunk_size=16, block_v=16)
+    out, state = form.launch(own, which.rule)
+    got = form.launch_gradients(own, needs, torch.randn_like(out), torch.randn_like(state), which.rule)
+    learned = [x for x, need in zip(given, needs, strict=True) if need]
+    assert [g.stride() for g in got] == [torch.empty_like(x).stride() for x in learned]
+
+
+def test_the_gradient_of_a_state_that_is_shared_is_summed() -> None:
+    torch.manual_seed(0)
+    which = case("retention")
+    given = Given(*(x if x is None else x.float() for x in which.inputs(3, state=True, batch=2)))
+    given = given._replace(initial=given.initial[:1].clone())
+    form, needs = Chunked(chunk_size=16, block_v=16), [name == "initial" for name in Given._fields]
+    out, state = form.run(given, which.rule)
+    cotangents = torch.randn_like(out), torch.randn_like(state)
+    with torch.enable_grad():
+        (want,) = form.gradients(given, needs, *cotangents, which.rule)
+    (got,) = form.launch_gradients(given, needs, *cotangents, which.rule)
+    close(got, want, 10)
+
+
 def test_an_operator_runs_by_the_form_that_its_spelling_names() -> None:
     which = case("gla")
     inputs = [x if x is None else x.float() for x in which.inputs(40)]
