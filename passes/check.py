@@ -43,11 +43,15 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 4e-2, tor
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a rewrite may stand, the error seen relative to the largest value, and why not."""
+    """Whether a rewrite may stand, the error seen relative to the largest value, and why not.
+
+    unknown: whether nothing was run, as no size could be told at which it may be.
+    """
 
     passed: bool
     error: float
     reason: str = ""
+    unknown: bool = False
 
 
 def check(
@@ -106,6 +110,7 @@ class Change:
     out, leaves: where the subgraph ends and begins. flops: of one run of both at the written lengths.
     lengths: which may be replaced by smaller ones, larger than `apart`. kept: sizes that are none of these.
     make: changes the subgraph alone that ends in the given node; False where it does not find what to change.
+    placed: whether the lengths are the sizes of leaves[0] before its last, and no sizes of the other leaves.
     """
 
     name: str
@@ -116,6 +121,7 @@ class Change:
     flops: float
     make: Callable[[fx.Graph, fx.Node], bool]
     apart: int = 0
+    placed: bool = False
 
 
 Trial = Callable[[GraphFacts, Change], Verdict]
@@ -149,9 +155,9 @@ def _tried(facts: GraphFacts, change: Change, store: Store) -> Verdict:
     nodes = _behind(facts, change)
     smaller = _shorter(change, nodes)
     if isinstance(smaller, str):
-        return Verdict(False, 0.0, smaller)
+        return Verdict(False, 0.0, smaller, unknown=True)
     training = facts.needs_grad(change.out)
-    written, inputs = _instance(nodes, change.out, change.leaves, smaller)
+    written, inputs = _instance(nodes, change.out, change.leaves, smaller, _placed(change, smaller))
     key = f"{change.name} {training} {_text_of(written.graph)}"
     known = store.get(key)
     if known is not None:
@@ -185,15 +191,28 @@ def _shorter(change: Change, nodes: Sequence[fx.Node]) -> dict[int, int] | str:
     lengths = {n for n in change.lengths if n >= SMALL_FROM}
     if change.flops <= QUICK or not lengths:
         return {}
-    if clash := lengths & set(change.kept):
+    flat = [pytree.arg_tree_leaves(*n.args, **n.kwargs) for n in nodes if n not in change.leaves]
+    inner = [[x for x in args if isinstance(x, int) and not isinstance(x, bool)] for args in flat]
+    clash = lengths & set(change.kept)
+    if change.placed:  # told from other sizes unless one argument names both
+        clash = {n for n in clash if any(args.count(n) > change.lengths.count(n) for args in inner)}
+    if clash:
         text = f"its length {max(clash)} cannot be told from another size, so no smaller one can be checked"
         return {} if change.flops <= PATIENT else text
-    inner = [pytree.arg_tree_leaves(*n.args, **n.kwargs) for n in nodes if n not in change.leaves]
-    numbers = {x for flat in inner for x in flat if isinstance(x, int) and not isinstance(x, bool)}
+    numbers = {x for args in inner for x in args}
     numbers = {x for x in numbers if SMALL_FROM <= x < 1 << 40} - set(change.kept) - lengths
     multiple = {x: length for x in numbers for length in sorted(lengths) if x % length == 0}
     small = small_sizes(lengths | numbers.difference(multiple), max(STEP, change.apart + 2))
     return small | {x: x // length * small[length] for x, length in multiple.items()}
+
+
+def _placed(change: Change, smaller: Mapping[int, int]) -> dict[fx.Node, list[int]]:
+    """The sizes of the leaves where they follow from the place of the lengths; {} where they follow from their values."""
+    if not change.placed:
+        return {}
+    sizes = {leaf: [hint(n) for n in tensor_of(leaf).shape] for leaf in change.leaves}  # type: ignore[union-attr]
+    *lengths, width = sizes[change.leaves[0]]
+    return sizes | {change.leaves[0]: [*(smaller.get(n, n) for n in lengths), width]}
 
 
 def _text_of(graph: fx.Graph) -> str:
@@ -248,9 +267,16 @@ def small_sizes(numbers: set[int], step: int = STEP) -> dict[int, int]:
 
 
 def _instance(
-    nodes: Sequence[fx.Node], out: fx.Node, leaves: Sequence[fx.Node], smaller: dict[int, int]
+    nodes: Sequence[fx.Node],
+    out: fx.Node,
+    leaves: Sequence[fx.Node],
+    smaller: dict[int, int],
+    sizes: Mapping[fx.Node, list[int]] | None = None,
 ) -> tuple[fx.GraphModule, list[Any]]:
-    """The region alone as a graph over its leaves, at the smaller size, with data to run it on."""
+    """The region alone as a graph over its leaves, at the smaller size, with data to run it on.
+
+    sizes: of leaves whose smaller sizes do not follow from their values.
+    """
     graph, root = fx.Graph(), torch.nn.Module()
     env: dict[fx.Node, Any] = {}
     inputs: list[Any] = []
@@ -275,7 +301,7 @@ def _instance(
                 env[node].meta["val"] = mode.from_tensor(number)
             continue
         if node in leaves or node.op in ("placeholder", "get_attr"):
-            data = _data(value, [small(s) for s in value.shape], generator)
+            data = _data(value, (sizes or {}).get(node) or [small(s) for s in value.shape], generator)
             env[node] = graph.placeholder(node.name)
             with mode:
                 env[node].meta["val"] = mode.from_tensor(data)
@@ -331,7 +357,7 @@ def _compare(
         if a.shape != c.shape or a.dtype != c.dtype:
             shapes = f"{c.dtype} {list(c.shape)}, written {a.dtype} {list(a.shape)}"
             return Verdict(False, float("inf"), f"the output is {shapes}")
-        same = torch.isnan(a) & torch.isnan(c)
+        same = (a == c) | (torch.isnan(a) & torch.isnan(c))  # equal infinities have no difference
         scale = a.abs()[torch.isfinite(a)].max().clamp_min(1e-3) if torch.isfinite(a).any() else a.new_ones(())
         gap = torch.where(same, 0.0, ((a - c).abs() / scale).double())
         error = float("inf") if bool(torch.isnan(gap).any()) else float(gap.max()) if gap.numel() else 0.0

@@ -39,9 +39,10 @@ def fold_heads(graph: fx.Graph, trial: Trial) -> Orders:
         *tokens, channels = (hint(n) for n in tensor_of(source).shape)  # type: ignore[union-attr]
         kept = (channels, *(hint(n) for x in leaves[1:] for n in tensor_of(x).shape))  # type: ignore[union-attr]
         work = 2.0 * prod(tokens) * channels * kept[1]
-        verdict = trial(facts, Change("fold", node, leaves, tuple(tokens), kept, work, _again))
+        verdict = trial(facts, Change("fold", node, leaves, tuple(tokens), kept, work, _again, placed=True))
         if not verdict.passed:
-            orders.rejected.append(f"{sentence}: {verdict.reason}. It is left as written.")
+            failed = orders.left if verdict.unknown else orders.rejected
+            failed.append(f"{sentence}: {verdict.reason}. It is left as written.")
             continue
         orders.done.append(f"{sentence}.")
         _fold(graph, node, views)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import attnc
-from attnc.passes import pipeline
-from attnc.passes.check import Orders, Trial
+from attnc.passes import check, pipeline
+from attnc.passes.attention.folded import fold_heads
+from attnc.passes.check import Orders, Trial, trial_of
+from attnc.store import Store
 from tests.gallery_family_a import KnockingHeads
 from tests.gallery_run import assert_same, attention, attnc_compiled, run
 
@@ -85,3 +88,44 @@ def test_weights_updated_after_compile_are_used(folds) -> None:
         model.q.weight.mul_(0.5)
         assert (compiled(x) - model(x)).abs().max() < 1e-5
     assert folds[0] == 3
+
+
+def knocked(length: int, heads: int, width: int, channels: int) -> fx.Graph:
+    """Heads of a projection of two rows of tokens, times a matrix that they share."""
+
+    def heads_of(x: Tensor, weight: Tensor, matrix: Tensor) -> Tensor:
+        return nn.functional.linear(x, weight).view(2, length, heads, width).transpose(1, 2) @ matrix
+
+    inputs = (torch.randn(2, length, channels), torch.randn(heads * width, channels), torch.randn(width, width))
+    return make_fx(heads_of, tracing_mode="fake", pre_dispatch=True)(*inputs).graph
+
+
+@pytest.fixture
+def lengths(monkeypatch) -> list[dict[int, int] | str]:
+    """The smaller lengths that checks run at, where none is affordable at its own size."""
+    tried: list[dict[int, int] | str] = []
+    shorter = check._shorter
+    monkeypatch.setattr(check, "_shorter", lambda *given: tried.append(shorter(*given)) or tried[-1])
+    monkeypatch.setattr(check, "QUICK", 0)
+    monkeypatch.setattr(check, "PATIENT", 0)
+    return tried
+
+
+@pytest.mark.parametrize(("heads", "width", "channels"), [(6, 16, 96), (6, 16, 40), (6, 96, 96)])
+def test_tokens_as_many_as_channels_are_checked_at_a_smaller_length(heads, width, channels, lengths, tmp_path) -> None:
+    graph = knocked(96, heads, width, channels)
+    orders = fold_heads(graph, trial_of(Store(str(tmp_path))))
+    if width < 96:
+        assert len(orders.done) == 1 and not orders.rejected and not orders.left and lengths[0][96] < 96
+        return
+    assert not orders.done and not orders.rejected, "one view names the tokens and the width: left, which is no fault"
+    assert "cannot be told from another size" in orders.left[0]
+
+
+def test_equal_infinities_are_no_difference() -> None:
+    written = fx.symbolic_trace(lambda x: x.log() + 1.0)
+    changed = fx.symbolic_trace(lambda x: 1.0 + x.log())
+    moved = fx.symbolic_trace(lambda x: -x.log())
+    x = [torch.tensor([0.0, 1.0, -1.0])]
+    assert check._compare(written, changed, x, False, 1e-6).passed
+    assert not check._compare(written, moved, x, False, 1e-6).passed
