@@ -305,6 +305,31 @@ def one_reversed(q, k, v, g, b):
     return torch.stack(out, 2)
 
 
+def some_keys(q, k, v, g, b):
+    state, out = q.new_zeros(B, H, K, V), []
+    for t in range(L):
+        state = state + outer(k[:, :, t], v[:, :, t])
+        out.append((q[:, :, t, :2, None] * state[:, :, :2]).sum(-2))
+    return torch.stack(out, 2)
+
+
+def some_values(q, k, v, g, b):
+    state, out = q.new_zeros(B, H, K, V), []
+    for t in range(L):
+        state = state + outer(k[:, :, t], v[:, :, t])
+        out.append((q[:, :, t, :, None] * state[..., :2]).sum(-2))
+    return torch.stack(out, 2)
+
+
+def some_sums(q, k, v, g, b):
+    total = outer(k, v).cumsum(2)[:, :, :6]
+    return (q[:, :, :6, :, None] * total).sum(-2)
+
+
+def fewer_queries(q, k, v, g, b):
+    return (q[:, :, :5] @ k.mT).tril() @ v
+
+
 NONE, TOKEN, HEAD, CHANNEL = ({"decay": x, "delta": False} for x in ("none", "token", "head", "channel"))
 PRODUCTS = (
     Mix(plain, {**NONE, "written": "products", "B": B, "H": H, "L": L, "K": K, "V": V}),
@@ -351,5 +376,9 @@ LEFT = (
     Mix(skipped_step, reason="reads token 4 after the one that reads token 2, expected 3"),
     Mix(other_sources, reason="the steps read different tensors"),
     Mix(one_reversed, reason="reads token 5 after the one that reads token 6, expected 7"),
+    Mix(some_keys, reason="2 elements of axis 2 are used"),
+    Mix(some_values, reason="2 elements of axis 3 are used"),
+    Mix(some_sums, regions=0, reason="6 elements of axis 2 are used"),
+    Mix(fewer_queries, reason="5 tokens read"),
 )
 GALLERY = (*PRODUCTS, *SUMS, *LOOPS, *SCANS)

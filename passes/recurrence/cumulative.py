@@ -18,7 +18,7 @@ from attnc.passes.recurrence.emit import Draft
 from attnc.passes.recurrence.mixer import TIME, Emitted, arranged, emit
 from attnc.passes.recurrence.rewriting import Rewriting, finished, misplaced
 from attnc.passes.recurrence.roles import Read, Update, mixer_of, read_of
-from attnc.passes.recurrence.terms import Factor, Term, Terms
+from attnc.passes.recurrence.terms import Factor, PartOfAxis, Term, Terms
 from attnc.passes.views import Ranges, through
 
 aten = torch.ops.aten
@@ -72,6 +72,8 @@ def _attempt(facts: GraphFacts, total: fx.Node, node: fx.Node) -> Rewriting | No
     """None where it is no mixer at all: no key axis is summed over."""
     try:
         return _cumulative(facts, total, node)
+    except PartOfAxis as exc:
+        return exc.no_match
     except Unliftable:
         return None
     except (RuntimeError, TypeError, ValueError, IndexError) as exc:
@@ -105,7 +107,8 @@ def _reaches(total: fx.Node, node: fx.Node) -> bool:
 def _written(total: fx.Node) -> set[fx.Node]:
     """What the summed products are made of, as far as terms look into it."""
     source = total.args[0]
-    found, stack = set(), [source]
+    found: set[fx.Node] = set()
+    stack = [source]
     while stack and len(found) < NEAREST:
         at = stack.pop()
         if isinstance(at, fx.Node) and at not in found and (op_name(at) in WRITING or _is_view(at)):

@@ -15,12 +15,13 @@ import torch
 from torch import fx
 
 from attnc.expr import ZERO, Expr, I, J, const, var
+from attnc.expr_text import spell
 from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, hint, op_name, shape_of, tensor_of
 from attnc.passes.recurrence.decay import Pair, Parallel, parallels
 from attnc.passes.recurrence.emit import Draft
 from attnc.passes.recurrence.mixer import TIME, Emitted, Mixer, arranged, emit
 from attnc.passes.recurrence.rewriting import Again, Rewriting, finished, misplaced
-from attnc.passes.recurrence.terms import Factor, Term
+from attnc.passes.recurrence.terms import Factor, Term, whole_axes
 from attnc.passes.recurrence.weighted import TOTALS
 from attnc.passes.recurrence.weights import Weight, parsed
 from attnc.predicate import rebuild
@@ -76,15 +77,19 @@ def _drawn(facts: GraphFacts, draft: Draft, p: Parallel) -> tuple[fx.Node, Emitt
     assert value is not None
     column = None if p.col is None else p.names[p.col].args[0]
     shape = shape_of(p.node)
+    sizes = extents_of(p)
+    if sizes["i"] != sizes["j"]:
+        counts = f"{spell(sizes['i'])} tokens read {spell(sizes['j'])}"
+        raise Unliftable(f"{counts}, a recurrence reads as many as it writes", p.node)
     batch = [
         e.args[0] for d, e in enumerate(p.names)
         if d not in (p.row, p.col) and e.op == "var" and shape[d] != const(1)
     ]  # fmt: skip
     mixer = Mixer(batch, CHANNEL, column, _wide(value.dtype), decay=[Term(1.0)])
     mixer.scale = weight.number
-    mixer.query = [_factor(draft, p.query)]
-    mixer.keys = [_factor(draft, p.key)]
-    mixer.values = [_factor(draft, p.value)] if p.value is not None else []
+    mixer.query = [_factor(draft, p, p.query)]
+    mixer.keys = [_factor(draft, p, p.key)]
+    mixer.values = [_factor(draft, p, p.value)] if p.value is not None else []
     _sides(draft, p, weight, mixer)
     _decays(draft, p, weight, mixer)
     made = emit(draft, mixer, facts)
@@ -97,13 +102,22 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _factor(draft: Draft, pair: Pair, power: int = 1) -> Factor:
+def extents_of(p: Parallel) -> dict[str, Expr]:
+    """How many elements each index of the product runs over."""
+    sizes = {e.args[0]: s for e, s in zip(p.names, shape_of(p.node), strict=True)}
+    held = p.value or p.key
+    return sizes | {"j": shape_of(held.node)[held.index.index(J)]}
+
+
+def _factor(draft: Draft, p: Parallel, pair: Pair, power: int = 1) -> Factor:
     """An operand with the tokens as time, whichever side of the pair it stands on."""
     value = tensor_of(pair.node)
     assert value is not None
     at = tuple(
         ZERO if extent == 1 else _timed(e) for e, extent in zip(pair.index, value.shape, strict=True)
     )
+    read = tuple(ZERO if extent == 1 else e for e, extent in zip(pair.index, value.shape, strict=True))
+    whole_axes(pair.node, read, extents_of(p))
     return Factor(draft.leaf(pair.node), at, power)
 
 
@@ -114,7 +128,7 @@ def _timed(e: Expr) -> Expr:
 def _load(draft: Draft, p: Parallel, load: Expr, power: int = 1) -> Factor:
     slot, *index = load.args
     if slot < TOTALS:
-        return _factor(draft, Pair(p.lift.captured[slot], tuple(index)), power)
+        return _factor(draft, p, Pair(p.lift.captured[slot], tuple(index)), power)
     node, dim = p.lift.totals[slot - TOTALS]
     total = draft.call(aten.cumsum.default, draft.leaf(node), dim)
     return Factor(total, tuple(map(_timed, index)), power)
@@ -158,6 +172,7 @@ def _steps(draft: Draft, p: Parallel, load: Expr) -> Factor:
     if slot >= TOTALS:
         return Factor(draft.leaf(p.lift.totals[slot - TOTALS][0]), timed)
     node = p.lift.captured[slot]
+    whole_axes(node, tuple(index), extents_of(p))
     axes = [d for d, e in enumerate(timed) if e == T]
     if len(axes) != 1:
         raise Unliftable("a decay whose token is not one of its indices", node)

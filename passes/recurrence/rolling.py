@@ -14,7 +14,7 @@ from attnc.passes.recurrence.mixer import TIME, Emitted, Mixer, arranged, emit
 from attnc.passes.recurrence.reading import Reading, Steps
 from attnc.passes.recurrence.roles import Read, Update, mixer_of, read_of
 from attnc.passes.recurrence.stacking import Stacked, Stacker
-from attnc.passes.recurrence.terms import Factor, Term
+from attnc.passes.recurrence.terms import Factor, PartOfAxis, Term
 
 aten = torch.ops.aten
 
@@ -62,6 +62,8 @@ class Rolling:
             if self._deeper(node, states):
                 return False
             reads = [read_of(t, states, node) for t in held]
+        except PartOfAxis:
+            raise
         except Unliftable:
             return False
         self._emit(node, place, index, reads, [t for t in found if not t.of(states)])

@@ -9,7 +9,7 @@ them knows none of these spellings. What is not linear in the state has no terms
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -18,12 +18,17 @@ import torch
 from torch import fx
 
 from attnc.expr import ONE, ZERO, Expr, var
+from attnc.expr_text import spell
 from attnc.passes.graph import Unliftable, op_name, shape_of, tensor_of
 from attnc.passes.views import Index, Ranges, broadcast_index, through
 
 ZEROS = ("zeros", "zeros_like", "new_zeros")
 CASTS = ("to", "_to_copy", "type_as", "float", "double")
 MOST = 64  # terms of one node; more are no step of a recurrence
+
+
+class PartOfAxis(Unliftable):
+    """A tensor of which only the leading part of an axis is used: its indices do not run over all of it."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +128,25 @@ class Terms:
         if tensor_of(node) is None:
             raise Unliftable("a run-time number is no tensor", node)
         at = tuple(ZERO if s == ONE else e for s, e in zip(shape_of(node), index, strict=True))
+        whole_axes(node, at, self.extents)
         return [Term(1.0, (Factor(node, at),))]
+
+
+def whole_axes(node: fx.Node, index: Index, extents: Mapping[str, Expr]) -> None:
+    """Raises: PartOfAxis where a plain index runs over another number of elements than its axis of `node` has."""
+    for d, (e, size) in enumerate(zip(index, shape_of(node), strict=True)):
+        used = extents.get(e.args[0]) if e.op == "var" else None
+        if used is not None and used != size:
+            raise PartOfAxis(f"{spell(used)} elements of axis {d} are used, of which {node.name} has {spell(size)}", node)
 
 
 def times(*groups: Sequence[Term]) -> list[Term]:
     """The product of sums of terms."""
     found = []
     for parts in product(*groups):
-        coef, factors, summed = 1.0, (), frozenset()
+        coef = 1.0
+        factors: tuple[Factor, ...] = ()
+        summed: frozenset[str] = frozenset()
         for part in parts:
             coef, factors, summed = coef * part.coef, factors + part.factors, summed | part.summed
         found.append(Term(coef, factors, summed))
@@ -190,7 +206,8 @@ def _sum(terms: Terms, node: fx.Node, index: Index) -> list[Term]:
         raise Unliftable("a sum over all axes", node)
     axes = {int(d) % len(source) for d in ([dims] if isinstance(dims, int) else dims)}
     kept = len(index) == len(source)
-    rest, at, names = iter(index), [], set()
+    rest, at = iter(index), []
+    names: set[str] = set()
     for d, extent in enumerate(source):
         if d not in axes:
             at.append(next(rest))
