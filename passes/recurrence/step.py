@@ -100,10 +100,14 @@ class _Probe:
     def run(self, state: torch.Tensor) -> torch.Tensor:
         """The next state."""
         values = {n: x.clone() if isinstance(x, torch.Tensor) else x for n, x in self.outside.items()}
-        values[self.entry] = state.to(_value(self.entry).dtype)
+        values[self.entry] = state.to(_wide(_value(self.entry).dtype))
+
+        def given(x: Any) -> Any:
+            return values[x] if isinstance(x, fx.Node) else _wide(x)
+
         with torch.no_grad():
             for node in self.block:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+                args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), given)
                 values[node] = node.target(*args, **kwargs)
         return values[self.block[self.place]].to(torch.float64)
 
@@ -137,13 +141,18 @@ def _value(node: fx.Node) -> torch.Tensor:
     return value
 
 
+def _wide(x: Any) -> Any:
+    """float32 for types of 16 bits, in which rounding would hide what a step does; all else as it is."""
+    return torch.float32 if x is torch.bfloat16 or x is torch.float16 else x
+
+
 def _random(node: fx.Node, generator: torch.Generator) -> Any:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return hint(value) if isinstance(value, int | torch.SymInt) else value
     shape = [hint(s) for s in value.shape]
     if value.is_floating_point():
-        return (0.5 * torch.randn(shape, generator=generator)).to(value.dtype)
+        return (0.5 * torch.randn(shape, generator=generator)).to(_wide(value.dtype))
     return torch.ones(shape, dtype=value.dtype) if value.dtype == torch.bool else torch.zeros(shape, dtype=value.dtype)
 
 

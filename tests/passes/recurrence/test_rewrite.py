@@ -90,6 +90,15 @@ def test_what_is_no_such_recurrence_is_left_alone_with_a_reason(mix: Mix) -> Non
     assert len(regions) == mix.regions and (not mix.reason or any(mix.reason in said for said in reasons))
 
 
+def test_a_loop_in_sixteen_bits_is_recognised() -> None:
+    (mix,) = (m for m in GALLERY if m.name == "loop_by_token")
+    given = [x.bfloat16() for x in arguments()]
+    out, _, report = run(mix.fn, given)
+    assert [r.choice.rewrites for r in mixers(report)] == [True]
+    want = mix.fn(*(x.double() for x in given))
+    assert float((out - want).abs().max()) <= 2e-2 * float(want.abs().max())
+
+
 def test_a_plan_names_the_form_of_a_loop() -> None:
     (mix,) = (m for m in GALLERY if m.name == "loop_rows")
     _, _, report = run(mix.fn, arguments())
