@@ -43,8 +43,10 @@ class Step(RecurrentForm):
             return why
         if region.training:
             return "step has no backward, found a recurrence that trains; use chunked or scan."
-        if region.shape.L > STEPS or "L" in region.shape.symbols:
-            return f"step takes at most {STEPS} tokens, found {region.shape.text('L')}; use chunked or scan."
+        s = region.shape
+        assert isinstance(s, RecurrenceShape)
+        if s.L > STEPS or "L" in s.symbols:
+            return f"step takes at most {STEPS} tokens, found {s.text('L')}; use chunked or scan."
         return None
 
     def cost(self, region: Region, device: Device) -> Cost:
@@ -55,9 +57,11 @@ class Step(RecurrentForm):
         return Cost((Work("composed", 6.0 * elements, elements, moved, 6 * s.L),))
 
     def gpu_seconds(self, region: Region, gpu: Gpu) -> float:
+        assert isinstance(region.shape, RecurrenceShape)
         return token_seconds(token_work(region, region.shape.L), gpu)
 
     def gpu_estimate(self, region: Region, gpu: Gpu) -> Estimate:
+        assert isinstance(region.shape, RecurrenceShape)
         return token_estimate(token_work(region, region.shape.L), gpu)
 
     def run(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
@@ -76,5 +80,6 @@ class Step(RecurrentForm):
         if not isinstance(device, Gpu):
             return (self,)
         s = region.shape
+        assert isinstance(s, RecurrenceShape)
         wanted = next((n for n in (64, 32, 16, 8) if s.B * s.H * -(-s.V // n) >= 2 * device.sms), 8)
         return (Step(wanted, 4 if s.K * wanted >= 4096 else 1),)
