@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ class Chunked(RecurrentForm):
         """`gradients` by the kernels: on a GPU, or under Triton's interpreter."""
         kernels = gpu_recurrence_backward.kernels_of(given.value.device.type)
         plain = rule.normaliser == "none" and rule.gate != "exp"
-        run = gpu_recurrence_backward.backward if plain else normalised_backward
+        run: Any = gpu_recurrence_backward.backward if plain else normalised_backward
         inputs = given._asdict()
         inputs.pop("rates")
         grads = run(kernels, grad_out, grad_state, *inputs.values(), rule, self.kernels)
