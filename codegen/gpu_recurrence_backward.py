@@ -196,7 +196,7 @@ def _gathered(given: dict[str, Any], x: Operands, saved: Saved, rule: Recurrence
     value = given["p_dv"]
     if rule.delta:
         value, v = given["p_y"].float(), x.value.float()
-        if beta is not None:
+        if x.beta is not None:
             beta = beta + (value * v).sum(-1)
             value = value * x.beta.float()[..., None]
     if rule.decay == "head":
@@ -207,8 +207,8 @@ def _gathered(given: dict[str, Any], x: Operands, saved: Saved, rule: Recurrence
         _over_group(given["p_dk"], x.key, norms[1]),
         value.to(x.value.dtype),
         decay if decay is None or x.decay is None else decay.to(x.decay.dtype),
-        beta if beta is None else beta.to(x.beta.dtype),
-        bonus if bonus is None else bonus.sum((0, 2)).to(x.bonus.dtype),
+        beta if x.beta is None else beta.to(x.beta.dtype),
+        bonus if x.bonus is None else bonus.sum((0, 2)).to(x.bonus.dtype),
         None if x.initial is None else initial.sum_to_size(x.initial.shape).to(x.initial.dtype),
         None if x.a is None else _over_group(given["p_da"], x.a, None),
         None if x.b is None else _over_group(given["p_db"], x.b, None),

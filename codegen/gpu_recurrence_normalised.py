@@ -67,6 +67,7 @@ def normalised_backward(
         query=found.query.to(query.dtype), key=found.key.to(key.dtype), value=found.value[..., :V].to(value.dtype)
     )
     if initial is not None:
+        assert found.initial_state is not None
         missing = initial.shape[-1] - columns
         found = found._replace(initial_state=torch.nn.functional.pad(found.initial_state, (0, missing)))
     if not exponential:
@@ -108,6 +109,7 @@ def _through_maximum(
     """Gradients of decay, gate and initial state as they were given."""
     with torch.enable_grad():
         own = [t if t is None else t.detach().requires_grad_() for t in (decay, beta, initial)]
+        assert own[1] is not None
         results = held_down(own[0], own[1], own[2], segments, rule)
         learned = [t for t in own if t is not None]
         slopes = iter(torch.autograd.grad(results, learned, (found.decay, found.beta, of_maximum), allow_unused=True))

@@ -126,7 +126,7 @@ class _Scan(torch.autograd.Function):
         return out, last
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
         kernels, rule, knobs = ctx.bound
         *given, states = ctx.saved_tensors
         return None, None, None, *backward(kernels, Given(*given), states, grad_out, grad_state, rule, knobs)
