@@ -41,7 +41,7 @@ def linear_attention(
 
     With normalise, states are (B, H, F, V + 1): the last column is the sum of the keys.
     """
-    divided = {"normaliser": "sum", "eps": eps} if normalise else {}
+    divided: dict[str, Any] = {"normaliser": "sum", "eps": eps} if normalise else {}
     return mix(RecurrenceRule(scale=scale, chunk=64, **divided), query, key, value, initial_state=initial_state)
 
 
