@@ -165,7 +165,7 @@ def _run(gm: fx.GraphModule, inputs: Sequence[torch.Tensor], training: bool) -> 
     with torch.enable_grad() if training else torch.no_grad():
         outs = [x for x in pytree.tree_leaves(gm(*fresh)) if isinstance(x, torch.Tensor)]
     found: list[torch.Tensor | None] = [x.detach() for x in outs]
-    loss = 0.0
+    loss: float | torch.Tensor = 0.0
     for k, x in enumerate(outs):
         if training and x.requires_grad:
             weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(k)).to(x.device, x.dtype)

@@ -181,7 +181,8 @@ def _of_many(node: fx.Node, names: Index) -> Iterator[_End]:
 def _parallel(facts: GraphFacts, end: _End) -> Parallel | None:
     found: list[tuple[fx.Node, Pair, Pair, Expr]] = []
     if end.score is not None:
-        found.append((end.node, *end.score, end.names[end.row]))  # type: ignore[arg-type]
+        assert end.row is not None
+        found.append((end.node, *end.score, end.names[end.row]))
 
     def leaf(node: fx.Node, index: Index) -> Expr | None:
         candidate = any_product(node)

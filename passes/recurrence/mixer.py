@@ -139,7 +139,8 @@ class _Emission:
         kind = "channel" if m.key is not None and m.key in labels else "token"
         if not labels & {TIME, m.key, *self.first}:
             kind = "head"
-        order = {"head": self.heads, "token": [*m.batch, TIME], "channel": [*m.batch, TIME, m.key]}[kind]
+        channel = [m.key] if kind == "channel" and m.key is not None else []
+        order: list[str] = self.heads if kind == "head" else [*m.batch, TIME, *channel]
         known = {*order}
         if not labels <= known:
             raise Unliftable("the decay varies over the values", parts[0].node)
