@@ -157,7 +157,7 @@ def install() -> None:
     def hooked_skip(variable: Any, tx: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return sys.modules[__name__].enter_disabled(disabled, variable, tx, args, kwargs)
 
-    SkipFunctionVariable.call_function = hooked_skip  # type: ignore[method-assign]
+    SkipFunctionVariable.call_function = hooked_skip  # type: ignore[method-assign, assignment]
 
 
 def enter(entrance: Callable[..., Any], tx: Any, fn: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
