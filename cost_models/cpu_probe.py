@@ -70,8 +70,8 @@ def device_text(cpu: Cpu) -> str:
     lines = [
         "# Written by `attnc devices --measure`. Units: FLOP/s, scores/s, bytes/s, seconds, each of one thread.",
         "# bandwidth, matmul, exps, launch_s and dtype_speed were measured; the engines are those of attnc's cpu.toml",
-        "# in the ratio of matmul and of exps (scores/s of a softmax); launches and interval (of measured over predicted",
-        "# times) as they stand there.",
+        "# in the ratio of matmul and of exps (scores/s of a softmax); launches and interval (of measured over",
+        "# predicted times) as they stand there.",
         "",
         f"[{cpu.name}]",
         'kind = "cpu"',
