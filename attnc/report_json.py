@@ -12,6 +12,7 @@ from attnc.region import KINDS, Choice, Region
 SCHEMA_ID = "attnc.report/2"
 # Fields of a choice that reports of this schema were written without at first.
 LATER = ("error", "low_s", "high_s")
+LATER_FACTS = ("value_in_key", "weights")  # of an attention; what a report does not tell is the default
 _TEXTS = ("kind", "path", "node", "dtype", "device", "written")
 
 
@@ -33,7 +34,8 @@ def region_of(content: Mapping[str, object]) -> Region:
     choice, facts = given["choice"], given["facts"]
     rule, shape, region = KINDS[given["kind"]]
     names = {f.name for f in fields(region)} - {f.name for f in fields(Region)}
-    own: dict[str, Any] = {n: tuple(facts[n]) if isinstance(facts[n], list) else facts[n] for n in names if n != "value_in_key" or n in facts}
+    told = [name for name in names if name in facts or name not in LATER_FACTS]
+    own: dict[str, Any] = {n: tuple(facts[n]) if isinstance(facts[n], list) else facts[n] for n in told}
     parsed = rule.parse(given["rule"])
     return region(
         **{name: given[name] for name in _TEXTS if name != "kind"},
