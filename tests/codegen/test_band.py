@@ -88,7 +88,7 @@ def graphs_made() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("cap", [None, pytest.param(5.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_one_compile_serves_every_length(inner, cap):
     model = Windowed(cap=cap).double()

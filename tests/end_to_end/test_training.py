@@ -236,6 +236,7 @@ def test_double_backward_with_the_eager_inner_backend_is_refused_where_sdpa_has_
         first.square().sum().backward()
 
 
+@pytest.mark.slow
 def test_transformers_gradient_checkpointing_recomputes():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
