@@ -191,7 +191,7 @@ def device_named(name: str = "cpu", threads: int | None = None, *, file: str | P
     """The device called `name`: as in the table ("h100"), as sold ("H100 SXM"), as torch reports it, or by its file.
 
     threads: of a CPU, by default as many as torch uses now, or as there are where nothing has loaded torch.
-    file: where to look first.
+    file: more devices, beside those of the table.
     Raises: UsageError for an unknown device.
     """
     by_file = IN_FILE.fullmatch(name)
