@@ -4,8 +4,8 @@
     s_ijh = (U_h^T a_ih) . c_j + b_ih . r_j,  o_ih = V_h sum_j p_ijh c_j     (absorbed: one head of latents)
 
 Both are the same sums in another order. U and V are slices of the up-projection inside the graph, so an updated weight
-is never stale; which is cheaper is asked of FLOP and bytes (`pays`). A decode step over a cache of latents is absorbed,
-a prefill and a training step are not.
+is never stale; which is cheaper is asked of FLOP and bytes (`seconds_of`). A decode step over a cache of latents is
+absorbed, a prefill and a training step are not.
 
 Source: DeepSeek-AI 2024, "DeepSeek-V2", arXiv:2405.04434, section 2.1 and appendix C.
 """
@@ -61,12 +61,6 @@ def seconds_of(s: LatentShape, flops_per_s: float, elements_per_s: float) -> tup
     """Time of the absorbed and of the expanded order, each as long as the slower of its products and its traffic."""
     absorbed, expanded = (max(f / flops_per_s, m / elements_per_s) for f, m in (absorbed_work(s), expanded_work(s)))
     return absorbed, expanded
-
-
-def pays(s: LatentShape, flops_per_s: float, elements_per_s: float) -> bool:
-    """Whether the absorbed order is faster."""
-    absorbed, expanded = seconds_of(s, flops_per_s, elements_per_s)
-    return absorbed < expanded
 
 
 @dataclass(frozen=True)
@@ -197,9 +191,7 @@ def _expansion(facts: GraphFacts, match: Match, node: fx.Node, index: Index, wid
     return Expansion(source, (*index[:-1], _E), weight, stride, offset, width, biased)
 
 
-def pieces_of(
-    facts: GraphFacts, match: Match, operand: Operand, width: int
-) -> list[tuple[fx.Node, Index, int]] | None:
+def pieces_of(facts: GraphFacts, match: Match, operand: Operand, width: int) -> list[tuple[fx.Node, Index, int]] | None:
     """An operand's channels as (node, index, width), in order: joined by cat, or copied into fresh memory."""
     node, index, end = operand.source, operand.index, match.out
     ranges = named(match.batch, const(match.q_heads), *match.lengths, const(width))
