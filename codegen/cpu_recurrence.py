@@ -140,6 +140,8 @@ def _chunk(length: int, rule: RecurrenceRule, asked: int | None) -> int:
 
 def _segments(given: Given, rule: RecurrenceRule, chunk: int) -> Iterator[slice]:
     B, H, L, _ = given.value.shape
+    if B * H == 0:
+        return
     if _is_scan(given, rule):
         size = max(FEWEST, ELEMENTS // max(1, math.prod(_state_shape(given, rule))))
         chunk = 1

@@ -130,6 +130,15 @@ def test_output_is_laid_out_token_by_token() -> None:
     assert out.transpose(1, 2).is_contiguous()
 
 
+def test_an_empty_batch_has_empty_results_and_gradients() -> None:
+    case = next(c for c in CASES if c.name == "gated_delta_rule")
+    inputs = [x if x is None else x[:0].detach().requires_grad_() for x in case.inputs(5, torch.float32)]
+    out, state = apply(inputs, case.rule)
+    assert out.numel() == state.numel() == 0
+    scalar(out, state).backward()
+    assert inputs[2].grad.shape == inputs[2].shape
+
+
 def test_second_derivatives_are_an_error_not_zero() -> None:
     q, k, v = (torch.randn(1, 1, 3, 2).requires_grad_() for _ in range(3))
     out, _ = RECURRENCE(q, k, v, None, None, None, None, None, RecurrenceRule().spell())

@@ -137,7 +137,8 @@ def whole_axes(node: fx.Node, index: Index, extents: Mapping[str, Expr]) -> None
     for d, (e, size) in enumerate(zip(index, shape_of(node), strict=True)):
         used = extents.get(e.args[0]) if e.op == "var" else None
         if used is not None and used != size:
-            raise PartOfAxis(f"{spell(used)} elements of axis {d} are used, of which {node.name} has {spell(size)}", node)
+            counts = f"{spell(used)} elements of axis {d} are used, of which {node.name} has {spell(size)}"
+            raise PartOfAxis(counts, node)
 
 
 def times(*groups: Sequence[Term]) -> list[Term]:
