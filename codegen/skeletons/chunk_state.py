@@ -42,7 +42,7 @@ def read_state(S, p_x, p_sums, row, x_l, x_e, m_row, EARLIER: tl.constexpr, K: t
     """Rows times the state, but for decays by token; the rows as they were loaded."""
     TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     acc = tl.zeros([row.shape[0], S[0].shape[1]], tl.float32)
-    loaded = ()
+    loaded = ()  # type: tuple
     for t in tl.static_range(TILES):
         column = t * BLOCK_K + tl.arange(0, BLOCK_K)
         x = tile(p_x, row, x_l, column, x_e, m_row, K)
@@ -120,7 +120,7 @@ def chunk_state(
         before = tl.load(p_segments)
     if NORMED:
         p_norms += (b * (H // GROUP) + h // GROUP) * L
-    S, sums = (), ()
+    S, sums = (), ()  # type: tuple, tuple
     for t in tl.static_range(TILES):
         k_row = t * BLOCK_K + channel
         if INITIAL:
@@ -174,7 +174,7 @@ def chunk_state(
         source = x if SOLVE == DELTA else v.to(tl.float32)
         moved = source.to(MID) if DECAY == CHANNEL else (source * write[:, None]).to(MID)
 
-        new, new_sums = (), ()
+        new, new_sums = (), ()  # type: tuple, tuple
         for t in tl.static_range(TILES):
             column = t * BLOCK_K + channel
             k = keys[t] if SOLVE == DELTA else tile(p_kn, row, k_l, column, k_e, m_row, K)

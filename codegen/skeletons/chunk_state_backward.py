@@ -72,7 +72,7 @@ def chunk_state_backward(
         p_beta += b * beta_b + h * beta_h
     if PACKED:
         p_segments += b * L
-    dS = ()
+    dS = ()  # type: tuple
     for t in tl.static_range(TILES):
         k_row = t * BLOCK_K + channel
         dS = dS + (tile(p_grad + head * K * V, k_row, V, value, 1, k_row < K, V).to(tl.float32),)
@@ -127,7 +127,7 @@ def chunk_state_backward(
                 y = tl.dot(weights, dS[t].to(MID), y, input_precision=PRECISION)
             put(p_y + token * V, y, row, V, value, 1, m_row, V)
             y = y.to(MID)
-        new = ()
+        new = ()  # type: tuple
         for t in tl.static_range(TILES):
             column = t * BLOCK_K + channel
             old = dS[t] * total
