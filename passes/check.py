@@ -207,7 +207,7 @@ def _shorter(change: Change, nodes: Sequence[fx.Node]) -> dict[int, int] | str:
 
 
 def _placed(change: Change, smaller: Mapping[int, int]) -> dict[fx.Node, list[int]]:
-    """The sizes of the leaves where they follow from the place of the lengths; {} where they follow from their values."""
+    """The leaves' sizes where they follow from the place of the lengths; {} where from their values."""
     if not change.placed:
         return {}
     sizes = {leaf: [hint(n) for n in tensor_of(leaf).shape] for leaf in change.leaves}  # type: ignore[union-attr]
