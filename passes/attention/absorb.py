@@ -7,10 +7,12 @@ Source: DeepSeek-AI 2024, "DeepSeek-V2", arXiv:2405.04434, appendix C.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from itertools import accumulate
+from math import prod
+from operator import mul
 from typing import Any
 
 import torch
@@ -213,7 +215,7 @@ def expand(graph: fx.Graph, found: Absorbed) -> None:
         else:
             weights = match.products[1].left  # type: ignore[index]
             if "bh" in found.weights:
-                weights = emit(aten.unflatten.int, weights, found.weights.index("bh"), [batch, match.q_heads])
+                weights = emit(aten.unflatten.int, weights, found.weights.index("bh"), [-1, match.q_heads])
             order = "".join(found.weights)
             weights = emit(aten.permute.default, weights, [order.index(x) for x in "bhij"])
             out = emit(aten.matmul.default, weights, value)
@@ -252,13 +254,17 @@ def _per_head_of(emit: Emitter, matrix: Matrix) -> fx.Node:
 
 
 def _laid(emit: Emitter, node: fx.Node, have: str, axes: Axes, like: fx.Node) -> fx.Node:
-    """`node`, its axes `have`, laid out as `axes` in the shape of `like`."""
+    """`node`, its axes `have`, laid out as `axes` in the shape of `like`; lengths of the run are nodes of the graph."""
     order = "".join(axes)
     order = "".join(x for x in have if x not in order) + order  # what is not named has one element
     moved = emit(aten.permute.default, node, [have.index(x) for x in order])
-    shape, width = list(tensor_of(like).shape), tensor_of(node).shape[-1]  # type: ignore[union-attr]
-    if "e" in axes:
-        shape[axes.index("e")] = width
+    sizes = {x: emit.size(moved, dim) for dim, x in enumerate(order)}
+    written = tensor_of(like)
+    assert written is not None
+    shape = [
+        extent if isinstance(extent, int) and axis != "e" else emit.product([sizes[x] for x in axis])
+        for axis, extent in zip(axes, written.shape, strict=True)
+    ]
     return emit(aten.reshape.default, moved, shape)
 
 
@@ -313,3 +319,16 @@ class Emitter:
         plain = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         node.meta["val"] = target(*plain[0], **plain[1])
         return node
+
+    def size(self, node: fx.Node, dim: int) -> int | fx.Node:
+        """The size of an axis: a number, or the node of one that is known at run time."""
+        value = tensor_of(node)
+        assert value is not None
+        return value.shape[dim] if isinstance(value.shape[dim], int) else self(aten.sym_size.int, node, dim)
+
+    def product(self, sizes: Sequence[int | fx.Node]) -> int | fx.Node:
+        """The product of sizes, a number where all are."""
+        known, run = prod(x for x in sizes if isinstance(x, int)), [x for x in sizes if isinstance(x, fx.Node)]
+        if known != 1 or not run:
+            return reduce(partial(self, mul), run, known)
+        return reduce(partial(self, mul), run)

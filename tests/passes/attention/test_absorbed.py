@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 import attnc
 from attnc.passes.attention import absorb, folded
@@ -183,6 +184,20 @@ def test_a_prefill_written_absorbed_is_expanded(name: str, backward: bool) -> No
     (note,) = report.notes
     assert "keys and values of 4 heads made from its latents, not as written" in note and "predicted on cpu" in note
     assert not report.problems
+
+
+@pytest.mark.parametrize("name", ["einsum", "deepseek", "bmm"])
+def test_lengths_of_the_run_are_nodes_of_the_graph(name: str, monkeypatch) -> None:
+    graphs: list[fx.Graph] = []
+    change_order = absorb.change_order
+    monkeypatch.setattr(absorb, "change_order", lambda graph, found: (change_order(graph, found), graphs.append(graph)))
+    args = inputs()
+    for x in args:
+        torch._dynamo.mark_dynamic(x, 1)
+    report = compared(WRITTEN[name](), args)
+    assert report.notes and "not as written" in report.notes[0] and not report.problems
+    given = [x for graph in graphs for node in graph.nodes for x in tree_leaves((node.args, node.kwargs))]
+    assert graphs and not any(isinstance(x, torch.SymInt) for x in given)
 
 
 @pytest.mark.parametrize("name", ["bmm", "deepseek"])
