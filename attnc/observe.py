@@ -35,8 +35,8 @@ WHILE_TRACING = re.compile(r"got (\w+)\(['\"](.*?)['\"]\)\s*$", re.MULTILINE)
 Read = Callable[[fx.GraphModule, Sequence[Any], str], Callable[..., Any]]
 
 
-def as_written(model: Any) -> Callable[..., Any]:
-    """The model under torch.compile's wrappers."""
+def as_written(model: Any, verb: str = "explain") -> Callable[..., Any]:
+    """The model under torch.compile's wrappers. verb: what is asked of it, as errors put it. Raises: UsageError."""
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
@@ -47,8 +47,8 @@ def as_written(model: Any) -> Callable[..., Any]:
     if not callable(model) or isinstance(model, type):
         found = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__} {model!r:.80}"
         raise UsageError(
-            f"explain a model: found {found}, allowed are an nn.Module, a function or a torch.export.ExportedProgram. "
-            "Pass the model and then its inputs: attnc.explain(model, *inputs)."
+            f"{verb} a model: found {found}, allowed are an nn.Module, a function or a torch.export.ExportedProgram. "
+            f"Pass the model and then its inputs: attnc.{verb}(model, *inputs)."
         )
     return model
 
@@ -99,7 +99,8 @@ class Reader:
 def observed(model: Callable[..., Any], read: Read) -> Iterator[Callable[..., Any]]:
     """A function `run(args, kwargs, asked)` that calls `model` with every graph of it compiled by `read`.
 
-    Graphs are compiled once for each shape, their lengths static. asked: what the run is for, as errors put it.
+    Graphs are compiled once for each shape, their lengths static. asked: what the run is for, as errors put it,
+    a verb first: "explain Model on the given inputs".
     """
     reader = Reader(model, read)
     # Since torch 2.13 a compile can have cache entries of its own, which count towards nobody's limit.
@@ -151,14 +152,15 @@ def _entry(model: Callable[..., Any]) -> Callable[..., Any]:
 
 def _error_of_run(name: str, asked: str, exc: Exception) -> Exception:
     """The caller's mistake as a UsageError, Dynamo's own trouble as a CaptureError."""
+    verb = asked.partition(" ")[0]
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     raised = [type(exc).__name__, lines[0] if lines else "(no message)"]
     inside = WHILE_TRACING.search(str(exc)) if isinstance(exc, TorchRuntimeError) else None
     said = ": ".join(inside.groups() if inside else raised).rstrip(".")
     if isinstance(exc, TorchDynamoException) and not isinstance(exc, TorchRuntimeError):
         return CaptureError(
-            f"explain {name}: Dynamo cannot read it and raises {said}. Keep the part it names out of the graph with "
-            "torch.compiler.disable, or explain the parts of the model that compile."
+            f"{verb} {name}: Dynamo cannot read it and raises {said}. Keep the part it names out of the graph with "
+            f"torch.compiler.disable, or {verb} the parts of the model that compile."
         )
     return UsageError(
         f"{asked}: found that running it raises {said}; allowed are inputs it runs on. "

@@ -98,8 +98,9 @@ def autotune(
               is exact. The compiled model takes them where its own `allow` names them too.
     max_error: the norm of an error over that of the output, above 0 and at most 1; see `attnc.budget`.
     data:     inputs of the model, each a tensor, a tuple of arguments or a dict of keywords; they should have the
-              lengths and the contents of use. None: `args` and `kwargs`.
-    Raises: UsageError as `explain` does, for a wrong budget, and for data that the model does not run on.
+              lengths and the contents of use. None: `args` and `kwargs`. The model is run on them only where some
+              region has an approximation to measure.
+    Raises: UsageError as `explain` does, for a wrong budget, and for data that the model fails on.
     """
     chosen = _with_allowed(replace(_options(options), device=device), allow)
     limit, batches = checked_limit(max_error), [(args, kwargs)] if data is None else batches_of(data)
@@ -108,7 +109,7 @@ def autotune(
     elif data is not None:
         raise UsageError("autotune data: found no approximation in allow to measure on it. Name one, or leave it out.")
     exact = replace(chosen, allow=())
-    graphs = [(place, report.regions) for place, report in _graphs(model, args, kwargs, exact)]
+    graphs = [(place, report.regions) for place, report in _graphs(model, args, kwargs, exact, "autotune")]
     if trials != 0:
         problems = problems_in([region for _, regions in graphs for region in regions], [device], chosen.store)
         how, folder = fidelity or dearest([device]), Path(chosen.store) / "studies"
@@ -175,12 +176,14 @@ def _options(options: Options | Mapping[str, object] | None) -> Options:
     return options if isinstance(options, Options) else Options.from_torch(options)
 
 
-def _graphs(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options) -> list[tuple[str, Report]]:
-    """What is in each graph of the model, with the place of the graph in it."""
+def _graphs(
+    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options, verb: str = "explain"
+) -> list[tuple[str, Report]]:
+    """What is in each graph of the model, with the place of the graph in it. verb: what is asked, for errors."""
     if isinstance(model, torch.export.ExportedProgram):
         inputs = [node.meta.get("val") for node in model.graph_module.graph.nodes if node.op == "placeholder"]
         return [("", _read(model.graph_module, inputs, options))]
-    model = as_written(model)
+    model = as_written(model, verb)
     reports: list[tuple[str, Report]] = []
 
     def read(gm: fx.GraphModule, example_inputs: Sequence[Any], place: str) -> Callable[..., Any]:
@@ -188,7 +191,7 @@ def _graphs(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options:
         return gm.forward
 
     with observed(model, read) as run:
-        run(args, kwargs, f"explain {name_of(model)} on the given inputs")
+        run(args, kwargs, f"{verb} {name_of(model)} on the given inputs")
     return reports
 
 

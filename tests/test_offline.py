@@ -117,8 +117,11 @@ def test_keywords_reach_the_model():
     assert region.rule.scale == 0.5
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, lambda m: torch.compile(torch.compile(m)), lambda m: m],
-                         ids=["compiled", "compiled twice", "as it is"])
+@pytest.mark.parametrize(
+    "wrap",
+    [torch.compile, lambda m: torch.compile(torch.compile(m)), lambda m: m],
+    ids=["compiled", "compiled twice", "as it is"],
+)
 def test_a_compiled_model_is_explained_like_the_model(wrap):
     assert paths(explain(wrap(Model()), inputs())) == ["layers.0", "layers.1"]
     assert len(explain(wrap(attention), inputs()).regions) == 1
@@ -269,3 +272,10 @@ def test_trouble_in_reading_is_raised_as_it_is(monkeypatch):
     monkeypatch.setattr("attnc.offline.analyse", broken)
     with pytest.raises(AttncError, match=r"^cannot read it$"):
         explain(Model(), inputs())
+
+
+def test_errors_of_autotune_name_autotune() -> None:
+    for model, x in ((3, ()), (Model(), (torch.zeros(1),))):
+        with pytest.raises(UsageError, match=r"^autotune ") as raised:
+            attnc.autotune(model, *x, device="cpu", trials=0)
+        assert "explain" not in str(raised.value)
