@@ -75,6 +75,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the folder of an open file is read in /proc")
 @pytest.mark.parametrize("name", WRITERS)
 def test_whatever_is_kept_is_synced_and_a_full_disk_leaves_nothing_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -96,3 +97,14 @@ def test_whatever_is_kept_is_synced_and_a_full_disk_leaves_nothing_of_it(
     WRITERS[name](tmp_path / "full")
     assert written[1] == tmp_path / "full"
     assert [p.name for p in (tmp_path / "full").iterdir() if p.suffix != ".lock"] == []
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_writer_removes_what_killed_ones_left_and_nothing_else(tmp_path: Path, name: str) -> None:
+    kept = {".attnc-live.tmp", ".other.tmp"}
+    for file in (*kept, ".attnc-killed.tmp"):
+        (tmp_path / file).write_text("")
+        os.utime(tmp_path / file, None if "live" in file else (0, 0))
+    WRITERS[name](tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert kept < left and ".attnc-killed.tmp" not in left
