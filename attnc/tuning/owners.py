@@ -8,6 +8,7 @@ judged: their locks may not be seen here.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ try:
 except ImportError:  # not a Unix: nobody is known to be dead
     fcntl = None  # type: ignore[assignment]
 
+BOOT = Path("/proc/sys/kernel/random/boot_id")  # of this run of this machine: host names are not unique
 NAME = re.compile(r"([\w.]{1,64})-(\d{1,10}-[0-9a-f]{16})")
 
 
@@ -40,18 +42,26 @@ def journal_files() -> Iterator[None]:
         raise JournalLost(*exc.args) from exc
 
 
+def _host() -> str:
+    """This machine since it was started: its name and, where the system has one, the id of the start."""
+    name = re.sub(r"[^\w.]", "_", platform.node())[:40] or "_"
+    with contextlib.suppress(OSError):
+        return f"{name}.{re.sub(r'[^0-9a-f]', '', BOOT.read_text())[:16]}"
+    return name
+
+
 class Owners:
     """The processes that try trials of `journal`; this one lives from `__enter__` to `__exit__` or its death."""
 
     def __init__(self, journal: Path) -> None:
         self.journal = journal
-        self.host = re.sub(r"[^\w.]", "_", platform.node())[:64] or "_"
+        self.host = _host()
         self.name = f"{self.host}-{os.getpid()}-{secrets.token_hex(8)}"
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Owners:
         with self.settled(), journal_files():
-            for file in self.journal.parent.glob(f"{self.journal.stem}.owner-*"):
+            for file in self.journal.parent.glob(f"{glob.escape(self.journal.stem)}.owner-*"):
                 self._is_held(file)  # removes what a killed process left
             own = self._file(self.name)
             self._held.enter_context(locked(own))

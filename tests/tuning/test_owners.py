@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 
+from attnc.tuning import owners
 from attnc.tuning.owners import Owners
 from tests.tuning.landscapes import Landscape
 from tests.tuning.test_search import SMALL, search
+
+LIMIT_S = 300.0  # a search that hangs is killed, and fails its test
 
 OWNER = """
 from pathlib import Path
@@ -32,18 +37,33 @@ class Process:
     def __init__(self, journal: Path, trials: int) -> None:
         command = [sys.executable, "-c", OWNER, str(journal), str(trials)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        self.process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL, **pipes)
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # for as long as the process
+        pipes["stderr"] = self.errors
+        self.process = subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes)
+        self.watchdog = threading.Timer(LIMIT_S, self.process.kill)
+        self.watchdog.daemon = True
+        self.watchdog.start()
+
+    def said(self) -> str:
+        """What it wrote to its standard error."""
+        self.errors.seek(0)
+        return self.errors.read()
 
     def compiling(self) -> str:
-        """The setting that it compiles now; "" where it has ended."""
-        return self.process.stdout.readline().strip()
+        """The setting that it compiles now."""
+        line = self.process.stdout.readline().strip()
+        assert line, f"it ended: {self.said()}"
+        return line
 
     def go_on(self) -> None:
         self.process.stdin.write("\n")
 
     def rest(self) -> list[str]:
         self.process.stdin.write("\n" * 100)
-        return [line.strip() for line in self.process.stdout] if self.process.wait(60) == 0 else []
+        told = [line.strip() for line in self.process.stdout]
+        assert self.process.wait(LIMIT_S) == 0, self.said()
+        self.watchdog.cancel()
+        return told
 
 
 def test_a_trial_is_taken_over_when_its_process_is_killed_and_not_before(tmp_path: Path) -> None:
@@ -77,6 +97,29 @@ def test_of_many_processes_that_start_at_once_one_takes_over_what_a_killed_one_l
     assert first.count(left) == 1 and len(set(first)) == 3
     compiled = [*first, *(setting for process in started for setting in process.rest())]
     assert len(compiled) == len(set(compiled)) == 12
+
+
+def test_a_name_is_of_one_start_of_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boot = tmp_path / "boot"
+    monkeypatch.setattr(owners, "BOOT", boot)
+    names = []
+    for content in ("0123abcd-4567-89ab-cdef-0123456789ab\n", "1123abcd-4567-89ab-cdef-0123456789ab\n", None):
+        boot.unlink(missing_ok=True)
+        if content is not None:
+            boot.write_text(content)
+        names.append(Owners(tmp_path / "a.journal"))
+    assert len({owner.host for owner in names}) == 3
+    assert all(owners.NAME.fullmatch(owner.name)[1] == owner.host for owner in names)
+
+
+def test_what_dead_owners_of_a_journal_left_is_removed_whatever_its_name(tmp_path: Path) -> None:
+    journal = tmp_path / "a[1]*.journal"
+    left = journal.with_name(f"{journal.stem}.owner-x-1-{'0' * 16}")
+    other = journal.with_name(f"a1b.owner-x-1-{'0' * 16}")
+    for file in (left, other):
+        file.touch()
+    with Owners(journal):
+        assert not left.exists() and other.exists()
 
 
 def test_owners_on_other_machines_are_not_judged(tmp_path: Path) -> None:
