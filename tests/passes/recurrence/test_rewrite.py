@@ -90,6 +90,20 @@ def test_what_is_no_such_recurrence_is_left_alone_with_a_reason(mix: Mix) -> Non
     assert len(regions) == mix.regions and (not mix.reason or any(mix.reason in said for said in reasons))
 
 
+@pytest.mark.parametrize("draw", [torch.rand_like, lambda x: torch.rand(x.shape[-1])], ids=["alike", "alone"])
+def test_random_numbers_are_drawn_step_by_step_as_written(draw) -> None:
+    def mix(q, k, v, g, b):
+        state, out = 0.0 * k[:, :, 0, :, None] * v[:, :, 0, None, :], []
+        for t in range(q.shape[2]):
+            state = state + k[:, :, t, :, None] * v[:, :, t, None, :]
+            out.append((q[:, :, t, :, None] * state).sum(-2) * draw(v[:, :, t]))
+        return torch.stack(out, 2)
+
+    _, _, report = run(mix, arguments(), check=False)
+    (region,) = mixers(report)
+    assert "draws random numbers" in region.choice.reason
+
+
 def test_a_loop_in_sixteen_bits_is_recognised() -> None:
     (mix,) = (m for m in GALLERY if m.name == "loop_by_token")
     given = [x.bfloat16() for x in arguments()]
