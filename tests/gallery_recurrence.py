@@ -330,6 +330,21 @@ def fewer_queries(q, k, v, g, b):
     return (q[:, :, :5] @ k.mT).tril() @ v
 
 
+def normalised_weights(q, k, v, g, b):
+    weights = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def weights_returned(q, k, v, g, b):
+    weights = (q @ k.mT).tril()
+    return (weights @ v).sum() + weights.square().sum()
+
+
+def sums_returned(q, k, v, g, b):
+    total = outer(k, v).cumsum(2)
+    return (q.unsqueeze(-1) * total).sum(-2).sum() + total[:, :, -1].square().sum()
+
+
 NONE, TOKEN, HEAD, CHANNEL = ({"decay": x, "delta": False} for x in ("none", "token", "head", "channel"))
 PRODUCTS = (
     Mix(plain, {**NONE, "written": "products", "B": B, "H": H, "L": L, "K": K, "V": V}),
@@ -343,6 +358,7 @@ PRODUCTS = (
     Mix(state_space_dual, TOKEN),
     Mix(grouped_heads, NONE),
     Mix(normalised, NONE),
+    Mix(normalised_weights, NONE),
     Mix(gated_writes, {**NONE, "gate": "write"}),
 )
 SUMS = (
@@ -379,6 +395,8 @@ LEFT = (
     Mix(some_keys, reason="2 elements of axis 2 are used"),
     Mix(some_values, reason="2 elements of axis 3 are used"),
     Mix(some_sums, regions=0, reason="6 elements of axis 2 are used"),
+    Mix(weights_returned, reason="is read elsewhere too"),
+    Mix(sums_returned, regions=0, reason="is read elsewhere too"),
     Mix(fewer_queries, reason="5 tokens read"),
 )
 GALLERY = (*PRODUCTS, *SUMS, *LOOPS, *SCANS)

@@ -16,7 +16,7 @@ from attnc.expr import ONE, ZERO, Expr, var
 from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, op_name, shape_of, tensor_of
 from attnc.passes.recurrence.emit import Draft
 from attnc.passes.recurrence.mixer import TIME, Emitted, arranged, emit
-from attnc.passes.recurrence.rewriting import Rewriting, finished, misplaced
+from attnc.passes.recurrence.rewriting import Rewriting, finished, kept, misplaced
 from attnc.passes.recurrence.roles import Read, Update, mixer_of, read_of
 from attnc.passes.recurrence.terms import Factor, PartOfAxis, Term, Terms
 from attnc.passes.views import Ranges, through
@@ -41,10 +41,12 @@ def cumulatives(
         value = tensor_of(total)
         if value is None or not value.is_floating_point() or value.dim() < 3:
             continue
-        for read in _reads(total):
-            found = _attempt(facts, total, read)
+        attempts = [(read, _attempt(facts, total, read)) for read in _reads(total)]
+        drawn = [read for read, found in attempts if isinstance(found, Rewriting)]
+        left = kept({total}.union(*(_between(total, read) for read in drawn)), drawn)
+        for read, found in attempts:
             if found is not None:
-                yield total, read, found
+                yield total, read, left if left is not None and isinstance(found, Rewriting) else found
 
 
 def _reads(total: fx.Node) -> list[fx.Node]:
@@ -155,7 +157,8 @@ def _cumulative(facts: GraphFacts, total: fx.Node, node: fx.Node) -> Rewriting |
     assert value is not None
     out = draft.cast(arranged(draft, made.out, made.labels, wanted), value.dtype)
     rewriting = finished(draft, [(node, out)], made.rule, made.shape)
-    return misplaced(facts, rewriting) or rewriting
+    wrong = misplaced(facts, rewriting)
+    return rewriting if wrong is None else wrong
 
 
 def _at_time(read: Read, time: Expr, dim: int) -> Read:

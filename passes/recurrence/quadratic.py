@@ -20,7 +20,7 @@ from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, hint, op_name, s
 from attnc.passes.recurrence.decay import Pair, Parallel, parallels
 from attnc.passes.recurrence.emit import Draft
 from attnc.passes.recurrence.mixer import TIME, Emitted, Mixer, arranged, emit
-from attnc.passes.recurrence.rewriting import Again, Rewriting, finished, misplaced
+from attnc.passes.recurrence.rewriting import Again, Rewriting, finished, kept, misplaced
 from attnc.passes.recurrence.terms import Factor, Term, whole_axes
 from attnc.passes.recurrence.weighted import TOTALS
 from attnc.passes.recurrence.weights import Weight, parsed
@@ -35,7 +35,10 @@ def quadratic(facts: GraphFacts, products: Sequence[Parallel]) -> Rewriting | No
     """The replacement of the causal products of one mixer; why there is none."""
     draft = Draft()
     try:
-        made = [(p.node, *_drawn(facts, draft, p)) for p in products]
+        made = []
+        for p in products:
+            made.append((p.node, *_drawn(facts, draft, p)))
+            draft.leaves[p.node] = made[-1][1]  # a product that divides by another reads what takes its place
     except Unliftable as exc:
         return exc.no_match
     except (RuntimeError, TypeError, ValueError, IndexError) as exc:
@@ -44,7 +47,21 @@ def quadratic(facts: GraphFacts, products: Sequence[Parallel]) -> Rewriting | No
     main = max((e for _, _, e in made), key=lambda e: (e.shape.V, e.shape.K))
     found = finished(draft, [(node, new) for node, new, _ in made], main.rule, main.shape)
     found.again = _again(products, found)
-    return misplaced(facts, found) or found
+    for wrong in (misplaced(facts, found), kept(_weights(products, found), found.outs)):
+        if wrong is not None:
+            return wrong
+    return found
+
+
+def _weights(products: Sequence[Parallel], found: Rewriting) -> list[fx.Node]:
+    """What is computed from both queries and keys on the way to the results."""
+    sides: list[set[fx.Node]] = []
+    for side in ({p.query.node for p in products}, {p.key.node for p in products}):
+        for node in found.written():
+            if side.intersection(node.all_input_nodes):
+                side.add(node)
+        sides.append(side)
+    return [node for node in found.written() if all(node in side for side in sides)]
 
 
 def _again(products: Sequence[Parallel], found: Rewriting) -> Again:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
+import torch
 from torch import fx
 
 from attnc.op_recurrence import RECURRENCE
@@ -135,6 +136,16 @@ def finished(
     leaves = [by_place[mine] for mine in draft.graph.find_nodes(op="placeholder")]
     outs = [out for out, _ in results]
     return Rewriting(leaves, outs, draft.graph, rule, shape, steps)
+
+
+def kept(inside: Collection[fx.Node], outs: Collection[fx.Node]) -> NoMatch | None:
+    """Why a replacement of `outs` is work on top: what it is to spare, `inside`, has other readers."""
+    for node in inside:
+        for user in node.users if node not in outs else ():
+            if user not in inside and not isinstance(user.meta.get("val"), int | torch.SymInt):
+                what = f"{node.name} is read elsewhere too"
+                return NoMatch(f"{what}, so that it stays and an operator is work on top", node)
+    return None
 
 
 def misplaced(facts: GraphFacts, found: Rewriting) -> NoMatch | None:

@@ -89,7 +89,8 @@ def _scan(facts: GraphFacts, node: fx.Node) -> Rewriting | NoMatch:
         return NoMatch("nothing of what it carries is read", node)
     main = max(rolling.emitted, key=lambda e: (e.shape.K * e.shape.V, e.shape.V))
     found = finished(draft, pairs, main.rule, main.shape, main.shape.L)
-    return misplaced(facts, found) or found
+    wrong = misplaced(facts, found)
+    return found if wrong is None else wrong
 
 
 def _origin(node: fx.Node, place: dict[fx.Node, int]) -> fx.Node:
