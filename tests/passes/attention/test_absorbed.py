@@ -186,7 +186,7 @@ def test_a_prefill_written_absorbed_is_expanded(name: str, backward: bool) -> No
     assert not report.problems
 
 
-@pytest.mark.parametrize("name", ["einsum", "deepseek", "bmm"])
+@pytest.mark.parametrize("name", ["einsum", "deepseek"])
 def test_lengths_of_the_run_are_nodes_of_the_graph(name: str, monkeypatch) -> None:
     graphs: list[fx.Graph] = []
     change_order = absorb.change_order
@@ -194,7 +194,13 @@ def test_lengths_of_the_run_are_nodes_of_the_graph(name: str, monkeypatch) -> No
     args = inputs()
     for x in args:
         torch._dynamo.mark_dynamic(x, 1)
-    report = compared(WRITTEN[name](), args)
+    model = WRITTEN[name]()
+    with torch.no_grad():
+        want = model(*args)
+        compiled = attnc_compiled(model)
+        assert (compiled(*args) - want).abs().max() < 1e-5
+    report = attnc.last_report(compiled)
+    assert "L" in attention(report)[0].shape.symbols
     assert report.notes and "not as written" in report.notes[0] and not report.problems
     given = [x for graph in graphs for node in graph.nodes for x in tree_leaves((node.args, node.kwargs))]
     assert graphs and not any(isinstance(x, torch.SymInt) for x in given)
