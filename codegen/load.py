@@ -62,8 +62,7 @@ def kernel_folder(store: str | Path) -> Path:
 
 @lru_cache(maxsize=4096)
 def load(text: str, folder: str | Path) -> ModuleType:
-    """The module that `text` is, kept in `folder`, or in a folder of this process where that cannot be written or a group
-    may replace it.
+    """The module that `text` is, kept in `folder`, or in a folder of this process where that will not do.
 
     Raises: LoweringError for a folder that others may write, a file that is not what its name says, or text that does
             not run; UsageError without Triton.
