@@ -322,8 +322,7 @@ def some_values(q, k, v, g, b):
 
 
 def some_sums(q, k, v, g, b):
-    total = outer(k, v).cumsum(2)[:, :, :6]
-    return (q[:, :, :6, :, None] * total).sum(-2)
+    return (q[:, :, :6, :, None] * outer(k, v).cumsum(2)[:, :, :6]).sum(-2)
 
 
 def fewer_queries(q, k, v, g, b):
@@ -336,8 +335,7 @@ def normalised_weights(q, k, v, g, b):
 
 
 def weights_returned(q, k, v, g, b):
-    weights = (q @ k.mT).tril()
-    return (weights @ v).sum() + weights.square().sum()
+    return ((weights := (q @ k.mT).tril()) @ v).sum() + weights.square().sum()
 
 
 def sums_returned(q, k, v, g, b):

@@ -155,7 +155,7 @@ class Stacker:
     def _operator(self, nodes: Sequence[fx.Node]) -> Stacked:
         node = nodes[-1]
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
-            raise Unliftable(f"a step draws random numbers ({op_name(node)}), which one draw for all steps would not repeat", node)
+            raise Unliftable(f"a step draws random numbers ({op_name(node)}), which no draw for all repeats", node)
         arguments = [self._argument(nodes, [n.args[k] for n in nodes]) for k in range(len(node.args))]
         kwargs = {name: self._argument(nodes, [n.kwargs[name] for n in nodes]) for name in node.kwargs}
         flat = [x for x in _leaves((arguments, kwargs)) if isinstance(x, Stacked)]
