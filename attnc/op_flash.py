@@ -27,11 +27,13 @@ from torch import Tensor
 from torch.library import triton_op
 
 from attnc.codegen import gpu_flash
+from attnc.codegen.float8 import FLOAT8, name_of
 from attnc.codegen.gpu_flash import FlashKnobs
 from attnc.codegen.launch import slots_of
 from attnc.codegen.load import kernel_folder, load
 from attnc.codegen.render import rule_text
 from attnc.codegen.triton_text import Slot
+from attnc.errors import UsageError
 from attnc.forms import parse_generated
 from attnc.forms.flash import Flash
 from attnc.forms.generated import store_in
@@ -135,8 +137,18 @@ def flash_backward(
     return _launch_backward(*given)
 
 
+def _check_learns(*operands: Tensor) -> None:
+    narrow = sorted({name_of(t.dtype) for t in operands if t.dtype in FLOAT8})
+    if narrow:
+        raise UsageError(
+            f"differentiate flash: found operands of {', '.join(narrow)}, allowed are float32, float16 and bfloat16: 8 "
+            "bits hold no gradient. Widen them before the attention, or run it under torch.no_grad()."
+        )
+
+
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, captured, ctx.sizes, ctx.spelling = inputs
+    _check_learns(query, key, value)
     ctx.save_for_backward(query, key, value, *output, *captured)
     ctx.mark_non_differentiable(output[1])
 

@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 import torch
 
 from attnc.codegen.compile_stats import Job
-from attnc.codegen.flash_jobs import TRITON_TYPES
+from attnc.codegen.flash_jobs import TRITON_TYPES, operand_types
+from attnc.codegen.float8 import multiplies
 from attnc.codegen.gpu_decode import KERNELS, DecodeKnobs, combine_constants, constants_of
-from attnc.codegen.gpu_flash import FLOAT8
 from attnc.codegen.render import rule_text
 from attnc.codegen.triton_text import CAPTURED_NAME, Slot
 from attnc.rule_attention import AttentionRule
@@ -28,24 +28,24 @@ def decode_jobs(
     knobs: DecodeKnobs,
     target: str,
     *,
-    cache_dtype: torch.dtype | None = None,
+    held: tuple[torch.dtype, torch.dtype] | None = None,
     value_in_key: bool = False,
     ones: Collection[str] = ("L",),
 ) -> list[Job]:
-    """The jobs of KERNELS for queries of `dtype` and keys and values of `cache_dtype`, each width contiguous.
+    """The jobs of KERNELS for queries of `dtype` and keys and values of the types `held`, each width contiguous.
 
     group: query heads per key head. target: "cuda:90". ones: which of COUNTS are 1, which Triton makes constants.
     Raises: LoweringError for a rule that kernels do not compute.
     """
-    cache = cache_dtype or dtype
     text = rule_text("flash_decode", rule, tuple(captured), target, KERNELS)
     functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
-    types = {"p_q": dtype, "p_k": cache, "p_v": cache, "p_out": torch.bfloat16 if dtype in FLOAT8 else dtype}
+    types = operand_types(dtype, held)
+    dot8 = multiplies(types["p_q"], types["p_k"])
     jobs = []
     for kernel, constants, warps, stages in (
         (
             "flash_decode",
-            constants_of(rule, cache, group, E, Ev, knobs, value_in_key=value_in_key),
+            constants_of(rule, group, E, Ev, knobs, value_in_key=value_in_key, dot8=dot8),
             knobs.warps,
             knobs.stages,
         ),

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from attnc.codegen.compile_stats import Job
-from attnc.codegen.gpu_flash import FLOAT8, FlashKnobs, Launch, constants_of
+from attnc.codegen.float8 import multiplies, wide_type
+from attnc.codegen.gpu_flash import FlashKnobs, Launch, constants_of
 from attnc.codegen.render import rule_text
 from attnc.codegen.triton_text import CAPTURED_NAME, Slot
 from attnc.errors import LoweringError
@@ -45,18 +46,24 @@ def flash_job(
     Ev: int,
     knobs: FlashKnobs,
     target: str,
+    *,
+    held: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> Job:
-    """The job of one of KERNELS for inputs of `dtype` whose strides and lengths are multiples of 16.
+    """The job of one of KERNELS for queries of `dtype`, strides and lengths being multiples of 16.
 
-    group: query heads per key head. target: "cuda:90". Raises: LoweringError for a rule that kernels do not compute.
+    group: query heads per key head. target: "cuda:90". held: types of key and value, where they are not `dtype`.
+    Raises: LoweringError for a rule that kernels do not compute.
     """
     launch = launch_of(kernel, knobs)
     text = rule_text("flash", rule, tuple(captured), target, (kernel,))
     functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
-    constants = constants_of(rule, dtype, group, E, Ev, knobs, launch)
+    types = operand_types(dtype, held)
+    names = [arg.arg for arg in functions[kernel].args.args]
+    every = constants_of(rule, group, E, Ev, knobs, launch, dot8=multiplies(types["p_q"], types["p_k"]))
+    constants = {name: value for name, value in every.items() if name in names}
     signature: dict[str, str] = {}
-    for name in (arg.arg for arg in functions[kernel].args.args if arg.arg not in constants):
-        kind = _type_of(name, dtype, captured)
+    for name in (name for name in names if name not in every):
+        kind = _type_of(name, types, captured)
         if name.endswith("_e") or (name in ("p_list", "p_counts") and knobs.skip != "table"):
             constants[name] = 1 if name.endswith("_e") else None
         elif kind == "1":
@@ -73,14 +80,20 @@ def launch_of(kernel: str, knobs: FlashKnobs) -> Launch:
     return dict(zip(KERNELS, (knobs.forward, knobs.dq, knobs.dkv), strict=True))[kernel]
 
 
-def _type_of(name: str, dtype: torch.dtype, captured: Sequence[Slot]) -> Any:
+def operand_types(dtype: torch.dtype, held: tuple[torch.dtype, torch.dtype] | None = None) -> dict[str, torch.dtype]:
+    """The types of tensors by parameter, for queries of `dtype`; held: of key and value, by default the same."""
+    key, value = held or (dtype, dtype)
+    wide = wide_type(dtype)
+    outs = {"p_out": wide, "p_do": wide, "p_dq": dtype, "p_dk": key, "p_dv": value}
+    return {"p_q": dtype, "p_k": key, "p_v": value, **outs}
+
+
+def _type_of(name: str, types: dict[str, torch.dtype], captured: Sequence[Slot]) -> Any:
     """The Triton type of a parameter; "1" for the stride of the last dimension, which is the constant 1."""
     if name in FIXED:
         return FIXED[name]
-    if name in ("p_out", "p_do") and dtype in FLOAT8:
-        return "*bf16"
     if name.startswith("p_"):
-        return f"*{TRITON_TYPES[dtype]}"
+        return f"*{TRITON_TYPES[types[name]]}"
     if name[0] == "g" and name[1:].isdecimal():
         return "*fp32"
     if CAPTURED_NAME.fullmatch(name) is None:

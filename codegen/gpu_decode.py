@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnc.codegen.gpu_flash import FLOAT8, empty_out, widths
+from attnc.codegen.float8 import multiplies
+from attnc.codegen.gpu_flash import check_types, empty_out, widths
 from attnc.codegen.holes import plain_scale
 from attnc.codegen.launch import launch, strides
 from attnc.codegen.tiles import blocks
@@ -31,7 +32,7 @@ class DecodeKnobs:
     """Schedule of the two kernels.
 
     block_m: rows of all query heads of a key head in one tile. splits: parts of the keys.
-    precision: of float32 products, "ieee" or "tf32". dot8: multiply queries and keys of 8 bits as they are.
+    precision: of float32 products, "ieee" or "tf32". dot8: as of `FlashKnobs`.
     """
 
     block_m: int = 16
@@ -74,7 +75,9 @@ def decode(
     Raises: UsageError for a value that cannot be taken from the key's tile.
     """
     B, Hq, L, E = query.shape
-    H, S, Ev, least = key.shape[1], key.shape[2], int(value.shape[3]), 32 if key.dtype in FLOAT8 else 16
+    H, S, Ev, dot8 = key.shape[1], key.shape[2], int(value.shape[3]), multiplies(query.dtype, key.dtype)
+    least = least_width(knobs, dot8)
+    check_types(query, key, value)
     if value_in_key and not shares_latent(int(E), Ev, least):
         raise UsageError(
             f"decode with the value inside the key: found widths {E} and {Ev}, allowed are values of the key's "
@@ -88,7 +91,7 @@ def decode(
         "p_q": query, "p_k": key, "p_v": key if value_in_key else value, "p_parts": parts, "p_lse": part_lse,
         **strides("q", query), **strides("k", key), **strides("v", value),
         "B": B, "H": H, "L": L, "S": S, "SPLITS": knobs.splits,
-        **constants_of(rule, key.dtype, group, int(E), Ev, knobs, value_in_key=value_in_key),
+        **constants_of(rule, group, int(E), Ev, knobs, value_in_key=value_in_key, dot8=dot8),
     }  # fmt: skip
     programs = blocks(group * L, knobs.block_m) * knobs.splits * B * H
     launch(kernels.flash_decode, programs, given, captured, sizes, num_warps=knobs.warps, num_stages=knobs.stages)
@@ -100,16 +103,21 @@ def decode(
     return out, lse
 
 
+def least_width(knobs: DecodeKnobs, dot8: bool) -> int:
+    """The narrowest head that matrix units multiply; dot8: whether queries and keys have one type of 8 bits."""
+    return 32 if knobs.dot8 and dot8 else 16
+
+
 def constants_of(
-    rule: AttentionRule, dtype: torch.dtype, group: int, E: int, Ev: int, knobs: DecodeKnobs, *, value_in_key: bool
+    rule: AttentionRule, group: int, E: int, Ev: int, knobs: DecodeKnobs, *, value_in_key: bool, dot8: bool = False
 ) -> dict[str, Any]:
-    """Constant parameters of flash_decode for keys of `dtype`; group: query heads per key head."""
-    least = 32 if dtype in FLOAT8 else 16
+    """Constant parameters of flash_decode; group: query heads per key head; dot8 as of `least_width`."""
+    least = least_width(knobs, dot8)
     (e_main, e_tail), (ev_main, ev_tail) = widths(E, least), widths(Ev, least)
     return {
         "GROUP": group, "E": E, "E_MAIN": e_main, "E_TAIL": e_tail,
         "EV": Ev, "EV_MAIN": ev_main, "EV_TAIL": ev_tail, "VALUE_IN_KEY": value_in_key,
-        "SCALE": plain_scale(rule), "PRECISION": knobs.precision, "DOT8": knobs.dot8,
+        "SCALE": plain_scale(rule), "PRECISION": knobs.precision, "DOT8": knobs.dot8 and dot8,
         "HEADS_ALIKE": "h" not in rule.keep.names(), "BLOCK_M": knobs.block_m, "BLOCK_N": knobs.block_n,
     }  # fmt: skip
 

@@ -20,14 +20,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnc.codegen import holes
 from attnc.codegen.derivative import lookup_slopes
+from attnc.codegen.float8 import multiplies, target_of, unread, wide_type
 from attnc.codegen.gpu_tables import BlockLists, block_lists
 from attnc.codegen.launch import launch, strides
 from attnc.codegen.tiles import blocks, classify
 from attnc.codegen.triton_text import Slot
+from attnc.errors import UsageError
 from attnc.reading import Axis, read, span
 from attnc.rule_attention import AttentionRule
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 SKIPS = ("range", "table")
 LOG2E = 1.4426950408889634
 
@@ -50,6 +51,7 @@ class FlashKnobs:
     section:   heads that run side by side, block after block.
     xcds:      dies with a cache of their own over which programs are spread (MI300X: 8); 1 on NVIDIA.
     precision: of float32 products, "ieee" or "tf32".
+    dot8: queries and keys of one type of 8 bits are multiplied as they are, not widened first.
     """
 
     block_m: int = 128
@@ -68,6 +70,7 @@ class FlashKnobs:
     section: int = 1
     xcds: int = 1
     precision: str = "ieee"
+    dot8: bool = False
 
     @property
     def forward(self) -> Launch:
@@ -97,13 +100,21 @@ def plain_scale(rule: AttentionRule) -> float:
 
 
 def empty_out(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Unwritten out and lse. out lies in memory as query does; 8-bit inputs give bfloat16."""
+    """Unwritten out and lse. out lies in memory as query does; a query of 8 bits gives bfloat16."""
     B, Hq, L, _ = query.shape
-    dtype = torch.bfloat16 if query.dtype in FLOAT8 else query.dtype
+    dtype = wide_type(query.dtype)
     lse = query.new_empty(B, Hq, L, dtype=torch.float32)
     if statically_known_true(query.stride(1) < query.stride(2)):
         return query.new_empty(B, L, Hq, value.shape[3], dtype=dtype).transpose(1, 2), lse
     return query.new_empty(B, Hq, L, value.shape[3], dtype=dtype), lse
+
+
+def check_types(*operands: Tensor) -> None:
+    """Raises: UsageError for operands of 8 bits that kernels do not read on the GPU they lie on."""
+    target = target_of(operands[0].device)
+    why = None if target is None else unread((t.dtype for t in operands), target)
+    if why is not None:
+        raise UsageError(f"attend by a generated kernel: {why}. Widen them first, as in key.to(torch.bfloat16).")
 
 
 def forward(
@@ -120,6 +131,7 @@ def forward(
 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32.
     """
+    check_types(query, key, value)
     out, lse = empty_out(query, value)
     tile = knobs.forward
     lists = _lists(query, key, captured, sizes, rule, knobs, tile)
@@ -180,10 +192,10 @@ def _lists(query, key, captured, sizes, rule, knobs, tile, by_keys=False) -> Blo
 
 
 def constants_of(
-    rule: AttentionRule, dtype: torch.dtype, group: int, E: int, Ev: int, knobs: FlashKnobs, tile: Launch
+    rule: AttentionRule, group: int, E: int, Ev: int, knobs: FlashKnobs, tile: Launch, *, dot8: bool = False
 ) -> dict[str, Any]:
-    """The compile-time arguments of each kernel."""
-    least = 32 if dtype in FLOAT8 else 16
+    """The compile-time arguments of each kernel; dot8: whether queries and keys have one type of 8 bits."""
+    least = 32 if knobs.dot8 and dot8 else 16
     (e_main, e_tail), (ev_main, ev_tail) = widths(E, least), widths(Ev, least)
     return {
         "GROUP": group,
@@ -200,6 +212,7 @@ def constants_of(
         "XCDS": knobs.xcds,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
+        "DOT8": knobs.dot8 and dot8,
     }
 
 
@@ -218,7 +231,7 @@ def _shared(query, key, value, rule, knobs, tile, lists) -> dict[str, Any]:
         "Hq": query.shape[1],
         "L": query.shape[2],
         "S": key.shape[2],
-        **constants_of(rule, query.dtype, group, E, Ev, knobs, tile),
+        **constants_of(rule, group, E, Ev, knobs, tile, dot8=multiplies(query.dtype, key.dtype)),
     }
 
 

@@ -57,7 +57,8 @@ class Flash(Generated):
 
     skip: tiles are skipped by ranges of the mask's bounds ("range"), or by tables of exact classes ("table").
     section: heads that run side by side, block after block. xcds: dies over which programs are spread (MI300X: 8).
-    precision: of float32 products.
+    precision: of float32 products. dot8: queries and keys of one type of 8 bits are multiplied as they are, which on
+    compute capability 8.9 and 9.0 keeps fewer bits of their sums.
     """
 
     name: ClassVar[str] = "flash"
@@ -77,6 +78,7 @@ class Flash(Generated):
     section: int = knob(1, 2, 4, 8, unit="heads")
     xcds: int = knob(1, 8, unit="dies")
     precision: str = knob("ieee", "tf32", role="semantic")
+    dot8: str = knob("off", "on", role="semantic")
 
     def spell(self) -> str:
         """One line: the forward's tile, and what is not the default."""
@@ -104,7 +106,7 @@ class Flash(Generated):
     @property
     def schedule(self) -> FlashKnobs:
         """The knobs as the launcher takes them."""
-        return FlashKnobs(**{f.name: getattr(self, f.name) for f in fields(self)})
+        return FlashKnobs(**{f.name: getattr(self, f.name) for f in fields(self)} | {"dot8": self.dot8 == "on"})
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
         if not isinstance(device, Gpu) or device.target is None or self.refuse(region) is not None:

@@ -34,7 +34,7 @@ SPLITS = (1, 2, 4, 8, 16, 32, 64, 128)
 class FlashDecode(Generated):
     """Tiles of `block_m` packed query rows and `block_n` keys, over `splits` parts of the keys.
 
-    value: "in_key" where the value is the key's first Ev channels, which are then read once.
+    value: "in_key" where the value is the key's first Ev channels, which are then read once. dot8: as of `Flash`.
     """
 
     name: ClassVar[str] = "flash_decode"
@@ -44,6 +44,7 @@ class FlashDecode(Generated):
     warps: int = knob(4, 2, 8, 1, unit="warps")
     stages: int = knob(2, 3, 1, 4, 5, unit="tiles in flight")
     value: str = knob("apart", "in_key", role="semantic")
+    dot8: str = knob("off", "on", role="semantic")
 
     def spell(self) -> str:
         """One line; knobs at their default are left out."""
@@ -88,7 +89,8 @@ class FlashDecode(Generated):
     @property
     def schedule(self) -> DecodeKnobs:
         """The knobs as the launcher takes them."""
-        return DecodeKnobs(**{f.name: getattr(self, f.name) for f in fields(self) if f.name != "value"})
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "value"}
+        return DecodeKnobs(**given | {"dot8": self.dot8 == "on"})
 
     @property
     def value_in_key(self) -> bool:
@@ -110,7 +112,8 @@ class FlashDecode(Generated):
     def settings(self, region: AttentionRegion, gpu: Gpu, kernel: str = "forward") -> tuple[Form, ...]:
         """Every setting that fits `gpu`, this one first."""
         work = self.work(region)
-        names, choices = zip(*((n, sorted(k.choices)) for n, k in self.knobs().items() if n != "value"), strict=True)
+        varied = ((n, sorted(k.choices)) for n, k in self.knobs().items() if k.role == "schedule")
+        names, choices = zip(*varied, strict=True)
         forms = (replace(self, **dict(zip(names, values, strict=True))) for values in product(*choices))
         return (self, *(f for f in forms if f != self and fits(work, f.tiles, gpu, backward=False) is None))
 

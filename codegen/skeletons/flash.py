@@ -13,7 +13,7 @@ beyond L and S lie in masked tiles only. A width is a power of two plus a tail t
 
 Holes: functions of scalars b, h (int64), a column of rows i and a row of columns j; in `flash_dkv` i is a row and j a
 column, so their bodies only broadcast. m_ok holds where a pair exists. SCALE: the score is SCALE * s, or 0: `score`
-says. Scores are natural logits; the kernels count in powers of two.
+says. Scores are natural logits; the kernels count in powers of two. DOT8: q and k of 8 bits are multiplied unwidened.
 
 Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3; Milakov and Gimelshein 2018, arXiv:1805.02867.
 """
@@ -151,10 +151,11 @@ def flash_forward(
     GROUP: tl.constexpr, E: tl.constexpr, E_MAIN: tl.constexpr, E_TAIL: tl.constexpr,
     EV: tl.constexpr, EV_MAIN: tl.constexpr, EV_TAIL: tl.constexpr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr, TABLE: tl.constexpr, SECTION: tl.constexpr, XCDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DOT8: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one block of rows; later blocks, which see more keys in causal masks, start first."""
     FACTOR: tl.constexpr = LOG2E if SCALE == 0.0 else SCALE * LOG2E
+    QK: tl.constexpr = p_q.dtype.element_ty if DOT8 else p_out.dtype.element_ty
     count = tl.cdiv(L, BLOCK_M)
     n, head = place(count, SECTION, XCDS)
     n = count - 1 - n
@@ -166,9 +167,9 @@ def flash_forward(
     p_q += b * q_b + h * q_h + i_low.to(tl.int64) * q_l
     p_k += b * k_b + h // GROUP * k_h
     p_v += b * v_b + h // GROUP * v_h
-    q = tile(p_q, row, q_l, q_e, m_row, 0, E_MAIN, E, True)
+    q = tile(p_q, row, q_l, q_e, m_row, 0, E_MAIN, E, True).to(QK)
     if E_TAIL > 0:
-        q_tail = tile(p_q, row, q_l, q_e, m_row, E_MAIN, E_TAIL, E, True)
+        q_tail = tile(p_q, row, q_l, q_e, m_row, E_MAIN, E_TAIL, E, True).to(QK)
     if TABLE:
         first, full, masked = listed(p_counts, b, h, n, count, rows_b, rows_h, tl.cdiv(S, BLOCK_N))
         before = masked
@@ -194,10 +195,10 @@ def flash_forward(
             m_column = j_low + column < S
             m_ok = tl.full([1, 1], 1, tl.int1) if whole else (i < L) & (j < S)
             p_kj, p_vj = p_k + j_low.to(tl.int64) * k_l, p_v + j_low.to(tl.int64) * v_l
-            k = tile(p_kj, column, k_l, k_e, m_column, 0, E_MAIN, E, whole == 0)
+            k = tile(p_kj, column, k_l, k_e, m_column, 0, E_MAIN, E, whole == 0).to(QK)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if E_TAIL > 0:
-                k_tail = tile(p_kj, column, k_l, k_e, m_column, E_MAIN, E_TAIL, E, whole == 0)
+                k_tail = tile(p_kj, column, k_l, k_e, m_column, E_MAIN, E_TAIL, E, whole == 0).to(QK)
                 s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
             x = logits(s, b, h, i, j, m_ok, captured, SCALE, whole == 0)
             m_new = tl.maximum(m, tl.max(x, 1) * FACTOR)

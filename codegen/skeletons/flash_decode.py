@@ -10,8 +10,8 @@ row without keys gives out 0 and lse -inf. A part that keeps no key of a row wri
 
 Parts divide the keys that `visit` says, not S: sequences of any length keep all parts busy. A width is a power of two
 plus a tail that is one: 576 = 512 + 64. VALUE_IN_KEY: the value is the key's first EV_MAIN columns (absorbed latent
-attention), which are read once. Keys and values of 8 bits are multiplied as they are where the query has 8 bits too and
-DOT8, else in the query's type, or bfloat16.
+attention), which are read once. Operands of 8 bits are widened to the query's type, or bfloat16; DOT8: queries and keys
+of 8 bits are multiplied as they are.
 
 Holes: b is a scalar (int64), h and i are columns (in `flash_combine` scalars), j is a row. SCALE: the score is
 SCALE * s, or 0: `score` says. HEADS_ALIKE: whether `visit` is the same for all heads.
@@ -86,8 +86,7 @@ def flash_decode(
     """out and lse of one part of the keys, for one block of the rows that share a key head."""
     FACTOR: tl.constexpr = LOG2E if SCALE == 0.0 else SCALE * LOG2E
     DOT: tl.constexpr = tl.bfloat16 if p_q.dtype.element_ty.primitive_bitwidth == 8 else p_q.dtype.element_ty
-    BOTH8: tl.constexpr = DOT8 and p_q.dtype.element_ty == p_k.dtype.element_ty
-    QK: tl.constexpr = p_q.dtype.element_ty if BOTH8 else DOT
+    QK: tl.constexpr = p_q.dtype.element_ty if DOT8 else DOT
     blocks = tl.cdiv(GROUP * L, BLOCK_M)
     at = tl.program_id(0)
     n = at // blocks % SPLITS
