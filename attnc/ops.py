@@ -21,6 +21,7 @@ from attnc import op_decode, op_flash, op_recurrence
 from attnc.forms import parse_attention, spell_attention
 from attnc.forms.generated import Generated, store_in
 from attnc.forms.masked import alive_rows, scaled_rows, without_lost_rows
+from attnc.operands import Operands
 
 __all__ = ["attention", "parse_attention", "spell_attention"]
 
@@ -50,15 +51,14 @@ def attention(
     form, rule = parse_attention(spelling)
     # Types are facts of the region already: an autocast around the call must not cast inside it.
     with torch.amp.autocast(query.device.type, enabled=False):
-        query, rule = scaled_rows(query, key, captured, sizes, rule)
-        captured = [t if t.device == query.device else t.to(query.device) for t in captured]  # numbers may lie apart
-        written = captured, sizes, rule
-        captured, rule = without_lost_rows(key, captured, rule)
+        given = scaled_rows(Operands(query, key, value, captured, sizes, rule))
+        written = given.on(query.device)  # numbers may lie apart
+        given = without_lost_rows(written)
         run = form.cpu if query.device.type == "cpu" else form.gpu
         kept = {"store": store_in(spelling)} if isinstance(form, Generated) else {}
-        out, lse = run(query, key, value, captured, sizes, rule, **kept)
-        if written[2].empty == "nan" and rule.empty != "nan":  # rows at -inf are not those of one low number
-            out = torch.where(alive_rows(query, key, *written).unsqueeze(-1), out, torch.nan)
+        out, lse = run(given, **kept)
+        if written.rule.empty == "nan" and given.rule.empty != "nan":  # rows at -inf are not those of one low number
+            out = torch.where(alive_rows(written).unsqueeze(-1), out, torch.nan)
         return out, lse
 
 

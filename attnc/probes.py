@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnc.forms import Form
+from attnc.forms import Form, parse_attention, spell_attention
 from attnc.forms.base import AttentionForm
-from attnc.forms.masked import as_float64
+from attnc.operands import Operands
 from attnc.options import Options
 from attnc.passes.apply import weights_of
 from attnc.passes.capture import ambient_autocast_off, device_of
@@ -31,6 +31,7 @@ from attnc.passes.found import Found
 from attnc.passes.pipeline import analyse, bodies
 from attnc.passes.rewrite import rewrite
 from attnc.region import AttentionRegion, Region
+from attnc.rule_attention import AttentionRule
 
 EXACT = "dense"  # how a probe computes what no approximation replaces
 CHUNK = 1 << 22  # elements compared at a time
@@ -114,7 +115,7 @@ class Session:
         settings = [form for form in unit.settings if form.refuse(region) is None]
         call = rewrite(found.facts, found.match, EXACT)
         *given, spelling = call.args
-        probe = Probe(self, unit, settings, str(spelling).partition(" | ")[2], weights_of(region, self.options))
+        probe = Probe(self, unit, settings, parse_attention(str(spelling))[1], weights_of(region, self.options))
         owner = call.graph.owning_module
         assert owner is not None
         at = f"attnc_probe_{call.name}"
@@ -154,29 +155,33 @@ class Probe(torch.nn.Module):
     """A region of the graph: measured where the session says so, else computed as its unit has it."""
 
     def __init__(
-        self, session: Session, unit: Unit, settings: Sequence[Form], rule: str, weights: Mapping[str, torch.Tensor]
+        self,
+        session: Session,
+        unit: Unit,
+        settings: Sequence[Form],
+        rule: AttentionRule,
+        weights: Mapping[str, torch.Tensor],
     ) -> None:
         super().__init__()
         self.session, self.unit, self.settings, self.rule, self.weights = session, unit, settings, rule, weights
 
     def forward(self, query: Any, key: Any, value: Any, captured: Sequence[Any], sizes: Sequence[Any]) -> Any:
+        given = Operands(query, key, value, captured, sizes, self.rule)
         if self.session.judging is not None:
             with torch.no_grad():
-                self.judge(self.session.judging, query, key, value, captured, sizes)
+                self.judge(self.session.judging, given)
         form = self.unit.taken if self.unit.taken in self.settings else None
-        return self.computed(form, query, key, value, captured, sizes)
+        return self.computed(form, given)
 
-    def computed(self, form: Form | None, query: Any, key: Any, value: Any, captured: Any, sizes: Any) -> Any:
-        spelling = f"{EXACT if form is None else form.spell()} | {self.rule}"
+    def computed(self, form: Form | None, given: Operands) -> Any:
+        query, key, value, captured, sizes, rule = given
         held = form.tensors(query.shape[-1], self.weights) if isinstance(form, AttentionForm) else []
+        spelling = spell_attention(EXACT if form is None else form, rule)
         return torch.ops.attnc.attention.default(query, key, value, [*captured, *held], sizes, spelling)
 
-    def judge(
-        self, batch: int, query: Any, key: Any, value: Any, captured: Sequence[Any], sizes: Sequence[Any]
-    ) -> None:
-        query, key, value, *captured = as_float64(*(x.cpu() for x in (query, key, value, *captured)))
-        given = (query, key, value, captured, sizes)
-        exact, unit = self.computed(None, *given)[0], self.unit
+    def judge(self, batch: int, given: Operands) -> None:
+        given = given.on("cpu").double()
+        exact, unit = self.computed(None, given)[0], self.unit
         unit.batches.add(batch)
         for form in self.settings:
             error = self._error(form, given, exact)
@@ -185,10 +190,10 @@ class Probe(torch.nn.Module):
             else:
                 unit.errors[form] = max(error, unit.errors.get(form, 0.0))
 
-    def _error(self, form: Form, given: Sequence[Any], exact: torch.Tensor) -> float | str:
+    def _error(self, form: Form, given: Operands, exact: torch.Tensor) -> float | str:
         """The error of a setting, or what it raises."""
         try:
-            return relative([self.computed(form, *given)[0]], [exact])
+            return relative([self.computed(form, given)[0]], [exact])
         except Exception as exc:  # noqa: BLE001  # told as the reason
             return f"{type(exc).__name__}: {exc}".splitlines()[0]
 

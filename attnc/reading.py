@@ -73,6 +73,14 @@ def read(
     return go(e)
 
 
+def as_tensor(value: Value, like: torch.Tensor, rank: int = 4) -> torch.Tensor:
+    """A value read from an expression as a tensor of `rank` dimensions; plain booleans stay boolean."""
+    if isinstance(value, torch.Tensor):
+        return value
+    dtype = torch.bool if isinstance(value, bool) else like.dtype
+    return torch.full((1,) * rank, value, dtype=dtype, device=like.device)
+
+
 def _lookup(table: torch.Tensor, index: tuple[Expr, ...], axes: Mapping[str, Axis], go) -> torch.Tensor:
     names = [x.args[0] if x.op == "var" else None for x in index]
     plain = all(
@@ -142,7 +150,7 @@ def _sum_of(terms, constant, kind: str, go) -> Value:
     return total + constant if constant != 0 else total
 
 
-def _as_tensor(value: Value, like: Value, kind: str) -> torch.Tensor:
+def _typed(value: Value, like: Value, kind: str) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     device = like.device if isinstance(like, torch.Tensor) else None
@@ -156,7 +164,7 @@ def _where(x: Expr, go) -> Value:
     p, yes, no = (go(a) for a in x.args)
     if not isinstance(p, torch.Tensor):
         return yes if p else no
-    yes, no = _as_tensor(yes, no if isinstance(no, torch.Tensor) else p, x.kind), _as_tensor(no, yes, x.kind)
+    yes, no = _typed(yes, no if isinstance(no, torch.Tensor) else p, x.kind), _typed(no, yes, x.kind)
     return torch.where(p, yes, no.to(p.device))
 
 
@@ -165,7 +173,7 @@ def _extreme(tensor_op, scalar_op):
         a, c = (go(y) for y in x.args)
         if not isinstance(a, torch.Tensor) and not isinstance(c, torch.Tensor):
             return scalar_op(a, c)
-        return tensor_op(_as_tensor(a, c, x.kind), _as_tensor(c, a, x.kind))
+        return tensor_op(_typed(a, c, x.kind), _typed(c, a, x.kind))
 
     return rule
 

@@ -27,6 +27,7 @@ from attnc.cost_models.device import device_named
 from attnc.cost_models.roofline import seconds, written_cost
 from attnc.forms import BlockSparse, Dense
 from attnc.forms.masked import reference
+from attnc.operands import Operands
 from attnc.region import AttentionRegion
 from attnc.rule_attention import AttentionRule, AttentionShape
 
@@ -178,7 +179,7 @@ def main() -> None:
             for L in args.lengths:
                 want = None
                 if min(args.lengths) == L:
-                    want, _ = reference(*(t.double() for t in inputs(L)), [], [], AttentionRule.parse(RULES[rule]))
+                    want, _ = reference(Operands(*inputs(L), [], [], AttentionRule.parse(RULES[rule])).double())
                 for name, predicted, run in ways(rule, L, args.threads):
                     torch.compiler.reset()
                     off = None if want is None else (run() - want).abs().max().item()

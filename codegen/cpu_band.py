@@ -11,44 +11,32 @@ Source: Beltagy et al. 2020, "Longformer", arXiv:2004.05150, section 3.2 (overla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch.nn import functional as F
 
-from attnc.codegen.cpu_blocked import Problem, merged, value_at
+from attnc.codegen.cpu_blocked import merged, value_at
 from attnc.codegen.cpu_composed import composed
 from attnc.codegen.cpu_flash import Part, flash
-from attnc.codegen.cpu_scores import additive, as_tensor, constant_bias, factor_of, is_zero
-from attnc.rule_attention import AttentionRule
+from attnc.codegen.cpu_scores import additive, constant_bias, factor_of, is_zero
+from attnc.operands import Operands
+from attnc.reading import as_tensor
 
 ALIGNED = 16  # keys: rows of the windows' masks then begin on a cache line
 
 
-def band(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence,
-    rule: AttentionRule,
-    *,
-    least: int,
-    most: int,
-    block_m: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def band(given: Operands, *, least: int, most: int, block_m: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over windows that hold every pair with least <= i - j <= most; what the rule keeps must lie in there.
 
     Shapes: query (B, Hq, L, E), key (B, H, L, E), value (B, H, L, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
             B and L may be symbolic.
     Rows that keep no key give 0 and lse -inf (or the sink).
     """
+    query, key, value, captured, _, rule = given
     B, _, L, _ = query.shape
     behind, ahead = outside(least, most)
     # Always a block that ends beyond L: a length that needs no padding would be a graph of its own.
     count = L // block_m + 1
     beyond = count * block_m - L
-    p = Problem(query, key, value, captured, tuple(sizes), rule, block_m, block_m)
 
     starts = torch.arange(count, device=query.device)[:, None] * block_m
     # Rows beyond the end stand for the last one: they keep keys, and no gradient reaches them.
@@ -60,17 +48,17 @@ def band(
     padded = F.pad(query, (0, 0, 0, beyond)).unflatten(2, (count, block_m))
     q = padded.transpose(1, 2).flatten(0, 1)
     k, v = (_windows(t, behind, block_m, ahead + beyond, ahead) for t in (key, value))
-    keep = as_tensor(value_at(p, rule.keep, rows, cols), query, 5) & exist
-    sink = None if rule.sink is None else merged(value_at(p, rule.sink, rows, None), B, count)
+    keep = as_tensor(value_at(given, rule.keep, rows, cols), query, 5) & exist
+    sink = None if rule.sink is None else merged(value_at(given, rule.sink, rows, None), B, count)
     bias = constant_bias(rule, captured)
     if bias is None:
 
         def score(raw: torch.Tensor) -> torch.Tensor:
-            return value_at(p, rule.score, rows, cols, raw.unflatten(0, (B, count))).flatten(0, 1)
+            return value_at(given, rule.score, rows, cols, raw.unflatten(0, (B, count))).flatten(0, 1)
 
         out, lse, _ = composed(q, k, v, score, merged(keep, B, count), sink=sink)
     else:
-        added = None if is_zero(bias) else value_at(p, bias, rows, cols)
+        added = None if is_zero(bias) else value_at(given, bias, rows, cols)
         part = Part(k, v, merged(additive(keep, added, query.dtype), B, count))
         out, lse = flash(q, [part], factor_of(rule), sink=sink, never_empty=rule.empty == "never")
     out = out.unflatten(0, (B, count)).transpose(1, 2).flatten(2, 3)

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 from attnc.codegen.cpu_composed import composed
 from attnc.codegen.cpu_flash import Part, flash
 from attnc.codegen.cpu_groups import Group, grouped, is_run
-from attnc.codegen.cpu_scores import additive, as_tensor, constant_bias, factor_of, is_zero
+from attnc.codegen.cpu_scores import additive, constant_bias, factor_of, is_zero
 from attnc.codegen.tiles import blocks, visited
 from attnc.expr import Expr, I, J, add, const
+from attnc.operands import Operands
 from attnc.predicate import rebuild
-from attnc.reading import Axis, picked, read
+from attnc.reading import Axis, as_tensor, picked, read
 from attnc.rule_attention import AttentionRule, linear_score
 
 
@@ -32,37 +33,32 @@ from attnc.rule_attention import AttentionRule, linear_score
 class Problem:
     """The tensors and facts that all groups share."""
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    captured: Sequence[torch.Tensor]
-    sizes: tuple
-    rule: AttentionRule
+    given: Operands
     block_m: int
     block_n: int
 
     @property
+    def query(self) -> torch.Tensor:
+        return self.given.query
+
+    @property
+    def rule(self) -> AttentionRule:
+        return self.given.rule
+
+    @property
     def S(self) -> int:  # noqa: N802  the house's name of the key length
-        return self.key.shape[2]
+        return self.given.key.shape[2]
 
 
 def blocked(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence,
-    rule: AttentionRule,
-    *,
-    block_m: int,
-    block_n: int,
-    limit: int | None = None,
+    given: Operands, *, block_m: int, block_n: int, limit: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend block by block, in about `limit` groups; rows that keep no key give 0 and lse -inf (or the sink).
 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
             L and S are numbers; sizes that are not leave their tiles partial.
     """
+    query, key, _, _, sizes, rule = given
     B, Hq, L, _ = query.shape
     S = key.shape[2]
     names = rule.keep.names()
@@ -71,7 +67,7 @@ def blocked(
         rule.keep, L, S, block_m, block_n, sizes=known, B=B if "b" in names else 1, Hq=Hq if "h" in names else 1
     )
     ragged = S // block_n if S % block_n else None
-    problem = Problem(query, key, value, captured, tuple(sizes), rule, block_m, block_n)
+    problem = Problem(given, block_m, block_n)
     groups = grouped(visits, bool(L % block_m), ragged, limit or most_groups(rule))
     outs, lses = [], []
     order: list[int] = []
@@ -111,8 +107,8 @@ def _run(p: Problem, group: Group, ragged: int | None) -> tuple[torch.Tensor, to
     full = [
         n for n, whole in enumerate(group.full) if whole and (group.shared or all(c[n] != ragged for c in group.cols))
     ]
-    sink = None if p.rule.sink is None else value_at(p, p.rule.sink, rows, None)
-    bias = constant_bias(p.rule, p.captured)
+    sink = None if p.rule.sink is None else value_at(p.given, p.rule.sink, rows, None)
+    bias = constant_bias(p.rule, p.given.captured)
     if bias is None:
         out, lse = _composed(p, group, query, rows, ragged, len(full) == group.width, sink)
     else:
@@ -146,11 +142,11 @@ def _nothing(p: Problem, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
     """Query blocks that see no key."""
     B, Hq, L, _ = p.query.shape
     count = sum(min(p.block_m, L - m * p.block_m) for m in group.rows)
-    out = p.query.new_zeros(B, Hq, count, p.value.shape[-1])
+    out = p.query.new_zeros(B, Hq, count, p.given.value.shape[-1])
     lse = torch.full((B, Hq, count), -torch.inf, dtype=_lse_dtype(p.query), device=p.query.device)
     if p.rule.sink is not None:
         i = torch.cat([torch.arange(m * p.block_m, min((m + 1) * p.block_m, L)) for m in group.rows])
-        sink = value_at(p, p.rule.sink, i.to(p.query.device)[None], None)
+        sink = value_at(p.given, p.rule.sink, i.to(p.query.device)[None], None)
         lse = sink[:, 0].detach().to(lse.dtype).expand(lse.shape)
     return out, lse
 
@@ -187,7 +183,7 @@ def windows(t: torch.Tensor, first: int, width: int, step: int, count: int) -> t
 
 def _keys(p: Problem, group: Group, at: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of positions `at` of the group's visits, (B or B * blocks, H, width, E)."""
-    return _gathered(p, group, at, p.key), _gathered(p, group, at, p.value)
+    return _gathered(p, group, at, p.given.key), _gathered(p, group, at, p.given.value)
 
 
 def _gathered(p: Problem, group: Group, at: list[int], table: torch.Tensor) -> torch.Tensor:
@@ -256,19 +252,21 @@ def _repeats(p: Problem, group: Group, e: Expr) -> bool:
     return rebuild(e, along.get) == e
 
 
-def value_at(p: Problem, e: Expr, rows: torch.Tensor, cols: torch.Tensor | None, score: torch.Tensor | None = None):
+def value_at(
+    given: Operands, e: Expr, rows: torch.Tensor, cols: torch.Tensor | None, score: torch.Tensor | None = None
+):
     """`e` at (B, blocks, Hq, rows, cols); the last dimension is left out without `cols`."""
     axes: dict[str, Axis] = {}
-    B, Hq = p.query.shape[:2]
-    device, rank = p.query.device, 4 if cols is None else 5
+    B, Hq = given.query.shape[:2]
+    device, rank = given.query.device, 4 if cols is None else 5
     for dim, (name, at) in enumerate((("b", torch.arange(B, device=device)), ("h", torch.arange(Hq, device=device)))):
         axes[name] = picked(name, at.view([-1 if d == 2 * dim else 1 for d in range(rank)]))
     nb, R = rows.shape
     axes["i"] = picked("i", rows.view((1, nb, 1, R) + (() if cols is None else (1,))))
     if cols is not None:
         axes["j"] = picked("j", cols.view(1, cols.shape[0], 1, 1, -1))
-    value = read(e, axes, p.captured, p.sizes, score=score)
-    value = as_tensor(value, p.query, rank)
+    value = read(e, axes, given.captured, given.sizes, score=score)
+    value = as_tensor(value, given.query, rank)
     return value.view((1,) * (rank - value.dim()) + tuple(value.shape))
 
 
@@ -283,9 +281,9 @@ def _mask(p: Problem, group: Group, at: list[int], rows: torch.Tensor, ragged: i
     cols, exist = _columns(p, group, at, ragged)
     if exist is None and _repeats(p, group, p.rule.keep) and _repeats(p, group, bias):
         rows, cols = rows[:1], cols[:1]
-    keep = value_at(p, p.rule.keep, rows, cols)
+    keep = value_at(p.given, p.rule.keep, rows, cols)
     keep = keep if exist is None else keep & exist.view(1, exist.shape[0], 1, 1, -1)
-    added = None if is_zero(bias) else value_at(p, bias, rows, cols)
+    added = None if is_zero(bias) else value_at(p.given, bias, rows, cols)
     nb = 1 if group.shared else len(group.rows)
     return merged(additive(keep, added, p.query.dtype), p.query.shape[0], nb)
 
@@ -305,12 +303,12 @@ def _composed(
     key, value = _keys(p, group, at)
 
     def score(raw: torch.Tensor) -> torch.Tensor:
-        return value_at(p, p.rule.score, rows, cols, raw.unflatten(0, (B, nb))).flatten(0, 1)
+        return value_at(p.given, p.rule.score, rows, cols, raw.unflatten(0, (B, nb))).flatten(0, 1)
 
     keep: torch.Tensor | bool = True
     if not full or exist is not None:
         same = exist is None and _repeats(p, group, p.rule.keep)
-        keep = value_at(p, p.rule.keep, rows[:1] if same else rows, cols[:1] if same else cols)
+        keep = value_at(p.given, p.rule.keep, rows[:1] if same else rows, cols[:1] if same else cols)
         keep = keep if exist is None else keep & exist.view(1, exist.shape[0], 1, 1, -1)
         keep = merged(as_tensor(keep, query), B, nb)
     out, lse, _ = composed(query, key, value, score, keep, sink=None if sink is None else merged(sink, B, nb))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,34 +24,25 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from attnc.codegen.tiles import Tiles, classify, static_tiles
 from attnc.expr import Expr, J, const, load, maximum, sub
+from attnc.operands import Operands
 from attnc.predicate import conjunction, disjunction, eq, le, rebuild, where
 from attnc.reading import picked, read
-from attnc.rule_attention import AttentionRule, linear_score
+from attnc.rule_attention import linear_score
 
 
-def flex(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence,
-    rule: AttentionRule,
-    *,
-    block_m: int,
-    block_n: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def flex(given: Operands, *, block_m: int, block_n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend through FlexAttention; rows that keep no key give 0.
 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
     Under Inductor on CPU lse may not be used: its template has no such output.
     """
-    keep, score, sizes = rule.keep, rule.score, tuple(sizes)
-    if rule.sink is not None:
-        keep, score = _with_sink(rule, rule.sink, block_n)
-        key, value = (F.pad(t, (0, 0, block_n, 0)) for t in (key, value))
+    if given.rule.sink is not None:
+        given = _with_sink(given, given.rule.sink, block_n)
+    query, key, value, captured, sizes, rule = given
+    keep, score = rule.keep, rule.score
     linear = linear_score(score)
     factor, rest = (1.0, None) if linear is None else linear
-    tiles = tile_classes(query, key, captured, sizes, keep, block_m=block_m, block_n=block_n)
+    tiles = tile_classes(given, block_m=block_m, block_n=block_n)
 
     masking, scoring = (_Reads(e, captured, sizes, query.device) for e in (keep, score))
 
@@ -115,8 +107,8 @@ def _scalar(keep, like: torch.Tensor) -> torch.Tensor:
     return keep if isinstance(keep, torch.Tensor) else like.new_full((), bool(keep), dtype=torch.bool)
 
 
-def _with_sink(rule: AttentionRule, sink: Expr, block_n: int) -> tuple[Expr, Expr]:
-    """Mask and score behind one more block of keys, whose first is the sink and whose others are never kept.
+def _with_sink(given: Operands, sink: Expr, block_n: int) -> Operands:
+    """The same behind one more block of keys, whose first is the sink and whose others are never kept.
 
     A whole block, and in front: the classes of all other tiles stay as they are, and no length is mentioned.
     """
@@ -128,30 +120,24 @@ def _with_sink(rule: AttentionRule, sink: Expr, block_n: int) -> tuple[Expr, Exp
         return moved if x == J else None
 
     inside = {J: maximum(moved, const(0))}
-    at_sink = eq(J, const(0))
+    at_sink, rule = eq(J, const(0)), given.rule
     keep = disjunction(at_sink, conjunction(le(const(block_n), J), rebuild(rule.keep, move)))
-    return keep, where(at_sink, sink, rebuild(rule.score, move))
+    score = where(at_sink, sink, rebuild(rule.score, move))
+    key, value = (F.pad(t, (0, 0, block_n, 0)) for t in (given.key, given.value))
+    return given._replace(key=key, value=value, rule=replace(rule, keep=keep, score=score, sink=None))
 
 
-def tile_classes(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: tuple,
-    keep: Expr,
-    *,
-    block_m: int,
-    block_n: int,
-) -> Tiles:
+def tile_classes(given: Operands, *, block_m: int, block_n: int) -> Tiles:
     """Constants where lengths and sizes are numbers and the mask has no lookups, else operations in the graph."""
-    B, Hq, L, _ = query.shape
-    S = key.shape[2]
-    names = keep.names()
+    (B, Hq, L, _), S, keep = given.query.shape, given.key.shape[2], given.rule.keep
+    sizes, names = tuple(given.sizes), keep.names()
     counts = {"B": B if "b" in names else 1, "Hq": Hq if "h" in names else 1}
     numbers = (L, S, *sizes, *counts.values())
     if not keep.has("load") and all(isinstance(n, int) for n in numbers):
         return static_tiles(keep, L, S, block_m, block_n, sizes=sizes, **counts)
-    return classify(keep, L, S, block_m, block_n, captured=captured, sizes=sizes, device=query.device, **counts)
+    return classify(
+        keep, L, S, block_m, block_n, captured=given.captured, sizes=sizes, device=given.query.device, **counts
+    )
 
 
 def block_mask(tiles: Tiles, L, S, mask_mod, device: torch.device) -> BlockMask:

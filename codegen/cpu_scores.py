@@ -42,11 +42,3 @@ def additive(keep: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) 
 def is_zero(bias: Expr) -> bool:
     """Whether nothing is added."""
     return bias.is_const and not bias.value
-
-
-def as_tensor(value: torch.Tensor | float, like: torch.Tensor, rank: int = 4) -> torch.Tensor:
-    """A value read from an expression as a tensor of `rank` dimensions; plain booleans stay boolean."""
-    if isinstance(value, torch.Tensor):
-        return value
-    dtype = torch.bool if isinstance(value, bool) else like.dtype
-    return torch.full((1,) * rank, value, dtype=dtype, device=like.device)

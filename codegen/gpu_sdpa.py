@@ -10,34 +10,22 @@ Source: Dao 2023, arXiv:2307.08691; torch.nn.functional.scaled_dot_product_atten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch.nn import functional as F
 
-from attnc.codegen.cpu_scores import additive, as_tensor, factor_of, is_zero
+from attnc.codegen.cpu_scores import additive, factor_of, is_zero
 from attnc.expr import TRUE, Expr
-from attnc.reading import Axis, read
-from attnc.rule_attention import AttentionRule, linear_score
+from attnc.operands import Operands
+from attnc.rule_attention import linear_score
 
 
-def sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    captured: Sequence[torch.Tensor],
-    sizes: Sequence,
-    rule: AttentionRule,
-    axes: Callable[[torch.Tensor, torch.Tensor], dict[str, Axis]],
-    *,
-    causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sdpa(given: Operands, *, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend; rows that keep no key give 0 and lse -inf. causal: the mask is j <= i and nothing else.
 
     Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L).
     """
-    mask = None if causal else _mask(query, key, captured, sizes, rule, axes)
-    group = query.shape[1] // key.shape[1]
+    query, key, value, _, _, rule = given
+    mask, group = None if causal else _mask(given), given.group
     copied = group > 1 and mask is not None
     k, v = (t.repeat_interleave(group, 1) if copied else t for t in (key, value))
     out = F.scaled_dot_product_attention(
@@ -46,16 +34,16 @@ def sdpa(
     return out, _lse(query, key, mask, factor_of(rule), causal=causal)
 
 
-def _mask(query, key, captured, sizes, rule: AttentionRule, axes) -> torch.Tensor | None:
+def _mask(given: Operands) -> torch.Tensor | None:
+    rule, dtype = given.rule, given.query.dtype
     parts = linear_score(rule.score)
     assert parts is not None, rule
-    places = axes(query, key)
     bias: Expr = parts[1]
-    keep = as_tensor(read(rule.keep, places, captured, sizes), query)
+    keep = given.tensor(rule.keep)
     if is_zero(bias):
         return None if rule.keep == TRUE else keep
-    added = as_tensor(read(bias, places, captured, sizes), query)
-    return added.to(query.dtype) if rule.keep == TRUE else additive(keep, added, query.dtype)
+    added = given.tensor(bias)
+    return added.to(dtype) if rule.keep == TRUE else additive(keep, added, dtype)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ LAYERS = {
     "attnc.rule_moe": 1,
     "attnc.rule_recurrence": 1,
     "attnc.region": 1,
+    "attnc.operands": 1,
     "attnc.options": 1,
     "attnc.codegen": 2,
     "attnc.cost_models": 2,

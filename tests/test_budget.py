@@ -14,6 +14,7 @@ import attnc
 from attnc.budget import batches_of
 from attnc.errors import UsageError
 from attnc.forms.low_rank import LowRank
+from attnc.operands import Operands
 from attnc.options import Options
 from attnc.passes.choose import approximations, choose
 from attnc.plan import Plan
@@ -124,7 +125,7 @@ def test_the_error_is_that_of_the_region_in_float64() -> None:
     with torch.no_grad():
         qkv = [f(x).unflatten(-1, (H, -1)).transpose(1, 2).double() for f in (layer.query, layer.key, layer.value)]
         exact = F.scaled_dot_product_attention(*qkv)
-        found = LowRank(8).reference(*qkv, [], [], AttentionRule.parse("score=0.125 * s"))[0]
+        found = LowRank(8).reference(Operands(*qkv, [], [], AttentionRule.parse("score=0.125 * s")))[0]
     assert choice.error == pytest.approx(float((found - exact).norm() / exact.norm()), rel=1e-6)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -21,7 +21,7 @@ from attnc.cost_models.estimate import Estimate
 from attnc.cost_models.roofline import estimate, seconds
 from attnc.cost_models.tile_estimate import unmeasured
 from attnc.errors import LoweringError, UsageError, did_you_mean
-from attnc.rule_attention import AttentionRule
+from attnc.operands import Operands
 
 Knobs = TypeVar("Knobs", bound="Form")
 
@@ -139,30 +139,14 @@ class AttentionForm(Form):
     kind: ClassVar[str] = "attention"
 
     @abstractmethod
-    def cpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def cpu(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse in plain torch; differentiable, traceable."""
 
-    def tensors(self, width: int, given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What the form takes behind the captured tensors, for queries of `width`; given: the user's weights."""
+    def tensors(self, width: int, weights: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What the form takes behind the captured tensors, for queries of `width`; weights: the user's."""
         return []
 
-    def gpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def gpu(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse on a GPU; differentiable, traceable."""
         raise self._no_gpu()
 

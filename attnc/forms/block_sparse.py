@@ -33,6 +33,7 @@ from attnc.expr_text import spell
 from attnc.forms.base import AttentionForm, Form, knob
 from attnc.forms.flash import work_of
 from attnc.forms.masked import SETTLED, alive_rows, settle_empty
+from attnc.operands import Operands
 from attnc.predicate import distances
 from attnc.region import ITEM_BYTES, AttentionRegion
 from attnc.rule_attention import AttentionRule, linear_score
@@ -204,28 +205,20 @@ class BlockSparse(AttentionForm):
         out = 0 if is_run(order) else 2 * s.L
         return s.B * (s.H * keys * (s.E + s.Ev) + s.Hq * (rows * s.E + out * s.Ev)) + masks
 
-    def cpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        given = (query, key, value, captured, sizes, rule)
+    def cpu(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+        rule = given.rule
         if self.provider == "band":
-            least, most = _band_of(rule, query.shape[2])
-            out, lse = band(*given, least=least, most=most, block_m=self.block_m)
+            least, most = _band_of(rule, given.query.shape[2])
+            out, lse = band(given, least=least, most=most, block_m=self.block_m)
         else:
             run = flex if self.provider == "flex" else blocked
-            out, lse = run(*given, block_m=self.block_m, block_n=self.block_n)
+            out, lse = run(given, block_m=self.block_m, block_n=self.block_n)
         if rule.sink is None and rule.empty in SETTLED:
             if self.provider == "flex":  # no lse to tell by; the reduction is fused and stores no mask
-                alive = alive_rows(query, key, captured, sizes, rule)
+                alive = alive_rows(given)
             else:
                 alive = lse > -torch.inf
-            out = settle_empty(out, alive, *given)
+            out = settle_empty(out, alive, given)
         return out, lse
 
     gpu = cpu  # FlexAttention has a template for each

@@ -12,7 +12,6 @@ Exact:  always, for regions without active dropout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +19,7 @@ import torch
 
 from attnc.codegen.cpu_composed import composed
 from attnc.codegen.cpu_flash import Part, flash
-from attnc.codegen.cpu_scores import additive, as_tensor, constant_bias, factor_of, is_zero
+from attnc.codegen.cpu_scores import additive, constant_bias, factor_of, is_zero
 from attnc.codegen.gpu_sdpa import sdpa
 from attnc.cost_models.attention import library_estimate
 from attnc.cost_models.cost import Cost
@@ -29,11 +28,12 @@ from attnc.cost_models.estimate import Estimate
 from attnc.cost_models.roofline import attention_cost
 from attnc.expr import TRUE, Expr, I, J, sub, terms_of
 from attnc.forms.base import AttentionForm, Form
-from attnc.forms.masked import SETTLED, alive_rows, axes_of, settle_empty, sink_of
+from attnc.forms.masked import SETTLED, alive_rows, settle_empty, sink_of
+from attnc.operands import Operands
 from attnc.predicate import conjunction
-from attnc.reading import read
+from attnc.reading import as_tensor, read
 from attnc.region import AttentionRegion
-from attnc.rule_attention import AttentionRule, linear_score
+from attnc.rule_attention import linear_score
 
 
 @dataclass(frozen=True)
@@ -86,49 +86,31 @@ class Dense(AttentionForm):
         masked = not plain or (causal is not None and not by_flag)
         return library_estimate(region, gpu, causal=by_flag and not masked, masked=masked)
 
-    def gpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        given = (query, key, value, captured, sizes, rule)
+    def gpu(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+        rule = given.rule
         causal, rest = split_causal(rule.keep)
-        out, lse = sdpa(*given, axes_of, causal=causal == 0 and rest == TRUE and rule.bias is None)
+        out, lse = sdpa(given, causal=causal == 0 and rest == TRUE and rule.bias is None)
         if rule.empty in SETTLED:  # by the mask: the lse would cost all scores again
-            out = settle_empty(out, alive_rows(query, key, captured, sizes, rule), *given)
+            out = settle_empty(out, alive_rows(given), given)
         return out, lse
 
-    def cpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        given = (query, key, value, captured, sizes, rule)
-        sink = sink_of(query, key, captured, sizes, rule)
+    def cpu(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value, captured, _, rule = given
+        sink = sink_of(given)
         bias = constant_bias(rule, captured)
         if bias is None:
-            axes = axes_of(query, key)
             out, lse, alive = composed(
                 query,
                 key,
                 value,
-                lambda raw: as_tensor(read(rule.score, axes, captured, sizes, score=raw), raw).expand(raw.shape),
-                _mask(query, key, captured, sizes, rule.keep),
+                lambda raw: given.tensor(rule.score, raw).expand(raw.shape),
+                _mask(given, rule.keep),
                 sink=sink,
             )
-            return (out if alive is None else settle_empty(out, alive, *given)), lse
-        parts = _parts(query, key, value, captured, sizes, rule, bias)
-        out, lse = flash(query, parts, factor_of(rule), sink=sink, never_empty=rule.empty == "never")
+            return (out if alive is None else settle_empty(out, alive, given)), lse
+        out, lse = flash(query, _parts(given, bias), factor_of(rule), sink=sink, never_empty=rule.empty == "never")
         if rule.empty in SETTLED:
-            out = settle_empty(out, lse > -torch.inf, *given)
+            out = settle_empty(out, lse > -torch.inf, given)
         return out, lse
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
@@ -167,33 +149,35 @@ def _is_narrow(e: Expr) -> bool:
     return "i" not in e.names()
 
 
-def _parts(query, key, value, captured, sizes, rule: AttentionRule, bias: Expr) -> list[Part]:
+def _parts(given: Operands, bias: Expr) -> list[Part]:
     """The kernel calls: causal by flag where that holds, a mask for what is left."""
+    query, key, value, _, sizes, rule = given
     causal, rest = split_causal(rule.keep)
     L, S = query.shape[2], key.shape[2]
     offset = None if causal is None else read(causal, {}, (), sizes) if isinstance(causal, Expr) else causal
     if offset is not None and not isinstance(offset, int):
         offset = None  # known at run time only: a mask
     if offset is None:
-        return [_part(query, key, value, captured, sizes, rule.keep, bias)]
+        return [_part(given, rule.keep, bias)]
     if offset >= S - 1:
-        return [_part(query, key, value, captured, sizes, rest, bias)]
+        return [_part(given, rest, bias)]
     if offset == 0:
-        return [_part(query, key, value, captured, sizes, rest, bias, causal=True)]
+        return [_part(given, rest, bias, causal=True)]
     if offset > 0 and rest == TRUE and is_zero(bias) and isinstance(L, int):
         seen = Part(key.narrow(2, 0, offset), value.narrow(2, 0, offset))
         return [seen, Part(key.narrow(2, offset, S - offset), value.narrow(2, offset, S - offset), causal=True)]
-    return [_part(query, key, value, captured, sizes, rule.keep, bias)]
+    return [_part(given, rule.keep, bias)]
 
 
-def _part(query, key, value, captured, sizes, keep: Expr, bias: Expr, *, causal: bool = False) -> Part:
-    mask = _mask(query, key, captured, sizes, keep)
+def _part(given: Operands, keep: Expr, bias: Expr, *, causal: bool = False) -> Part:
+    query, key, value, *_ = given
+    mask = _mask(given, keep)
     if mask is True and is_zero(bias):
         return Part(key, value, None, causal)
-    added = None if is_zero(bias) else as_tensor(read(bias, axes_of(query, key), captured, sizes), query)
+    added = None if is_zero(bias) else given.tensor(bias)
     return Part(key, value, additive(as_tensor(mask, query), added, query.dtype), causal)
 
 
-def _mask(query, key, captured, sizes, keep: Expr) -> torch.Tensor | bool:
-    kept = read(keep, axes_of(query, key), captured, sizes)
+def _mask(given: Operands, keep: Expr) -> torch.Tensor | bool:
+    kept = given.read(keep)
     return kept if isinstance(kept, torch.Tensor) else bool(kept)

@@ -6,11 +6,11 @@ Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from attnc.codegen.float8 import unread
 from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.estimate import Estimate
@@ -19,8 +19,8 @@ from attnc.cost_models.tile_model import FlashTiles, FlashWork, fits
 from attnc.errors import LoweringError
 from attnc.forms.base import AttentionForm, Form
 from attnc.forms.masked import SETTLED, settle_empty
+from attnc.operands import Operands
 from attnc.region import AttentionRegion
-from attnc.rule_attention import AttentionRule
 
 BAR, IN = " | ", " @ "  # in an operator's spelling: before the rule, before the store that kernels are kept in
 DTYPES = ("bfloat16", "float16", "float32")
@@ -62,6 +62,11 @@ class Generated(AttentionForm):
             )
         if region.dtype not in DTYPES:
             return f"{self.name} takes {', '.join(DTYPES)}, found {region.dtype}; use dense."
+        if region.widened and region.training:
+            return (
+                f"{self.name} has no gradient of operands of 8 bits, found a region that trains over "
+                f"{', '.join(region.types)}; train on float32, float16 or bfloat16."
+            )
         if max(E, Ev) > widest:
             return f"{self.name} takes heads of up to {widest}, found E={E}, Ev={Ev}; use dense."
         return None
@@ -76,7 +81,14 @@ class Generated(AttentionForm):
     def misfit(self, region: AttentionRegion, device: Device) -> str | None:
         if not isinstance(device, Gpu) or device.target is None:
             return self.untargeted(device)
-        return fits(self.work(region), self.tiles, device)
+        return self.unread(region, device) or fits(self.work(region), self.tiles, device)
+
+    def unread(self, region: AttentionRegion, gpu: Gpu) -> str | None:
+        """Why kernels for `gpu` do not read what `region` stores: no target, or types of 8 bits that it has not."""
+        if gpu.target is None:
+            return self.untargeted(gpu)
+        why = unread((getattr(torch, name) for name in region.stored), gpu.target)
+        return None if why is None else f"{self.name}: {why}; use dense, which widens them."
 
     @property
     @abstractmethod
@@ -94,23 +106,13 @@ class Generated(AttentionForm):
     def cost(self, region: AttentionRegion, device: Device) -> Cost:
         raise LoweringError(f"predict {self.spell()} on {device.name}: it is a Triton kernel for GPUs. Use dense.")
 
-    def gpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-        *,
-        store: str | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def gpu(self, given: Operands, *, store: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """As of any form; store: where the kernels are kept, None for the user's own."""
-        given = (query, key, value, captured, sizes, rule)
+        *operands, rule = given
         operator = getattr(torch.ops.attnc, self.name)
-        out, lse = operator(*given[:-1], f"{kept_in(self.spell(), store)}{BAR}{rule.spell()}")
+        out, lse = operator(*operands, f"{kept_in(self.spell(), store)}{BAR}{rule.spell()}")
         if rule.sink is None and rule.empty in SETTLED:
-            out = settle_empty(out, lse != -torch.inf, *given)  # a NaN is not no key
+            out = settle_empty(out, lse != -torch.inf, given)  # a NaN is not no key
         return out, lse
 
     cpu = gpu  # by Triton's interpreter, where it is switched on

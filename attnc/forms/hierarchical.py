@@ -15,21 +15,20 @@ Exact:  for block = 1, and where no block is farther than `near`. An approximati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from attnc.codegen.cpu_scores import as_tensor
 from attnc.cost_models.cost import Cost, Work
 from attnc.cost_models.device import Device
 from attnc.expr import TRUE
 from attnc.expr_text import parse, spell
 from attnc.forms.base import AttentionForm, Form, knob
-from attnc.forms.masked import as_float64, scaled_rows
-from attnc.reading import read
+from attnc.forms.masked import scaled_rows
+from attnc.operands import Operands
+from attnc.reading import as_tensor, read
 from attnc.region import ITEM_BYTES, AttentionRegion
 from attnc.rule_attention import AttentionRule
 
@@ -87,15 +86,8 @@ class Hierarchical(AttentionForm):
         moved = region.bytes + copied + PASSES * scores * max(item, 4)
         return Cost((Work("composed", 2.0 * scores * (s.E + s.Ev), scores, moved, 16),))
 
-    def cpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def cpu(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, value, _, _, rule = given
         dtype, length = query.dtype, query.shape[2]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         q, k, v = (self._blocks(x.to(wide)) for x in (query, key, value))
@@ -141,20 +133,10 @@ class Hierarchical(AttentionForm):
         weights = torch.where(far, (score - torch.where(lse > -torch.inf, lse, 0.0)).exp(), 0.0)
         return (weights @ v.unsqueeze(2)).unsqueeze(-2), lse
 
-    def reference(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         """The formula in float64, every pair in memory."""
-        query, key, value, *captured = as_float64(query, key, value, *captured)
-        query, rule = scaled_rows(query, key, captured, sizes, rule)
-        group = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        query, key, value, _, _, rule = scaled_rows(given.double())
+        key, value = key.repeat_interleave(given.group, 1), value.repeat_interleave(given.group, 1)
         i = torch.arange(key.shape[2], device=key.device)
         same = (i.unsqueeze(-1) // self.block == i // self.block).to(key.dtype)
         pool = same / same.sum(-1, keepdim=True)  # each position's mean over its block

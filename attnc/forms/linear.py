@@ -45,8 +45,8 @@ from attnc.cost_models.device import Device
 from attnc.expr import TRUE
 from attnc.expr_text import parse, spell
 from attnc.forms.base import AttentionForm, Form, knob
-from attnc.forms.masked import as_float64
 from attnc.forms.recurrent import cost_in_chunks
+from attnc.operands import Operands
 from attnc.region import ITEM_BYTES, AttentionRegion, Region
 from attnc.rule_attention import AttentionRule, AttentionShape
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
@@ -147,10 +147,10 @@ class LinearAttention(AttentionForm):
     def is_exact(self, region: AttentionRegion) -> bool:
         return False
 
-    def tensors(self, width: int, given: Mapping[str, Tensor]) -> list[Tensor]:
+    def tensors(self, width: int, weights: Mapping[str, Tensor]) -> list[Tensor]:
         if self.map == "favor":
             return [directions(self.features, width)]
-        return [given[name] for name in self.weights]
+        return [weights[name] for name in self.weights]
 
     def cost(self, region: AttentionRegion, device: Device) -> Cost:
         s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)
@@ -179,16 +179,9 @@ class LinearAttention(AttentionForm):
             return self.features
         return 2 * dict(region.weights)["query_map"][-1] if self.weights else PLAIN[self.map][1](region.shape.E)
 
-    def cpu(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captured: Sequence[Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor]:
+    def cpu(self, given: Operands) -> tuple[Tensor, Tensor]:
         """out, and the logarithm of each row's sum of weights; captured: what `tensors` gave."""
+        query, key, value, captured, _, rule = given
         dtype = query.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         q, k, v, *held = (x.to(wide) for x in (query, key, value, *captured))
@@ -222,17 +215,9 @@ class LinearAttention(AttentionForm):
         phi = PLAIN[self.map][0]
         return phi(q, scale), phi(k, scale)
 
-    def reference(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        captured: Sequence[Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[Tensor, Tensor]:
+    def reference(self, given: Operands) -> tuple[Tensor, Tensor]:
         """The formula in float64, every pair in memory."""
-        q, k, v, *held = as_float64(query, key, value, *captured)
+        q, k, v, held, _, rule = given.double()
         phi_q, phi_k = self._mapped(q, k, held, rule)
         k, v, phi_k = (_by_query_head(x, q.shape[1]) for x in (k, v, phi_k))
         i, j = torch.arange(q.shape[2], device=q.device)[:, None], torch.arange(k.shape[2], device=q.device)

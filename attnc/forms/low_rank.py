@@ -11,7 +11,6 @@ Exact:  for rank >= E. An approximation by name elsewhere: taken only where `all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -21,9 +20,9 @@ from attnc.cost_models.cost import Cost, Work
 from attnc.cost_models.device import Device
 from attnc.forms.base import AttentionForm, Form, knob
 from attnc.forms.dense import Dense
-from attnc.forms.masked import as_float64, reference
+from attnc.forms.masked import reference
+from attnc.operands import Operands
 from attnc.region import ITEM_BYTES, AttentionRegion
-from attnc.rule_attention import AttentionRule
 
 EIGEN = 10  # FLOP of a symmetric eigensolver over E^3; assumed, not measured
 
@@ -62,35 +61,20 @@ class LowRank(AttentionForm):
         moved = heads * item * (rows * (s.E + self.rank) + s.S * s.E)
         return Cost((Work("composed", flops, 0.0, moved, 4),)) + Dense().cost(narrow, device)
 
-    def cpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def cpu(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+        query, key, *_ = given
         if self.rank < key.shape[-1]:
             leading = leading_directions(key, self.rank).to(key.dtype)
             B, Hq, L, E = query.shape
             rows = query.reshape(B, key.shape[1], -1, E)
-            query, key = (rows @ leading).view(B, Hq, L, self.rank), key @ leading
-        return Dense().cpu(query, key, value, captured, sizes, rule)
+            given = given._replace(query=(rows @ leading).view(B, Hq, L, self.rank), key=key @ leading)
+        return Dense().cpu(given)
 
-    def reference(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        captured: Sequence[torch.Tensor],
-        sizes: Sequence,
-        rule: AttentionRule,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def reference(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         """The formula in float64, U from a singular value decomposition of the keys."""
-        query, key, value, *captured = as_float64(query, key, value, *captured)
-        right = torch.linalg.svd(key, full_matrices=True).Vh[..., : self.rank, :]
-        return reference(query, key @ right.mT @ right, value, captured, sizes, rule)
+        given = given.double()
+        right = torch.linalg.svd(given.key, full_matrices=True).Vh[..., : self.rank, :]
+        return reference(given._replace(key=given.key @ right.mT @ right))
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
         return () if self.refuse(region) else (self,)  # the rank changes results: attnc.budget searches it

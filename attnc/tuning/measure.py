@@ -19,6 +19,7 @@ from attnc.forms.base import Form
 from attnc.forms.flash_decode import FlashDecode
 from attnc.forms.generated import kept_in
 from attnc.forms.masked import reference, settle_empty
+from attnc.operands import Operands
 from attnc.region import AttentionRegion
 from attnc.tuning.bench import Clock, DeviceClock, measured
 from attnc.tuning.problem import Outcome
@@ -80,9 +81,9 @@ class Bench:
         run = torch.ops.attnc.flash_decode if isinstance(form, FlashDecode) else torch.ops.attnc.flash
         out, lse = run(query, key, value, captured, list(region.sizes), self._spelled(form))
         if rule.sink is None:
-            out = settle_empty(out, lse > -torch.inf, query, key, value, captured, list(region.sizes), rule)
+            out = settle_empty(out, lse > -torch.inf, Operands(query, key, value, captured, list(region.sizes), rule))
         wide = q, k, v = [t.detach().float().requires_grad_() for t in leaves]
-        want, _ = reference(q, k, v, captured, list(region.sizes), rule)
+        want, _ = reference(Operands(q, k, v, captured, list(region.sizes), rule))
         pairs = [(out, want)]
         if self.part in ("dq", "dkv"):
             grad = torch.randn_like(want)

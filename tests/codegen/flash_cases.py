@@ -12,6 +12,7 @@ from attnc.forms import spell_attention
 from attnc.forms.flash import Flash
 from attnc.forms.masked import reference
 from attnc.op_flash import flash
+from attnc.operands import Operands
 from attnc.rule_attention import AttentionRule
 
 SMALL = Flash(block_m=32, block_n=16, dq_block_m=16, dq_block_n=32, dkv_block_m=32, dkv_block_n=16, section=2, xcds=4)
@@ -103,7 +104,7 @@ class Call:
 
     def wanted(self) -> tuple[Tensor, Tensor]:
         """out and lse of the oracle."""
-        return reference(self.query, self.key, self.value, self.captured, self.sizes, self.rule)
+        return reference(Operands(self.query, self.key, self.value, self.captured, self.sizes, self.rule))
 
     def learned(self) -> list[Tensor]:
         """What gradients are asked of."""

@@ -8,6 +8,7 @@ import torch
 from attnc.codegen.cpu_blocked import blocked
 from attnc.codegen.cpu_flash import Part, flash
 from attnc.forms.masked import reference
+from attnc.operands import Operands
 from attnc.rule_attention import AttentionRule
 from tests.tolerance import error
 
@@ -24,8 +25,9 @@ def draw(*shape: int) -> torch.Tensor:
 
 
 def agree(rule: AttentionRule, qkv: list[torch.Tensor], **schedule: int) -> None:
-    want, want_lse = reference(*qkv, [], [], rule)
-    got, lse = blocked(*qkv, [], [], rule, **schedule)
+    given = Operands(*qkv, [], [], rule)
+    want, want_lse = reference(given)
+    got, lse = blocked(given, **schedule)
     cotangent = torch.randn_like(want)
     assert error(got, want) < 1e-12 and error(lse, want_lse) < 1e-12
     for one, two in zip(

@@ -15,6 +15,7 @@ from attnc.codegen.render import render_rule, skeleton_text
 from attnc.codegen.triton_text import Slot, slot_of
 from attnc.errors import UsageError
 from attnc.forms.masked import reference
+from attnc.operands import Operands
 from attnc.rule_attention import AttentionRule
 from tests.codegen.interpreter import mend
 from tests.codegen.kernels import imported
@@ -45,8 +46,7 @@ def check(rule, qkv, captured, sizes, folder: Path, knobs: DecodeKnobs = SMALL, 
     """Out and lse of the kernels against the reference in float64."""
     module = imported(rendered(rule, tuple(slot_of(t) for t in captured)), folder)
     out, lse = decode(module, *qkv, captured, sizes, rule, knobs, **given)
-    doubles = [t.double() for t in qkv]
-    want, want_lse = reference(*doubles, [t.double() if t.is_floating_point() else t for t in captured], sizes, rule)
+    want, want_lse = reference(Operands(*qkv, captured, sizes, rule).double())
     dtype = qkv[0].dtype if qkv[0].dtype.itemsize > 1 else torch.bfloat16
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert_close(out, want, dtype, terms=64)
@@ -118,7 +118,7 @@ def test_what_lies_behind_a_sequence_in_the_cache_is_not_read(folder: Path) -> N
     rule = AttentionRule.parse("score=0.25 * s; keep=j <= t0[b] - 1; empty=zero")
     lengths = torch.tensor([41, 16])
     behind = torch.arange(70)[None, None, :, None] >= lengths[:, None, None, None]
-    want, _ = reference(query.double(), key.double(), value.double(), [lengths], [], rule)
+    want, _ = reference(Operands(query, key, value, [lengths], [], rule).double())
     key, value = (t.masked_fill(behind, torch.nan) for t in (key, value))
     module = imported(rendered(rule, (slot_of(lengths),)), folder)
     assert_close(decode(module, query, key, value, [lengths], [], rule, SMALL)[0], want, torch.float32)

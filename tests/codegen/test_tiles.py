@@ -11,9 +11,10 @@ from attnc.codegen.cpu_groups import grouped
 from attnc.codegen.tiles import classify, static_tiles, visited
 from attnc.expr import Expr
 from attnc.expr_text import parse, spell
-from attnc.forms.masked import axes_of
+from attnc.operands import Operands
 from attnc.predicate import logical_not
 from attnc.reading import read
+from attnc.rule_attention import AttentionRule
 
 B, Hq, L, S = 2, 3, 21, 26
 numbers = st.deferred(
@@ -48,7 +49,7 @@ def tables() -> list[torch.Tensor]:
     ]
 
 
-AXES = axes_of(torch.empty(B, Hq, L, 1), torch.empty(B, Hq, S, 1))
+AXES = Operands(torch.empty(B, Hq, L, 1), *[torch.empty(B, Hq, S, 1)] * 2, (), (), AttentionRule()).axes
 SIZES = [4]
 
 

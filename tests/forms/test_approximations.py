@@ -16,6 +16,7 @@ from attnc.forms.dense import Dense
 from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.low_rank import LowRank
 from attnc.forms.masked import reference
+from attnc.operands import Operands
 from attnc.options import Options
 from attnc.passes.choose import checked_forms, choose
 from attnc.plan import Plan
@@ -42,9 +43,9 @@ def drawn(dims: Dims, dtype: torch.dtype = torch.float64) -> tuple[list, list]:
 def gap(form, rule: AttentionRule, dims: Dims, of=None, dtype: torch.dtype = torch.float64) -> float:
     """The error of `form` against its own reference, or `of`, relative to the largest value; out and lse."""
     qkv, captured = drawn(dims, dtype)
-    wide = [x.double() if x.is_floating_point() else x for x in captured]
-    expected = (of or form.reference)(*(x.double() for x in qkv), wide, [], rule)
-    found = form.cpu(*qkv, captured, [], rule)
+    given = Operands(*qkv, captured, [], rule)
+    expected = (of or form.reference)(given.double())
+    found = form.cpu(given)
     assert found[0].dtype == dtype and found[0].shape == expected[0].shape and found[1].shape == expected[1].shape
     return max(float((f.double() - e).abs().max() / e.abs().max()) for f, e in zip(found, expected, strict=True))
 
@@ -95,8 +96,8 @@ def test_they_hold_in_every_type(dtype: torch.dtype, limit: float) -> None:
     for form in (LowRank(15), Hierarchical(8)):
         qkv, _ = drawn(dims, dtype)
         rule = rule_of("causal", dims)
-        expected = form.reference(*qkv, [], [], rule)[0]
-        found = form.cpu(*qkv, [], [], rule)[0]
+        given = Operands(*qkv, [], [], rule)
+        expected, found = form.reference(given)[0], form.cpu(given)[0]
         assert found.dtype == dtype and float((found - expected).abs().max()) < limit * float(expected.abs().max())
 
 
@@ -104,15 +105,15 @@ def test_keys_of_low_rank_are_exact_at_that_rank() -> None:
     dims = square(70, (4, 2))
     (query, key, value), _ = drawn(dims)
     key = key[..., :3] @ torch.randn(3, 16, dtype=torch.float64)
-    given = (query, key, value, [], [], rule_of("causal", dims))
-    torch.testing.assert_close(LowRank(3).cpu(*given)[0], reference(*given)[0])
+    given = Operands(query, key, value, [], [], rule_of("causal", dims))
+    torch.testing.assert_close(LowRank(3).cpu(given)[0], reference(given)[0])
 
 
 def test_equal_blocks_are_pooled_without_error() -> None:
     (query, key, value), _ = drawn(square(40, (2, 2)))
     query, key = (x[:, :, ::8].repeat_interleave(8, 2) for x in (query, key))
-    given = (query, key, value, [], [], rule_of("causal", square(40, (2, 2))))
-    torch.testing.assert_close(Hierarchical(8).cpu(*given)[0], reference(*given)[0])
+    given = Operands(query, key, value, [], [], rule_of("causal", square(40, (2, 2))))
+    torch.testing.assert_close(Hierarchical(8).cpu(given)[0], reference(given)[0])
 
 
 def region(length: int = 512, E: int = 128, rule: str = "causal", **facts) -> AttentionRegion:
@@ -209,7 +210,7 @@ def test_through_torch_compile(form, length: int) -> None:
     assert choice.form == form.spell()
     if not form.is_exact(region(length, 16)):
         assert "approximate: error" in choice.reason and "of the largest value on random inputs" in choice.reason
-    expected = form.reference(*qkv, [], [], rule_of("causal", dims))[0]
+    expected = form.reference(Operands(*qkv, [], [], rule_of("causal", dims)))[0]
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -225,7 +226,7 @@ def test_a_long_region_is_measured_at_a_shorter_length() -> None:
 
 def test_a_wrong_lift_is_not_excused_by_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(Dense, "cpu", lambda self, q, *given: (q * 2, q[..., 0]))
+    monkeypatch.setattr(Dense, "cpu", lambda self, given: (given.query * 2, given.query[..., 0]))
     qkv, _ = drawn(square(33, (4, 2)), torch.float32)
     options = {"allow": ("hierarchical",), "force": "hierarchical{block=4}", "inner": "aot_eager"}
     fast = torch.compile(attend, backend="attnc", options=options)

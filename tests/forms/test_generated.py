@@ -15,6 +15,7 @@ from attnc.forms import Dense, parse_form
 from attnc.forms.flash import Flash, band_of, default_for, is_band, skips, work_of
 from attnc.forms.flash_decode import FlashDecode, decode_default
 from attnc.forms.masked import reference
+from attnc.operands import Operands
 from attnc.ops import spell_attention
 from attnc.region import AttentionRegion
 from attnc.rule_attention import AttentionRule, AttentionShape
@@ -56,7 +57,7 @@ def test_a_generated_form_equals_its_reference(form: str, rule: str, L: int, S: 
     captured = [ids] if "t0" in rule else []
     out, lse = torch.ops.attnc.attention(query, key, value, captured, [], spell_attention(form, parsed))
     wide = [t.double() for t in (query, key, value)]
-    want, want_lse = reference(*wide, captured, [], parsed)
+    want, want_lse = reference(Operands(*wide, captured, [], parsed))
     assert (out - want).abs().max() <= tol(torch.float32) * want.abs().max()
     finite = want_lse > -torch.inf
     assert (lse[finite] - want_lse[finite]).abs().max() <= 1e-4 and (lse[~finite] == -torch.inf).all()
@@ -72,7 +73,7 @@ def test_gradients_of_flash_equal_the_reference(poisoned_memory, tol) -> None:
     grad = torch.randn_like(out)
     got = torch.autograd.grad(out, leaves, grad)
     wide = [t.detach().double().requires_grad_() for t in leaves]
-    want = torch.autograd.grad(reference(*wide, [], [], rule)[0], wide, grad.double())
+    want = torch.autograd.grad(reference(Operands(*wide, [], [], rule))[0], wide, grad.double())
     for a, b in zip(got, want, strict=True):
         assert (a - b).abs().max() <= tol(torch.float32) * b.abs().max()
 
@@ -178,7 +179,7 @@ def test_a_row_of_minus_infinity_is_nan_where_the_rule_says_so(form: str) -> Non
     for empty, rows in (("nan", [2]), ("never", [])):
         rule = AttentionRule.parse(f"score=0.25 * s + f0[0, 0, i, j]; empty={empty}")
         out, _ = torch.ops.attnc.attention(query, key, value, [mask], [], spell_attention(form, rule))
-        want, _ = reference(query, key, value, [mask], [], rule)
+        want, _ = reference(Operands(query, key, value, [mask], [], rule))
         assert out.isnan().any(-1).nonzero()[:, 2].unique().tolist() == rows
         torch.testing.assert_close(out, want, equal_nan=True, atol=1e-5, rtol=1e-5)
 

@@ -16,6 +16,7 @@ from attnc.errors import UsageError
 from attnc.forms import FORMS, parse_form
 from attnc.forms.linear import LinearAttention, directions
 from attnc.forms.masked import reference
+from attnc.operands import Operands
 from attnc.ops import attention, spell_attention
 from attnc.options import Options
 from attnc.passes.choose import approximations, choose
@@ -83,7 +84,7 @@ def test_each_map_equals_its_quadratic_formula(length: int, heads: tuple[int, in
         # rows of relu that have no weight at all are 0 / 0 in the formula, and 0 here
         expected = written(form, *qkv, held, rule is CAUSAL, 0.25).nan_to_num(0.0)
         torch.testing.assert_close(found, expected, msg=lambda m, f=form: f"{f}: {m}")
-        oracle = form.reference(*qkv, form.tensors(8, held), [], rule)
+        oracle = form.reference(Operands(*qkv, form.tensors(8, held), [], rule))
         torch.testing.assert_close((found, lse), oracle, msg=lambda m, f=form: f"{f}: {m}")
 
 
@@ -106,7 +107,7 @@ def test_a_key_map_may_be_by_query_head() -> None:
 def test_more_random_features_come_closer_to_softmax() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 33, 8, dtype=torch.float64) for _ in range(3))
-    exact = reference(q, k, v, [], [], CAUSAL)[0]
+    exact = reference(Operands(q, k, v, [], [], CAUSAL))[0]
     forms = [LinearAttention("favor", m) for m in (16, 256, 4096)]
     gaps = [float((run(form, [q, k, v], [], CAUSAL)[0] - exact).norm()) for form in forms]
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.2 * float(exact.norm())
@@ -139,7 +140,7 @@ def test_sums_of_narrow_types_are_kept_in_float32(dtype: torch.dtype) -> None:
     for form in SETTINGS:
         held = form.tensors(8, weights(form, 2, 1, 8))
         found = run(form, qkv, held, CAUSAL)[0]
-        expected = form.reference(*qkv, held, [], CAUSAL)[0]
+        expected = form.reference(Operands(*qkv, held, [], CAUSAL))[0]
         assert found.dtype == dtype and float((found - expected).abs().max()) < 1e-2 * float(expected.abs().max())
 
 

@@ -7,6 +7,7 @@ import torch
 
 from attnc import ops
 from attnc.forms.masked import reference
+from attnc.operands import Operands
 from attnc.predicate import distances
 from tests.forms.rules import ALWAYS_KEEPING, DIMS, RULES, Dims, inputs, rule_of
 from tests.tolerance import error
@@ -35,7 +36,7 @@ def test_a_form_is_the_reference(name: str, dims: Dims) -> None:
     for empty in cases(name, dims):
         rule = rule_of(name, dims, empty)
         qkv, captured = inputs(dims)
-        want, want_lse = reference(*qkv, captured, [], rule)
+        want, want_lse = reference(Operands(*qkv, captured, [], rule))
         leaves = [*qkv, *captured[2:]]
         cotangent = torch.randn_like(want)
         want_grads = torch.autograd.grad(want, leaves, cotangent, allow_unused=True)
@@ -63,7 +64,7 @@ def test_rows_without_keys_give_nan_where_the_rule_says_so(form: str) -> None:
     rule = rule_of("causal_padding", dims, "nan")
     qkv, captured = inputs(dims, grad=False)
     got, _ = run(form, qkv, captured, rule)
-    want, _ = reference(*qkv, captured, [], rule)
+    want, _ = reference(Operands(*qkv, captured, [], rule))
     assert want[0, :, :5].isnan().all() and not want[0, :, 5:].isnan().any()
     assert error(got, want) < CLOSE
 
@@ -73,7 +74,7 @@ def test_unwritten_memory_is_never_read(name: str, poisoned_memory: None) -> Non
     dims = Dims(70, 70, 4, 2, 16, 8)
     rule = rule_of(name, dims)
     qkv, captured = inputs(dims)
-    want, _ = reference(*qkv, captured, [], rule)
+    want, _ = reference(Operands(*qkv, captured, [], rule))
     for form in TRAINS:
         got, lse = run(form, qkv, captured, rule)
         grads = torch.autograd.grad(got.sum(), qkv)
@@ -86,10 +87,8 @@ def test_low_precision_is_as_good_as_the_written_model(name: str, dtype: torch.d
     dims = Dims(70, 70, 4, 2)
     rule = rule_of(name, dims)
     qkv, captured = inputs(dims, dtype, grad=False)
-    exact, _ = reference(
-        *(t.double() for t in qkv), [t.double() if t.is_floating_point() else t for t in captured], [], rule
-    )
-    written, _ = reference(*qkv, captured, [], rule)
+    given = Operands(*qkv, captured, [], rule)
+    exact, written = reference(given.double())[0], reference(given)[0]
     for form in (*TRAINS, FLEX):
         got, lse = run(form, qkv, captured, rule)
         assert got.dtype == dtype and lse.dtype == torch.float32
@@ -110,7 +109,7 @@ def test_autocast_does_not_reach_inside(form: str) -> None:
 def test_sizes_shift_the_mask() -> None:
     dims = Dims(33, 70, 4, 2)
     qkv, captured = inputs(dims, grad=False)
-    want, _ = reference(*qkv, captured, [], rule_of("causal_with_cache", dims))
+    want, _ = reference(Operands(*qkv, captured, [], rule_of("causal_with_cache", dims)))
     rule = rule_of("causal_with_cache", dims).parse("score=0.25 * s; keep=j - i - n0 <= 0; empty=zero")
     for form in (*TRAINS, FLEX):
         got, _ = torch.ops.attnc.attention(*qkv, captured, [37], ops.spell_attention(form, rule))
