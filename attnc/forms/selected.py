@@ -1,0 +1,211 @@
+"""The selected family: softmax attention over keys that are chosen at run time, exact among those that are chosen.
+
+    o_i = sum_{j in I_i, kept} exp(score_ij - lse_i) v_j,   I = choose(queries, keys, rule)
+
+A form of this family is a selector and the way its choice is laid out (`attnc.codegen.key_lists`); score, mask, sink
+and the gradient of everything are the rule's and shared. The choice is a constant for gradients. What the rule does not
+keep is never attended, chosen or not.
+
+Most forms choose blocks: `chosen` (B, heads, tiles, n) holds, for each tile of `tile_m` query rows, n numbers of blocks
+of `block` keys, NONE for none, none twice; heads is Hq, H (one choice for the query heads of a key head) or 1.
+
+Source: Yuan et al. 2025, "Native Sparse Attention", arXiv:2502.11089, section 3; Lu et al. 2025, "MoBA",
+arXiv:2502.13189.
+Exact:  where the knobs keep every key. An approximation by name elsewhere, taken only where `allow` names it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnc.codegen.key_lists import KeyLists, listed, of_rows
+from attnc.codegen.selectors import last_keys
+from attnc.cost_models.cost import Cost, Work
+from attnc.cost_models.device import Device
+from attnc.cost_models.roofline import BACKWARD
+from attnc.expr import BOOL, B, Expr, H, I, J, const, floordiv, load
+from attnc.expr_text import parse
+from attnc.forms.base import AttentionForm, Form
+from attnc.forms.flash import Flash
+from attnc.forms.masked import SETTLED, reference, settle_empty
+from attnc.operands import Operands
+from attnc.predicate import conjunction
+from attnc.region import ITEM_BYTES, AttentionRegion
+
+CAUSAL = parse("j <= i")
+FEW = 32  # query rows below which each has its own list; from it on, rows are sorted by the blocks that they chose
+BAR = " | "
+
+
+@dataclass(frozen=True)
+class Selected(AttentionForm):
+    """A form that chooses keys at run time.
+
+    phases: what it serves, of "prefill", "decode" and "training".
+    """
+
+    approximates: ClassVar[bool] = True
+    phases: ClassVar[tuple[str, ...]] = ("prefill", "decode", "training")
+
+    @abstractmethod
+    def choose(self, given: Operands) -> Tensor:
+        """The choice, int64, of shape `chosen_shape`; no gradient."""
+
+    @abstractmethod
+    def chosen_shape(self, given: Operands) -> tuple[int, ...]:
+        """Shape of the choice, from the shapes of the operands alone."""
+
+    @abstractmethod
+    def laid(self, chosen: Tensor, given: Operands) -> tuple[Operands, Sequence[KeyLists]]:
+        """The tiles of a choice, no pair of a row and a key in two of them, and the operands that they are of.
+
+        The operands are `given`, or those of `narrowed` where the tiles hold more keys than were chosen.
+        """
+
+    @abstractmethod
+    def narrowed(self, chosen: Tensor, given: Operands) -> Operands:
+        """The same attention with the choice as part of the mask, and as a captured tensor."""
+
+    @abstractmethod
+    def pairs(self, region: AttentionRegion) -> float:
+        """Pairs of a row and a key that are attended at most, of one query head."""
+
+    @abstractmethod
+    def choosing(self, region: AttentionRegion) -> Work:
+        """What it takes to choose."""
+
+    @abstractmethod
+    def keeps_all(self, region: AttentionRegion) -> bool:
+        """Whether these knobs keep every key of `region`."""
+
+    def refuse(self, region: AttentionRegion) -> str | None:
+        if region.kind != "attention":
+            return f"{self.name} computes attention, found a region of kind {region.kind}; leave it as written."
+        if region.rule.dropout:
+            return (
+                f"{self.name} keeps no random stream, found dropout {region.rule.dropout:g} active; use model.eval() "
+                "or dropout 0."
+            )
+        phase = "training" if region.training else "decode" if region.shape.L == 1 else "prefill"
+        if phase not in self.phases:
+            return f"{self.name} serves {' and '.join(self.phases)}, found {phase}; leave it as written there."
+        if not region.shape.is_static:
+            return (
+                f"{self.name} chooses among keys whose number is known at compile time, found {region.shape.text('L')} "
+                f"x {region.shape.text('S')}; mark the lengths with dynamic=False."
+            )
+        return self.unfit(region)
+
+    def unfit(self, region: AttentionRegion) -> str | None:
+        """Why this form, beyond what all of the family ask for, cannot compute `region`."""
+        return None
+
+    def is_exact(self, region: AttentionRegion) -> bool:
+        return self.refuse(region) is None and self.keeps_all(region)
+
+    def cost(self, region: AttentionRegion, device: Device) -> Cost:
+        s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)
+        heads, pairs = float(s.B * s.Hq), self.pairs(region)
+        copied = heads * item * (4 * s.L * (s.E + s.Ev) + 2 * self.gathered(region) * (s.E + s.Ev))
+        works = [
+            Work("flash", 4.0 * heads * pairs * max(s.E, s.Ev), heads * pairs, float(region.bytes), 8),
+            Work("memory", bytes=copied, launches=8),
+            self.choosing(region),
+        ]
+        if region.training:
+            more = BACKWARD["flash"]
+            works += [Work(w.engine, more * w.flops, more * w.exps, more * w.bytes, 2 * w.launches) for w in works[:2]]
+        return Cost(tuple(works))
+
+    def gathered(self, region: AttentionRegion) -> float:
+        """Keys written once more beside the products, of one query head."""
+        return self.pairs(region) / 256  # each tile of as many rows takes a copy of its block
+
+    def cpu(self, given: Operands) -> tuple[Tensor, Tensor]:
+        *tensors, rule = given
+        out, lse, _ = torch.ops.attnc.selected(*tensors, f"{self.spell()}{BAR}{rule.spell()}")
+        if rule.sink is None and rule.empty in SETTLED:
+            out = settle_empty(out, lse != -torch.inf, given)
+        return out, lse
+
+    def gpu(self, given: Operands) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            chosen = self.choose(given)
+        return Flash(skip="table").gpu(self.narrowed(chosen, given))
+
+    def reference(self, given: Operands) -> tuple[Tensor, Tensor]:
+        """The formula in float64, every pair in memory."""
+        given = given.double()
+        return reference(self.narrowed(self.choose(given), given))
+
+    def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
+        return () if self.refuse(region) else (self,)  # the knobs change results: attnc.budget searches them
+
+
+@dataclass(frozen=True)
+class BlockSelected(Selected):
+    """A form whose choice is blocks of `block_keys` keys for tiles of `tile_rows` query rows."""
+
+    @property
+    @abstractmethod
+    def block_keys(self) -> int:
+        """Keys of a block."""
+
+    @property
+    def tile_rows(self) -> int:
+        """Query rows that share a list; 1: each row has its own."""
+        return 1
+
+    @abstractmethod
+    def kept_blocks(self, S: int) -> int:
+        """Blocks of each list, the forced ones among them, at most."""
+
+    def choice_heads(self, given: Operands) -> int:
+        """Heads that choose: Hq, H or 1."""
+        return given.query.shape[1]
+
+    def chosen_shape(self, given: Operands) -> tuple[int, ...]:
+        B, _, L, _ = given.query.shape
+        return B, self.choice_heads(given), -(-L // self.tile_rows), self.kept_blocks(given.key.shape[2])
+
+    def laid(self, chosen: Tensor, given: Operands) -> tuple[Operands, Sequence[KeyLists]]:
+        B, Hq, L, _ = given.query.shape
+        H, S = given.key.shape[1:3]
+        shape, blocks = (B, Hq, H, L), -(-S // self.block_keys)
+        if self.tile_rows > 1 or L < FEW:
+            return given, [listed(chosen, shape, self.tile_rows, self.block_keys)]
+        is_causal = given.rule.keep == CAUSAL and L == S and S % self.block_keys == 0
+        return given, of_rows(chosen, shape, blocks, self.block_keys, "causal" if is_causal else "rule")
+
+    def narrowed(self, chosen: Tensor, given: Operands) -> Operands:
+        blocks = -(-given.key.shape[2] // self.block_keys)
+        table = torch.zeros((*chosen.shape[:-1], blocks + 1), dtype=torch.bool, device=chosen.device)
+        table = table.scatter(-1, torch.where(chosen < 0, blocks, chosen), True)[..., :blocks]
+        heads, Hq = chosen.shape[1], given.query.shape[1]
+        head = const(0) if heads == 1 else H if heads == Hq else floordiv(H, const(given.group))
+        at = (B, head, divided(I, self.tile_rows), divided(J, self.block_keys))
+        keep = conjunction(given.rule.keep, load(len(given.captured), at, BOOL))
+        return given._replace(captured=[*given.captured, table], rule=replace(given.rule, keep=keep))
+
+    def pairs(self, region: AttentionRegion) -> float:
+        s = region.shape
+        return float(s.L) * min(s.S, self.kept_blocks(s.S) * self.block_keys)
+
+    def keeps_all(self, region: AttentionRegion) -> bool:
+        return self.kept_blocks(region.shape.S) >= -(-region.shape.S // self.block_keys)
+
+
+def divided(e: Expr, by: int) -> Expr:
+    """`e // by`."""
+    return e if by == 1 else floordiv(e, const(by))
+
+
+def always_blocks(sinks: int, window: int, block: int) -> int:
+    """Blocks that hold the first `sinks` keys or one of the `window` up to a row, at most."""
+    return -(-sinks // block) + -(-(window - 1) // block) + 1

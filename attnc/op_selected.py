@@ -1,0 +1,108 @@
+"""The operators `attnc::selected` and `attnc::selected_backward`: attention over keys chosen at run time, on the CPU.
+
+    selected(query, key, value, captured, sizes, spelling) -> (out, lse, chosen)
+    selected_backward(grad_out, query, key, value, out, lse, chosen, captured, sizes, needs, spelling) -> Tensor[]
+    spelling = FORM{knobs} | RULE        e.g. "block_mixture{block=512,top_k=4} | score=0.125 * s; keep=-i + j <= 0"
+
+Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L), chosen int64 of
+a shape that the form says. lse and chosen are not differentiable; the backward reuses the choice. One opaque operator:
+how many rows choose a block is known at run time only.
+
+Source: Lu et al. 2025, "MoBA", arXiv:2502.13189, algorithm 1; torch.library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnc.codegen import cpu_key_lists
+from attnc.errors import UsageError
+from attnc.forms import parse_attention
+from attnc.forms.selected import Selected
+from attnc.operands import Operands
+
+library = torch.library.Library("attnc", "FRAGMENT")
+
+
+def parse_selected(spelling: str) -> tuple[Selected, Any]:
+    """The form and the rule of a spelling. Raises: UsageError if the form chooses no keys."""
+    form, rule = parse_attention(spelling)
+    if not isinstance(form, Selected):
+        raise UsageError(
+            f"parse the operator spelling {spelling!r:.200}: found the form {form.name}, allowed is one that chooses "
+            "keys. Use attnc::attention for any form."
+        )
+    return form, rule
+
+
+@torch.library.custom_op("attnc::selected", mutates_args=())
+def selected(
+    query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], sizes: Sequence[int], spelling: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out and lse of the spelled attention, and what it chose."""
+    form, rule = parse_selected(spelling)
+    given = Operands(query, key, value, captured, sizes, rule)
+    chosen = form.choose(given)
+    return *cpu_key_lists.forward(*form.laid(chosen, given)), chosen
+
+
+@selected.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, captured: Sequence[Tensor], sizes: Sequence[int], spelling: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    form, rule = parse_selected(spelling)
+    given = Operands(query, key, value, captured, sizes, rule)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = query.new_empty((*query.shape[:3], value.shape[-1]))
+    return (
+        out,
+        query.new_empty(query.shape[:3], dtype=wide),
+        query.new_empty(form.chosen_shape(given), dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("attnc::selected_backward", mutates_args=())
+def selected_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, chosen: Tensor,
+    captured: Sequence[Tensor], sizes: Sequence[int], needs: Sequence[bool], spelling: str,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of query, key, value and of the captured tensors that `needs` names."""
+    form, rule = parse_selected(spelling)
+    given = Operands(query, key, value, captured, sizes, rule)
+    laid, lists = form.laid(chosen, given)
+    needs = [*needs, *[False] * (len(laid.captured) - len(needs))]  # what the choice captures has no gradient
+    *grads, learned = cpu_key_lists.backward(grad_out, laid, lists, out, lse, needs)
+    return [*grads, *learned]
+
+
+@selected_backward.register_fake
+def _(
+    grad_out: Any, query: Tensor, key: Tensor, value: Tensor, out: Any, lse: Any, chosen: Any,
+    captured: Sequence[Tensor], sizes: Any, needs: Sequence[bool], spelling: str,
+) -> list[Tensor]:  # fmt: skip
+    learned = [torch.empty_like(t) for t, need in zip(captured, needs, strict=True) if need]
+    return [*(t.new_empty(t.shape) for t in (query, key, value)), *learned]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, captured, ctx.sizes, ctx.spelling = inputs
+    ctx.save_for_backward(query, key, value, *output, *captured)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Any, ...]:
+    query, key, value, out, lse, chosen, *captured = ctx.saved_tensors
+    needs = [bool(need) for need in ctx.needs_input_grad[3]]
+    dq, dk, dv, *learned = selected_backward(
+        grad_out, query, key, value, out, lse, chosen, captured, ctx.sizes, needs, ctx.spelling
+    )
+    found = iter(learned)
+    # torch takes an empty list of sizes for one of tensors
+    return dq, dk, dv, [next(found) if need else None for need in needs], None if ctx.sizes else [], None
+
+
+selected.register_autograd(_differentiate, setup_context=_remember)

@@ -1,0 +1,280 @@
+"""Attention over tiles with their own key lists on the CPU: batched flash calls over gathered rows and keys.
+
+    out_i = sum_p exp(lse_pi - lse_i) out_pi over the tiles p that hold row i,   lse_i = log sum_p exp(lse_pi) (+ sink)
+
+Tiles are run in pieces that fit a cache, so that memory beyond the outputs does not grow with the length. The backward
+runs the same pieces with the merged out and lse: d s_ij = exp(s_ij - lse_i) (d out_i . v_j - d out_i . out_i) holds
+for each tile alone. Scores that are not linear in the product run composed, in both directions.
+
+Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3.1; Liu et al. 2023, arXiv:2310.01889 (merging).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnc.codegen.cpu_scores import factor_of, is_zero
+from attnc.codegen.key_lists import KeyLists, in_blocks
+from attnc.expr import TRUE, Expr
+from attnc.operands import Operands
+from attnc.reading import as_tensor, picked, read
+from attnc.rule_attention import linear_score
+
+PIECE = 24 << 20  # bytes of gathered operands and of a mask at a time
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The operands laid flat: rows of queries, blocks of keys and values; one width for all, as the kernel wants it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    blocks: int  # of a key head
+
+    @classmethod
+    def of(cls, operands: Operands, width: int) -> Tables:
+        query, key, value = operands[:3]
+        most = max(key.shape[-1], value.shape[-1])
+        query, key, value = (t if t.shape[-1] == most else _widened(t, most) for t in (query, key, value))
+        return cls(
+            query.reshape(-1, most), in_blocks(key, width), in_blocks(value, width), -(-key.shape[2] // width)
+        )  # fmt: skip
+
+
+def _widened(t: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(t, (0, width - t.shape[-1]))
+
+
+def forward(operands: Operands, every: Sequence[KeyLists]) -> tuple[Tensor, Tensor]:
+    """Attend each row to the keys of its tiles, under the rule.
+
+    Shapes: as `Operands` -> out (B, Hq, L, Ev), lse (B, Hq, L), natural, float32 (float64 for float64), with the sink.
+    A row without keys gives 0 and lse -inf, or the sink.
+    """
+    query, value = operands.query, operands.value
+    B, Hq, L, _ = query.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = query.new_zeros(B * Hq * L, value.shape[-1], dtype=wide)
+    lse = query.new_full((B * Hq * L,), -torch.inf, dtype=wide)
+    for lists in every:
+        tables = Tables.of(operands, lists.width)
+        for tile in _pieces(lists, tables):
+            _merge(out, lse, tile, *_run(operands, tables, tile))
+    lse = lse.view(B, Hq, L)
+    out = out.view(B, Hq, L, -1)
+    if operands.rule.sink is not None:
+        total = torch.logaddexp(lse, _sink(operands).to(wide))
+        out, lse = out * (lse - total).exp().unsqueeze(-1), total
+    return out.to(query.dtype), lse
+
+
+def _sink(operands: Operands) -> Tensor:
+    """The sink's logits, (B, Hq, L)."""
+    assert operands.rule.sink is not None
+    B, Hq, L, _ = operands.query.shape
+    return operands.tensor(operands.rule.sink).expand(B, Hq, L, 1)[..., 0]
+
+
+def _pieces(lists: KeyLists, tables: Tables) -> Iterator[KeyLists]:
+    m, n = lists.rows.shape[1], lists.blocks.shape[1] * lists.width
+    item = tables.query.element_size()
+    each = (2 * (m + n) * tables.query.shape[-1] + (m * n if lists.keeps == "rule" else 0)) * item
+    step = max(1, PIECE // max(each, 1))
+    for first in range(0, len(lists), step):
+        yield lists.part(first, first + step)
+
+
+def _gathered(tables: Tables, tile: KeyLists) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows (T, 1, m, E), keys and values (T, 1, n * width, E), and which blocks they are, (T * n,)."""
+    at = (tile.place.unsqueeze(-1) * tables.blocks + tile.blocks.clamp(min=0)).flatten()
+    T, m = tile.rows.shape
+    query = tables.query.index_select(0, tile.rows.clamp(min=0).flatten()).view(T, 1, m, -1)
+    key, value = (t.index_select(0, at).view(T, 1, -1, t.shape[-1]) for t in (tables.key, tables.value))
+    return query, key, value, at
+
+
+def _run(operands: Operands, tables: Tables, tile: KeyLists) -> tuple[Tensor, Tensor]:
+    """out (T, m, Ev) and lse (T, m) of each tile alone; 0 and -inf for a row without keys."""
+    query, key, value, _ = _gathered(tables, tile)
+    width = operands.value.shape[-1]
+    bias = _bias(operands)
+    if bias is None:
+        out, lse = _composed(operands, tile, query, key, value)
+        return out[..., :width], lse
+    mask = _mask(operands, tile, bias)
+    causal = tile.keeps == "diagonal"
+    out, lse = _flash(query, key, value, 0.0, causal, attn_mask=mask, scale=factor_of(operands.rule))
+    out, lse = out.squeeze(1)[..., :width], lse.squeeze(1)
+    if mask is None:
+        return out, lse
+    alive = (mask > -torch.inf).any(-1).squeeze(1)
+    return torch.where(alive.unsqueeze(-1), out, 0.0), torch.where(alive, lse, -torch.inf)
+
+
+def _merge(out: Tensor, lse: Tensor, tile: KeyLists, part: Tensor, weight: Tensor) -> None:
+    """Add tiles to the rows they hold; a row is in one of them at most."""
+    rows, part, weight = tile.rows.flatten(), part.flatten(0, 1), weight.flatten()
+    there = rows >= 0
+    if not bool(there.all()):
+        rows, part, weight = rows[there], part[there], weight[there]
+    before = lse[rows]
+    total = torch.logaddexp(before, weight.to(lse.dtype))
+    level = torch.where(total == -torch.inf, 0.0, total)
+    old, new = (before - level).exp().unsqueeze(-1), (weight - level).exp().unsqueeze(-1)
+    out[rows] = torch.addcmul(out[rows] * old, part.to(out.dtype), new)
+    lse[rows] = total
+
+
+def _bias(operands: Operands) -> Expr | None:
+    """What is added to `factor * s`; None where the score is not linear in the product."""
+    parts = linear_score(operands.rule.score)
+    return None if parts is None else parts[1]
+
+
+def _at(operands: Operands, tile: KeyLists, e: Expr, score: Tensor | None = None) -> Tensor:
+    """`e` at every pair of the tiles, broadcastable to (T, 1, m, n * width)."""
+    _, Hq, L, _ = operands.query.shape
+    rows = tile.rows.clamp(min=0).view(len(tile), 1, -1, 1)
+    keys = tile.keys.clamp(0, operands.key.shape[2] - 1).view(len(tile), 1, 1, -1)
+    axes = {"b": rows // (Hq * L), "h": rows // L % Hq, "i": rows % L, "j": keys}
+    found = read(
+        e, {name: picked(name, at) for name, at in axes.items()}, operands.captured, operands.sizes, score=score
+    )
+    return as_tensor(found, operands.query if score is None else score)
+
+
+def _keep(operands: Operands, tile: KeyLists) -> Tensor | None:
+    """Pairs of the tiles that the rule keeps, broadcastable to (T, 1, m, n * width); None where it is all of them."""
+    if tile.keeps != "rule":
+        return None
+    keys, S = tile.keys.view(len(tile), 1, 1, -1), operands.key.shape[2]
+    there = (keys >= 0) & (keys < S)
+    if operands.rule.keep == TRUE:
+        return there
+    return there & _at(operands, tile, operands.rule.keep)
+
+
+def _mask(operands: Operands, tile: KeyLists, bias: Expr) -> Tensor | None:
+    """What is added to the scores, (T, 1, 1 or m, n * width), -inf where nothing is kept; None for nothing."""
+    keep, dtype = _keep(operands, tile), operands.query.dtype
+    added = None if is_zero(bias) else _at(operands, tile, bias).to(dtype)
+    if tile.added is not None:
+        own = tile.added.view(len(tile), 1, 1, -1).to(dtype)
+        added = own if added is None else added + own
+    if keep is None:
+        return added
+    return torch.where(keep, torch.zeros((), dtype=dtype) if added is None else added, -torch.inf)
+
+
+def _scores(operands: Operands, tile: KeyLists, query: Tensor, key: Tensor) -> Tensor:
+    """Scores (T, 1, m, n * width) of the rule, -inf where nothing is kept; half types in float32."""
+    raw = query @ key.mT
+    raw = raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
+    scores = _at(operands, tile, operands.rule.score, raw)
+    if tile.added is not None:
+        scores = scores + tile.added.view(len(tile), 1, 1, -1)
+    keep = _keep(operands, tile)
+    if tile.keeps == "diagonal":
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    return scores if keep is None else torch.where(keep, scores, -torch.inf)
+
+
+def _composed(operands: Operands, tile: KeyLists, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    scores = _scores(operands, tile, query, key)
+    lse = scores.logsumexp(-1)
+    weights = (scores - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)).exp()
+    return (weights.to(value.dtype) @ value).squeeze(1), lse.squeeze(1)
+
+
+def backward(
+    grad: Tensor, operands: Operands, every: Sequence[KeyLists], out: Tensor, lse: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of query, key, value, and of the captured tensors that `needs` names; the lists are constants.
+
+    Shapes: grad and out (B, Hq, L, Ev), lse (B, Hq, L), of `forward`.
+    """
+    query, key, value = operands[:3]
+    most = max(key.shape[-1], value.shape[-1])
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    flat_grad, flat_out = (_widened(t, most).reshape(-1, most) for t in (grad, out))
+    level = torch.where(lse == -torch.inf, 0.0, lse).flatten()
+    dq = query.new_zeros(level.numel(), most, dtype=wide)
+    learned = [torch.zeros_like(t, dtype=wide) for t, need in zip(operands.captured, needs, strict=True) if need]
+    totals: list[Tensor] = [torch.zeros_like(t, dtype=wide) for t in (key, value)]
+    for lists in every:
+        tables = Tables.of(operands, lists.width)
+        dk, dv = torch.zeros_like(tables.key, dtype=wide), torch.zeros_like(tables.value, dtype=wide)
+        for tile in _pieces(lists, tables):
+            rows, gone = tile.rows.clamp(min=0), tile.rows < 0
+            given = flat_grad[rows].masked_fill(gone.unsqueeze(-1), 0.0)
+            height = level[rows].masked_fill(gone, torch.inf)  # a row that is not there has no weights
+            parts = _run_backward(operands, tables, tile, given, flat_out[rows], height, needs)
+            dq.index_add_(0, rows.flatten(), parts[0].to(wide))
+            at = (tile.place.unsqueeze(-1) * tables.blocks + tile.blocks.clamp(min=0)).flatten()
+            dk.index_add_(0, at, parts[1].reshape(-1, *dk.shape[1:]).to(wide))
+            dv.index_add_(0, at, parts[2].reshape(-1, *dv.shape[1:]).to(wide))
+            for total, more in zip(learned, parts[3], strict=True):
+                total += more
+        for n, found in enumerate((dk, dv)):
+            shape = totals[n].shape
+            totals[n] += found.view(shape[0], shape[1], -1, most)[:, :, : shape[2], : shape[3]]
+    learned = _sink_backward(grad, operands, out, lse, needs, learned)
+    dq = dq.view(*query.shape[:3], most)[..., : query.shape[-1]]
+    captured = [t for t, need in zip(operands.captured, needs, strict=True) if need]
+    return (
+        dq.to(query.dtype),
+        totals[0].to(key.dtype),
+        totals[1].to(value.dtype),
+        [found.to(t.dtype) for found, t in zip(learned, captured, strict=True)],
+    )
+
+
+def _run_backward(
+    operands: Operands, tables: Tables, tile: KeyLists, grad: Tensor, out: Tensor, lse: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of a piece's rows (T * m, E), keys and values (T, 1, n * width, E), and of captured tensors."""
+    query, key, value, _ = _gathered(tables, tile)
+    grad, out, lse = grad.unsqueeze(1), out.unsqueeze(1), lse.unsqueeze(1)
+    bias = _bias(operands)
+    if bias is not None and not any(needs):
+        mask = _mask(operands, tile, bias)
+        dq, dk, dv = _flash_backward(
+            grad, query, key, value, out, lse, 0.0, tile.keeps == "diagonal", attn_mask=mask,
+            scale=factor_of(operands.rule),
+        )  # fmt: skip
+        return dq.flatten(0, 2), dk, dv, []
+    wanted = [t.detach().requires_grad_(need) for t, need in zip(operands.captured, needs, strict=True)]
+    with torch.enable_grad():
+        query, key = query.detach().requires_grad_(), key.detach().requires_grad_()
+        scores = _scores(operands._replace(captured=wanted), tile, query, key)
+    weights = (scores.detach() - lse.unsqueeze(-1)).exp()
+    inner = (grad * out).sum(-1, keepdim=True)
+    slope = weights * ((grad @ value.mT).to(weights.dtype) - inner)
+    leaves = [query, key, *(t for t in wanted if t.requires_grad)]
+    dq, dk, *learned = torch.autograd.grad(scores, leaves, slope, allow_unused=True)
+    dv = weights.mT.to(grad.dtype) @ grad
+    found = [torch.zeros_like(t) if g is None else g for g, t in zip(learned, leaves[2:], strict=True)]
+    return dq.flatten(0, 2), dk, dv, found
+
+
+def _sink_backward(
+    grad: Tensor, operands: Operands, out: Tensor, lse: Tensor, needs: Sequence[bool], learned: list[Tensor]
+) -> list[Tensor]:
+    if operands.rule.sink is None or not any(needs):
+        return learned
+    wanted = [t.detach().requires_grad_(need) for t, need in zip(operands.captured, needs, strict=True)]
+    with torch.enable_grad():
+        sink = _sink(operands._replace(captured=wanted)).to(lse.dtype)
+    if not sink.requires_grad:
+        return learned
+    slope = -(sink.detach() - lse).exp() * (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    leaves = [t for t in wanted if t.requires_grad]
+    found = torch.autograd.grad(sink, leaves, slope, allow_unused=True)
+    return [total if more is None else total + more for total, more in zip(learned, found, strict=True)]
