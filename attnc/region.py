@@ -14,7 +14,8 @@ from attnc.rule_moe import MoERule, MoEShape
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
 
 AS_WRITTEN = "as written"
-ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, **dict.fromkeys(FLOAT8, 1)}
 
 
 def form_name(spelling: str) -> str:
@@ -132,6 +133,8 @@ class AttentionRegion(Region):
     sizes:    the sizes n0, n1, ... of the rule, as seen at compile time.
     repeats_heads: whether key and value heads are written out once per query head.
     value_in_key: whether the graph proves that the value is the key's first Ev channels.
+    stored: types of query, key and value in memory, where some have 8 bits and the graph widens them; dtype is what it
+    widens them to, and () means all three.
     weights: names and shapes of the weights that the options supply for it.
     """
 
@@ -143,17 +146,39 @@ class AttentionRegion(Region):
     sizes: tuple[int, ...] = ()
     repeats_heads: bool = False
     value_in_key: bool = False
+    stored: tuple[str, ...] = ()
     weights: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def facts(self) -> dict[str, Any]:
         own = {"group": self.shape.group, "mask": self.mask, "fill": self.fill, "captured": list(self.captured)}
-        held = {"repeats_heads": self.repeats_heads, "value_in_key": self.value_in_key}
+        held = {"repeats_heads": self.repeats_heads, "value_in_key": self.value_in_key, "stored": list(self.stored)}
         return {**super().facts, **own, "sizes": list(self.sizes), **held}
 
     @property
     def data(self) -> tuple[str, ...]:
-        return (*self.captured, *map(str, self.sizes), *(["value in key"] if self.value_in_key else []))
+        within = ["value in key"] if self.value_in_key else []
+        return (*self.captured, *map(str, self.sizes), *within, *self.stored)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of inputs, as they are stored, and output, each once."""
+        s = self.shape
+        query, key, value = (ITEM_BYTES.get(name, 4) for name in self.types)
+        rows = s.Hq * s.L * (s.E * query + s.Ev * ITEM_BYTES.get(self.dtype, 4))
+        return s.B * (rows + s.H * s.S * (s.E * key + s.Ev * value))
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Types of query, key and value in memory."""
+        return self.stored or (self.dtype,) * 3
+
+    @property
+    def widened(self) -> int:
+        """Elements of query, key and value that are stored in 8 bits."""
+        s = self.shape
+        counts = s.Hq * s.L * s.E, s.H * s.S * s.E, s.H * s.S * s.Ev
+        return s.B * sum(n for n, name in zip(counts, self.types, strict=True) if name in FLOAT8)
 
     @property
     def title(self) -> str:

@@ -16,7 +16,9 @@ from functools import lru_cache
 
 import torch
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+from attnc.region import FLOAT8 as NAMES
+
+FLOAT8: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in NAMES)
 OCP, FNUZ = FLOAT8[:2], FLOAT8[2:]
 # By kind of target and architecture. Under 8.9 Triton widens e5m2, the upper half of a float16, and refuses e4m3fn. On
 # AMD GPUs it reads every type, in software where there are no instructions: those are left out.

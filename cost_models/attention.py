@@ -52,7 +52,7 @@ def library_estimate(region: AttentionRegion, gpu: Gpu, *, causal: bool, masked:
     Its interval is that of the tables where they show the call, else of a plain roofline.
     """
     s = region.shape
-    pairs = s.L * s.S / (2 if causal and s.L == s.S else 1)
+    pairs, widened = s.L * s.S / (2 if causal and s.L == s.S else 1), PLAIN.around(widening_seconds(region, gpu))
     if region.dtype not in ("bfloat16", "float16"):
         time = PLAIN.around(_fp32_seconds(region, gpu, pairs))
     else:
@@ -76,7 +76,14 @@ def library_estimate(region: AttentionRegion, gpu: Gpu, *, causal: bool, masked:
         added = s.B * s.L * s.S * ITEM_BYTES.get(region.dtype, 4)
         slower = time.seconds / MASKED_SHARE + added / (MEMORY_SHARE * gpu.bandwidth)
         time = PLAIN.around(slower)
-    return time * (1 + BACKWARD_TIME) if region.training else time
+    return (time * (1 + BACKWARD_TIME) if region.training else time) + widened
+
+
+def widening_seconds(region: AttentionRegion, gpu: Gpu) -> float:
+    """Time of writing operands that are stored in 8 bits in the type that libraries take."""
+    if not region.widened:
+        return 0.0
+    return LAUNCH_S + region.widened * (1 + ITEM_BYTES.get(region.dtype, 4)) / (MEMORY_SHARE * gpu.bandwidth)
 
 
 def _fp32_seconds(region: AttentionRegion, gpu: Gpu, pairs: float) -> float:
@@ -94,4 +101,5 @@ def composed_seconds(region: AttentionRegion, gpu: Gpu) -> float:
     scores = float(s.B * s.Hq * s.L * s.S)
     moved = region.bytes + COMPOSED_PASSES * scores * item
     once = 2 * scores * (s.E + s.Ev) / rate + moved / (MEMORY_SHARE * gpu.bandwidth) + 3 * LAUNCH_S
+    once += widening_seconds(region, gpu)
     return once * (3 if region.training else 1)  # the scores are kept: two products more for each of the two

@@ -23,6 +23,8 @@ TENSOR_TYPE_OF = {
     "float16": "fp16",
     "float8_e4m3fn": "fp8",
     "float8_e5m2": "fp8",
+    "float8_e4m3fnuz": "fp8",
+    "float8_e5m2fnuz": "fp8",
 }
 ENGINES = ("flash", "masked", "flex", "flex_scored", "composed", "composed_scored", "memory")
 SOURCES = ("figures", "derived", "power", "matmul", "dies")

@@ -4,7 +4,8 @@
     flash_estimate(work, tiles, device, compiled)   by those of what the compiler refined
 
 Bounds lie in tile_model.json by kind of call and size; benchmarks/fit_tiles.py finds them. A kernel that no table shows
-(a backward, other types than bf16 and fp16, tcgen05, mfma) gets the widest of all and an allowance on either side.
+(a backward, other types than bf16 and fp16 in memory or in products, tcgen05, mfma) gets the widest of all and an
+allowance on either side.
 
 Source: as `attnc.cost_models.tile_model`.
 """
@@ -16,7 +17,7 @@ from functools import lru_cache
 
 from attnc.cost_models.device import Gpu
 from attnc.cost_models.estimate import Bounds, Estimate
-from attnc.cost_models.tile_kernels import FlashTiles, matrix_class
+from attnc.cost_models.tile_kernels import ITEM, FlashTiles, matrix_class
 from attnc.cost_models.tile_model import CompiledFigures, FlashWork, fitted_table, flash_seconds
 
 MEASURED_TYPES = ("bf16", "fp16")
@@ -44,7 +45,8 @@ def predicted(
     compiled: refined by the compiler. forward: of the forward alone.
     """
     instruction, fitted = matrix_class(device.arch, tiles.block_m, tiles.warps), fitted_table()
-    if not forward or work.kind not in MEASURED_TYPES or instruction in fitted["guessed"]:
+    widens = work.stored is not None and min(work.stored) < ITEM[work.kind]
+    if not forward or widens or work.kind not in MEASURED_TYPES or instruction in fitted["guessed"]:
         return unmeasured(seconds)
     bounds = fitted_bounds(kind_of(work, tiles), "compiled" if compiled else "closed")
     return bounds.around(seconds, fitted["classes"][instruction]["launch"] / seconds)

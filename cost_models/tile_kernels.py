@@ -27,6 +27,7 @@ VECTOR = {"forward": 3.1, "dq": 3.0, "dkv": 3.0}
 PACKED = {"tcgen05": 0.7, "mfma": 0.7}  # two float32 operations in one instruction, where they pair up
 MASK_VECTOR = 2.5
 OTHER = 2.5  # conversions, addresses and moves on a pair
+WIDEN = 2.0  # FP32 operations that a number of 8 bits takes until it is one of 16
 MMA_FLOPS = 4096  # of one m16n8k16
 # Registers of a thread beyond the tiles, from ahead-of-time compiles of the forward loop.
 OVERHEAD = {"mma": 50, "wgmma": 45, "tcgen05": 60, "mfma": 90}
@@ -78,7 +79,8 @@ def padded(width: int) -> int:
 class Tile:
     """One kernel's tile with its knobs. held, passed: rows that stay in the block, that pass by.
 
-    E, Ev: widths of a head, padded. item: bytes of an element. value_in_key: values are the keys' first columns.
+    E, Ev: widths of a head, padded. item: bytes of an element in products. value_in_key: values are the keys' first
+    columns. stored: bytes of an element of key and of value in memory; fewer than `item`: they are widened.
     """
 
     kernel: str
@@ -91,6 +93,7 @@ class Tile:
     stages: int
     instruction: str
     value_in_key: bool = False
+    stored: tuple[int, int] | None = None
 
     @cached_property
     def threads(self) -> int:
@@ -136,12 +139,24 @@ class Tile:
         """FP32 operations of a tile without mask: on pairs, and on the accumulator's columns that are rescaled."""
         rescaled = self.Ev * self.held if self.kernel == "forward" else 0
         packed = PACKED.get(self.instruction, 1.0)
-        return self.duplicates * packed * (VECTOR[self.kernel] * self.held * self.passed + rescaled)
+        widened = WIDEN * self.passed * sum(width for width, item in self._passing if item < min(self.item, 2))
+        return self.duplicates * packed * (VECTOR[self.kernel] * self.held * self.passed + rescaled) + widened
 
     @cached_property
     def passing_bytes(self) -> float:
         """Bytes of a tile that are loaded: keys and values, or queries and output gradients."""
-        return self.passed * (self.E + (0 if self.value_in_key else self.Ev)) * self.item
+        return self.passed * sum(width * item for width, item in self._passing)
+
+    @cached_property
+    def _passing(self) -> tuple[tuple[int, int], ...]:
+        """Columns that are loaded and their bytes: of keys, then of values."""
+        key, value = self.stored or (self.item, self.item)
+        return ((self.E, key),) if self.value_in_key else ((self.E, key), (self.Ev, value))
+
+    @cached_property
+    def multiplied_bytes(self) -> float:
+        """Bytes of a tile that is loaded, as matrix instructions read it."""
+        return self.passed * sum(width for width, _ in self._passing) * self.item
 
     @cached_property
     def shared_traffic(self) -> float:
@@ -154,7 +169,7 @@ class Tile:
         if self.instruction == "mma" and self.split > 1:  # weights go through shared memory to all columns' warps
             own = 3 * self.held * self.passed * self.item
         more = 1.5 if self.kernel != "forward" else 1.0  # what passes is read again for the gradient
-        return (1 + readers * more) * self.passing_bytes + own
+        return (1 + readers * more) * self.multiplied_bytes + own
 
     @cached_property
     def shared_bytes(self) -> int:
@@ -163,15 +178,20 @@ class Tile:
         if self.instruction in ("wgmma", "tcgen05"):
             stored = self.kernel != "forward" and self.instruction == "tcgen05"
             weights = self.held * self.passed * self.item if stored else 0
-            return ceil(self.stages * self.passing_bytes + held + weights)
+            return ceil(self._flying(self.stages) + held + weights)
         if self.stages == 1:
             return (
-                ceil(max(self.passing_bytes / 2, held))
+                ceil(max(self.multiplied_bytes / 2, held))
                 if self.instruction == "mfma"
-                else ceil(self.passing_bytes / 2 + held)
+                else ceil(self.multiplied_bytes / 2 + held)
             )
-        flying = (self.stages - 1) * self.passing_bytes
+        flying = self._flying(self.stages - 1)
         return ceil(flying if self.instruction == "mfma" else flying + held)
+
+    def _flying(self, tiles: int) -> float:
+        """Bytes of `tiles` that are on their way; where they are widened, at least of one as it is multiplied."""
+        narrow = self.passing_bytes < self.multiplied_bytes
+        return max(tiles * self.passing_bytes, self.multiplied_bytes if narrow else 0.0)
 
     @cached_property
     def registers(self) -> int:
@@ -186,7 +206,7 @@ class Tile:
             widths = self.E if self.kernel == "forward" else self.E + self.Ev
             kept = rows * widths * self.item / 4
         if self.instruction == "mfma":
-            kept += self.passing_bytes / 4  # on its way to shared memory
+            kept += self.multiplied_bytes / 4  # on its way to shared memory
         return round((scores + sums + kept) * self.duplicates / self.threads) + OVERHEAD[self.instruction]
 
     @cached_property
@@ -199,12 +219,19 @@ class Tile:
 
 
 def tile_of(
-    kernel: str, tiles: FlashTiles, E: int, Ev: int, dtype: str, device: Gpu, value_in_key: bool = False
+    kernel: str,
+    tiles: FlashTiles,
+    E: int,
+    Ev: int,
+    dtype: str,
+    device: Gpu,
+    value_in_key: bool = False,
+    stored: tuple[int, int] | None = None,
 ) -> Tile:
-    """The tile that a kernel's knobs make."""
+    """The tile that a kernel's knobs make; stored: bytes of an element of key and of value, by default the type's."""
     knobs = tiles.of(kernel)
     held, passed = (knobs.block_n, knobs.block_m) if kernel == "dkv" else (knobs.block_m, knobs.block_n)
-    return _tile(kernel, held, passed, E, Ev, dtype, knobs.warps, knobs.stages, device.arch, value_in_key)
+    return _tile(kernel, held, passed, E, Ev, dtype, knobs.warps, knobs.stages, device.arch, value_in_key, stored)
 
 
 @lru_cache(maxsize=65536)
@@ -219,7 +246,8 @@ def _tile(
     stages: int,
     arch: str,
     value_in_key: bool,
+    stored: tuple[int, int] | None,
 ) -> Tile:
     item = max(ITEM[dtype], 2) if kernel != "forward" else ITEM[dtype]
     instruction = matrix_class(arch, held, warps)
-    return Tile(kernel, held, passed, padded(E), padded(Ev), item, warps, stages, instruction, value_in_key)
+    return Tile(kernel, held, passed, padded(E), padded(Ev), item, warps, stages, instruction, value_in_key, stored)

@@ -74,7 +74,8 @@ class FlashWork:
     by (block_m, block_n) where the mask is no band; overrides both.
     training: the backward too. vector, exps: operations that the score adds to a pair (a softcap: 4 and 2).
     pair_bytes: read of memory for each pair, such as a bias. value_in_key: the value is the key's first Ev columns and
-    is not read again (absorbed latent attention).
+    is not read again (absorbed latent attention). stored: bytes of an element of query, key and value in memory, where
+    they are not those of dtype, which products are in: "fp8" only where both operands of a product are so multiplied.
     """
 
     B: int
@@ -93,6 +94,7 @@ class FlashWork:
     exps: float = 0.0
     pair_bytes: float = 0.0
     value_in_key: bool = False
+    stored: tuple[int, int, int] | None = None
 
     @property
     def kind(self) -> str:
@@ -195,7 +197,8 @@ def flash_seconds(
 
 
 def _tile_of(work: FlashWork, kernel: str, tiles: FlashTiles, device: Gpu) -> Tile:
-    return tile_of(kernel, tiles, work.E, work.Ev, work.kind, device, work.value_in_key)
+    held = None if work.stored is None else work.stored[1:]
+    return tile_of(kernel, tiles, work.E, work.Ev, work.kind, device, work.value_in_key, held)
 
 
 def _kernels(training: bool) -> tuple[str, ...]:
@@ -298,15 +301,16 @@ def _traffic(
 ) -> tuple[float, float]:
     """Bytes of memory: what has to be moved once, and what L2 could not keep between the blocks that read it."""
     item = ITEM[work.kind]
-    rows = work.B * work.Hq * work.L * (work.E + work.Ev) * max(item, 2)
-    width = work.E + (0 if work.value_in_key else work.Ev)
-    keys = work.B * work.H * work.keys_seen * width * item
+    query, key, value = work.stored or (max(item, 2), item, item)
+    rows = work.B * work.Hq * work.L * (work.E * query + work.Ev * max(item, 2))
+    position = work.E * key + (0 if work.value_in_key else work.Ev * value)
+    keys = work.B * work.H * work.keys_seen * position
     unique = rows + keys + work.B * work.Hq * work.L * 4
     if tile.kernel != "forward":
         unique += rows + keys // 2
     blocks = ceil(work.L / knobs.block_m) * max(1, work.Hq // work.H)
     active = min(float(work.B * work.H), max(1.0, device.sms * resident / blocks))
-    footprint = active * work.keys_seen * width * item
+    footprint = active * work.keys_seen * position
     ratio = (footprint / (0.7 * device.l2_bytes)) ** 3
     together = max(1.0, min(float(device.sms * resident), blocks))
     again = max(0.0, tiles * tile.passing_bytes / together - keys) * ratio / (1 + ratio)

@@ -197,6 +197,8 @@ def _offers(
                 refused[start.spell()] = why
                 continue
             best = start.space(region, device)[:1] if search else (start,)
+            if not best and (why := start.misfit(region, device)) is not None:
+                refused[start.spell()] = why
             offers += [(form.seconds(region, device), form) for form in best]
     return offers, refused
 

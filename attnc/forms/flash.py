@@ -34,7 +34,7 @@ from attnc.expr import TRUE, Expr
 from attnc.forms.base import Form, knob
 from attnc.forms.generated import Generated
 from attnc.predicate import distances
-from attnc.region import ITEM_BYTES, AttentionRegion
+from attnc.region import FLOAT8, ITEM_BYTES, AttentionRegion
 
 WIDEST = 256
 # Operations of a score beside its product, per pair: FP32 ones, exponentials.
@@ -89,11 +89,11 @@ class Flash(Generated):
         return self.unfit(region, WIDEST)
 
     def work(self, region: AttentionRegion) -> FlashWork:
-        return work_of(region, self.skip)
+        return kernel_work(region, self.skip, self.dot8 == "on")
 
     def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
         kernels = KERNELS if region.training else ("forward",)
-        return sum(kernel_seconds(self, work_of(region, self.skip), gpu, kernel) for kernel in kernels)
+        return sum(kernel_seconds(self, self.work(region), gpu, kernel) for kernel in kernels)
 
     @property
     def tiles(self) -> FlashTiles:
@@ -109,7 +109,7 @@ class Flash(Generated):
         return FlashKnobs(**{f.name: getattr(self, f.name) for f in fields(self)} | {"dot8": self.dot8 == "on"})
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
-        if not isinstance(device, Gpu) or device.target is None or self.refuse(region) is not None:
+        if not isinstance(device, Gpu) or (self.refuse(region) or self.unread(region, device)) is not None:
             return ()
         if self.skip not in skips(region.rule.keep):
             return ()
@@ -122,7 +122,7 @@ class Flash(Generated):
         How tiles are skipped and the order of heads belong to the forward.
         """
         choices = [sorted(self.knobs()[KERNELS[kernel] + name].choices) for name in TILES]
-        work = work_of(region, self.skip)
+        work = self.work(region)
         around = product(skips(region.rule.keep), SECTIONS) if kernel == "forward" else [(self.skip, self.section)]
         bases = [replace(self, skip=skip, section=section) for skip, section in around]
         found: list[Form] = [self]
@@ -147,8 +147,8 @@ def _fits(form: Flash, work: FlashWork, gpu: Gpu, kernel: str) -> bool:
 @lru_cache(maxsize=512)
 def default_for(region: AttentionRegion, gpu: Gpu, skip: str = "range") -> Flash | None:
     """The knobs the cost model picks among QUICK, kernel by kernel; None where none fits. Deterministic."""
-    work = work_of(region, skip)
     form = Flash(skip=skip, xcds=gpu.dies)
+    work = form.work(region)
     for kernel in KERNELS if region.training else ("forward",):
         tried = [replace(form, **_named(kernel, values)) for values in QUICK[kernel]]
         fitting = [f for f in tried if _fits(f, work, gpu, kernel)]
@@ -199,6 +199,16 @@ def work_of(region: AttentionRegion, skip: str = "range") -> FlashWork:
     if skip == "table" and not rule.keep.has("load"):
         return replace(work, counts=_Counted(rule.keep, s.B, s.Hq, s.L, s.S, region.sizes))
     return replace(work, counts=_Bounded(band, s.L, s.S))  # what tensors empty is not known before the run
+
+
+@lru_cache(maxsize=512)
+def kernel_work(region: AttentionRegion, skip: str = "range", dot8: bool = False) -> FlashWork:
+    """The same for kernels that read operands as they are stored; dot8: which multiply those of 8 bits so."""
+    work, (query, key, value) = work_of(region, skip), region.types
+    if not region.stored:
+        return work
+    items = (ITEM_BYTES.get(query, 4), ITEM_BYTES.get(key, 4), ITEM_BYTES.get(value, 4))
+    return replace(work, stored=items, dtype="fp8" if dot8 and query == key and key in FLOAT8 else work.dtype)
 
 
 def band_of(keep: Expr) -> Band:

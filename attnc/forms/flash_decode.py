@@ -20,7 +20,7 @@ from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.tile_model import FlashTiles, FlashWork, fits, flash_seconds
 from attnc.forms.base import Form, knob
 from attnc.forms.flash import WIDEST as FLASH_WIDEST
-from attnc.forms.flash import work_of
+from attnc.forms.flash import kernel_work
 from attnc.forms.generated import Generated
 from attnc.region import AttentionRegion
 
@@ -98,13 +98,13 @@ class FlashDecode(Generated):
         return self.value == "in_key"
 
     def work(self, region: AttentionRegion) -> FlashWork:
-        return replace(work_of(region), value_in_key=self.value_in_key)
+        return replace(kernel_work(region, dot8=self.dot8 == "on"), value_in_key=self.value_in_key)
 
     def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
         return flash_seconds(self.work(region), self.tiles, gpu)
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
-        if not isinstance(device, Gpu) or device.target is None or self.refuse(region) is not None:
+        if not isinstance(device, Gpu) or (self.refuse(region) or self.unread(region, device)) is not None:
             return ()
         start = decode_default(replace(region, path="", node="", choice=None), device)
         return () if start is None else (start,)
