@@ -4,9 +4,9 @@
     selected_backward(grad_out, query, key, value, out, lse, chosen, captured, sizes, needs, spelling) -> Tensor[]
     spelling = FORM{knobs} | RULE        e.g. "block_mixture{block=512,top_k=4} | score=0.125 * s; keep=-i + j <= 0"
 
-Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L), chosen int64 of
-a shape that the form says. lse and chosen are not differentiable; the backward reuses the choice. One opaque operator:
-how many rows choose a block is known at run time only.
+Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L), chosen int64
+of a shape that the form says. lse and chosen are not differentiable; the backward reuses the choice. One opaque
+operator: how many rows choose a block is known at run time only.
 
 Source: Lu et al. 2025, "MoBA", arXiv:2502.13189, algorithm 1; torch.library.
 """

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from attnc import op_decode, op_flash, op_recurrence
+from attnc import op_decode, op_flash, op_recurrence, op_selected
 from attnc.forms import parse_attention, spell_attention
 from attnc.forms.generated import Generated, store_in
 from attnc.forms.masked import alive_rows, scaled_rows, without_lost_rows
@@ -30,7 +30,7 @@ SCHEMA = (
     "-> (Tensor, Tensor)"
 )
 # The operators that forms call by their names.
-CALLED = (op_flash.flash, op_decode.flash_decode, op_recurrence.RECURRENCE)
+CALLED = (op_flash.flash, op_decode.flash_decode, op_recurrence.RECURRENCE, op_selected.selected)
 library = torch.library.Library("attnc", "FRAGMENT")
 library.define(SCHEMA)
 

@@ -11,15 +11,17 @@ Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3.1; Liu et al. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attnc.codegen.cpu_scores import factor_of, is_zero
+from attnc.codegen.derivative import derivative, lookup_slopes
 from attnc.codegen.key_lists import KeyLists, in_blocks
-from attnc.expr import TRUE, Expr
+from attnc.codegen.triton_text import Slot
+from attnc.expr import SCORE, TRUE, Expr
 from attnc.operands import Operands
 from attnc.reading import as_tensor, picked, read
 from attnc.rule_attention import linear_score
@@ -250,18 +252,41 @@ def _run_backward(
             scale=factor_of(operands.rule),
         )  # fmt: skip
         return dq.flatten(0, 2), dk, dv, []
-    wanted = [t.detach().requires_grad_(need) for t, need in zip(operands.captured, needs, strict=True)]
-    with torch.enable_grad():
-        query, key = query.detach().requires_grad_(), key.detach().requires_grad_()
-        scores = _scores(operands._replace(captured=wanted), tile, query, key)
-    weights = (scores.detach() - lse.unsqueeze(-1)).exp()
+    scores = _scores(operands, tile, query, key)
+    weights = (scores - lse.unsqueeze(-1)).exp()
     inner = (grad * out).sum(-1, keepdim=True)
     slope = weights * ((grad @ value.mT).to(weights.dtype) - inner)
-    leaves = [query, key, *(t for t in wanted if t.requires_grad)]
-    dq, dk, *learned = torch.autograd.grad(scores, leaves, slope, allow_unused=True)
-    dv = weights.mT.to(grad.dtype) @ grad
-    found = [torch.zeros_like(t) if g is None else g for g, t in zip(learned, leaves[2:], strict=True)]
-    return dq.flatten(0, 2), dk, dv, found
+    raw = (query @ key.mT).to(slope.dtype)
+
+    def at(e: Expr) -> Tensor:
+        return _at(operands, tile, e, raw)
+
+    score = operands.rule.score
+    learned = _learned(operands, score, slope, at, needs)
+    inward = (slope * at(derivative(score, SCORE))).to(query.dtype)
+    return (inward @ key).flatten(0, 2), inward.mT @ query, weights.mT.to(grad.dtype) @ grad, learned
+
+
+def _learned(
+    operands: Operands, e: Expr, slope: Tensor, at: Callable[[Expr], Tensor], needs: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of the captured tensors that `needs` names, `slope` being that of `e`; at: reads an expression."""
+    slots = [Slot(t.dtype, t.dim(), need) for t, need in zip(operands.captured, needs, strict=True)]
+    found = {n: torch.zeros_like(t, dtype=slope.dtype) for n, t in enumerate(operands.captured) if needs[n]}
+    for lookup, inner in lookup_slopes(e, slots):
+        table = operands.captured[lookup.args[0]]
+        places = [
+            torch.as_tensor(at(x), device=table.device).clamp(0, size - 1)
+            for x, size in zip(lookup.args[1:], table.shape, strict=True)
+        ]
+        shape = torch.broadcast_shapes(*(place.shape for place in places)) if places else ()
+        given = (slope * at(inner)).sum_to_size(shape)
+        total = found[lookup.args[0]]
+        if places:
+            total.index_put_(tuple(place.long() for place in places), given, accumulate=True)
+        else:
+            total += given
+    return list(found.values())
 
 
 def _sink_backward(
@@ -269,12 +294,8 @@ def _sink_backward(
 ) -> list[Tensor]:
     if operands.rule.sink is None or not any(needs):
         return learned
-    wanted = [t.detach().requires_grad_(need) for t, need in zip(operands.captured, needs, strict=True)]
-    with torch.enable_grad():
-        sink = _sink(operands._replace(captured=wanted)).to(lse.dtype)
-    if not sink.requires_grad:
-        return learned
-    slope = -(sink.detach() - lse).exp() * (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    leaves = [t for t in wanted if t.requires_grad]
-    found = torch.autograd.grad(sink, leaves, slope, allow_unused=True)
-    return [total if more is None else total + more for total, more in zip(learned, found, strict=True)]
+    B, Hq, L, _ = operands.query.shape
+    share = (_sink(operands).to(lse.dtype) - lse).exp()
+    slope = -(share * (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).view(B, Hq, L, 1)
+    more = _learned(operands, operands.rule.sink, slope, operands.tensor, needs)
+    return [total + one for total, one in zip(learned, more, strict=True)]

@@ -74,9 +74,7 @@ def listed(
     group = Hq // heads
     device = index.device
     i = torch.arange(tiles * tile_m, device=device).view(tiles, 1, tile_m)
-    head = torch.arange(heads, device=device).view(heads, 1, 1, 1) * group + torch.arange(group, device=device).view(
-        -1, 1
-    )
+    head = torch.arange(Hq, device=device).view(heads, 1, group, 1)
     b = torch.arange(B, device=device).view(B, 1, 1, 1, 1)
     rows = torch.where(i < L, (b * Hq + head) * L + i, NONE)
     place = b.view(B, 1) * H + torch.arange(heads, device=device) * H // heads

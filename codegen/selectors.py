@@ -1,8 +1,8 @@
 """What chooses blocks of keys: a score of each block for each row, and the best of them beside those always kept.
 
-    mean_c = mean of the keys of block c          bound_c(q) = sum_e max(q_e min_ce, q_e max_ce) >= q . k for every key k of it
+    mean_c = mean of the keys of block c
 
-Source: Lu et al. 2025, "MoBA", arXiv:2502.13189, equations 4 to 6; Tang et al. 2024, "Quest", arXiv:2406.10774, sec. 3.3.
+Source: Lu et al. 2025, "MoBA", arXiv:2502.13189, equations 4 to 6.
 """
 
 from __future__ import annotations

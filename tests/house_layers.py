@@ -29,6 +29,7 @@ LAYERS = {
     "attnc.records": 5,
     "attnc.op_flash": 5,
     "attnc.op_decode": 5,
+    "attnc.op_selected": 5,
     "attnc.tuned": 5,
     "attnc.folding": 5,
     "attnc.report": 5,

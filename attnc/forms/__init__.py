@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from attnc.errors import UsageError, did_you_mean
 from attnc.forms.base import AttentionForm, Form
+from attnc.forms.block_mixture import BlockMixture
 from attnc.forms.block_sparse import BlockSparse
 from attnc.forms.chunked import Chunked
 from attnc.forms.dense import Dense
@@ -33,6 +34,7 @@ FORMS: tuple[type[Form], ...] = (
     LowRank,
     Hierarchical,
     LinearAttention,
+    BlockMixture,
     Chunked,
     Scan,
     Step,

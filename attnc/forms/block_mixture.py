@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from attnc.codegen.selectors import block_means, last_keys, positions_of, top_blocks
@@ -28,7 +27,7 @@ from attnc.region import ITEM_BYTES, AttentionRegion
 
 @dataclass(frozen=True)
 class BlockMixture(BlockSelected):
-    """block: keys averaged; top_k: blocks of a row, its own among them; sinks, window: keys whose blocks are kept always.
+    """block: keys averaged; top_k: blocks of a row, its own among them; sinks, window: keys whose blocks stay.
 
     share: whether each query head chooses ("head"), or those of a key head together, by the sum of their scores.
     """
@@ -53,7 +52,7 @@ class BlockMixture(BlockSelected):
 
     def choose(self, given: Operands) -> Tensor:
         query, mean = given.query, block_means(given.key, self.block)
-        B, Hq, L, _ = query.shape
+        B, _, L, _ = query.shape
         score = query.to(mean.dtype).reshape(B, mean.shape[1], -1, query.shape[-1]) @ mean.mT
         score = score.view(B, mean.shape[1], given.group, L, -1)
         score = score.sum(2) if self.share == "group" else score.flatten(1, 2)
