@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from attnc.codegen.key_lists import KeyLists, listed, of_rows
-from attnc.codegen.selectors import last_keys
 from attnc.cost_models.cost import Cost, Work
 from attnc.cost_models.device import Device
 from attnc.cost_models.roofline import BACKWARD
