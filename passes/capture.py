@@ -131,8 +131,12 @@ def device_of(inputs: Sequence[Any]) -> str:
 
 def ambient_autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """No autocast: a captured graph holds its casts itself."""
-    enabled = torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False) if _autocasts(device_type) else contextlib.nullcontext()
+
+
+def _autocasts(device_type: str) -> bool:
+    """Whether autocast is on; a type of device that has none, as meta, cannot be asked."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class _CastProbe(TorchDispatchMode):
@@ -165,7 +169,7 @@ class _Retracer(fx.Interpreter):
         self.written_out: dict[fx.Node, Any] = {}
         self.autocast: list[Any] = []
         self.device = next((t.device.type for t in _tensors(gm)), "cpu")
-        if torch.is_autocast_enabled(self.device):
+        if _autocasts(self.device):
             self.autocast.append((self.device, torch.get_autocast_dtype(self.device), True, False))
 
     def run_flat(self, *args: Any) -> Any:

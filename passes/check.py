@@ -286,6 +286,8 @@ def _instance(
     def small(x: Any) -> Any:
         if isinstance(x, torch.SymInt):
             x = hint(x)
+        if isinstance(x, torch.device):
+            return _run_on(x)
         return smaller.get(x, x) if isinstance(x, int) and not isinstance(x, bool) else x
 
     for node in nodes:
@@ -322,7 +324,7 @@ def _number(node: fx.Node) -> torch.Tensor | None:
     if node.op != "get_attr":
         return None
     table = attrgetter(str(node.target))(node.graph.owning_module)
-    return table if isinstance(table, torch.Tensor) and table.numel() == 1 else None
+    return table if isinstance(table, torch.Tensor) and table.numel() == 1 and not table.is_meta else None
 
 
 def _mapped(tree: Any, env: dict[fx.Node, Any], small: Callable[[Any], Any]) -> Any:
@@ -340,7 +342,12 @@ def _data(value: torch.Tensor, shape: Sequence[int], generator: torch.Generator)
         drawn = torch.randn(shape, generator=generator).to(value.dtype)
     else:
         drawn = torch.randint(0, 2, tuple(shape), generator=generator, dtype=torch.int64).to(value.dtype)
-    return drawn.to(value.device)  # where the region runs, so that what runs there is what is checked
+    return drawn.to(_run_on(value.device))
+
+
+def _run_on(device: torch.device) -> torch.device:
+    """Where a check runs: on the region's device, so that what runs there is what is checked; of meta, on the CPU."""
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _compare(
