@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import attnc
+import attnc.commands.explain as explain_command
 from attnc.cli import COMMANDS, app
 from attnc.commands.loading import command
 from attnc.commands.target import IDS_BELOW, _input_spec
@@ -134,6 +135,14 @@ def test_each_length_gives_a_report(run):
     table = explained(run, "bare", "--input", "ids=1xL:int64", *lengths).stdout
     assert "33 x 33" in table
     assert "L=70: Attention on cpu" in table
+
+
+def test_the_store_that_is_named_is_the_one_that_is_asked(run, tmp_path, monkeypatch):
+    stores = []
+    monkeypatch.setattr(explain_command, "explain", lambda *args, options, **kwargs: stores.append(options.store))
+    for more in ((), ("--store", "there")):
+        run("explain", "factories_of_test:bare", *IDS, *more)
+    assert stores == [attnc.Options().store, str(tmp_path / "there")]
 
 
 MISTAKES = [

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from attnc.codegen.load import Filed, clear, kernel_folder, listing, show
+from attnc.commands.target import StoreOption, options_in
 from attnc.errors import UsageError, did_you_mean
-from attnc.options import Options
 
 ACTIONS = ("list", "show", "clear")
 
@@ -20,7 +20,7 @@ ACTIONS = ("list", "show", "clear")
 def run(
     action: Annotated[str, typer.Argument(help="list, show HASH or clear.")] = "list",
     name: Annotated[str | None, typer.Argument(metavar="HASH", help="With show: the hash, or how it begins.")] = None,
-    store: Annotated[Path | None, typer.Option(help="The store; the user's own when left out.")] = None,
+    store: StoreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="With list: print JSON.")] = False,
 ) -> None:
     """List, show or clear the kernels that attnc has rendered."""
@@ -34,8 +34,7 @@ def run(
         raise UsageError(f"kernels {action}: found {found}; only show takes one. Use `attnc kernels show HASH`.")
     if as_json and action != "list":
         raise UsageError(f"kernels {action} --json: only list prints JSON. Leave --json out.")
-    options = Options() if store is None else Options(store=str(store))
-    folder = kernel_folder(options.store)
+    folder = kernel_folder(options_in(store).store)
     if name is not None:
         typer.echo(show(name, folder), nl=False)
     elif action == "clear":

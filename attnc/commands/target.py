@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from attnc.errors import UsageError, did_you_mean
+from attnc.options import Options
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "int64", "int32", "bool")
 IDS_BELOW = 100  # random integers, unless --input says otherwise
@@ -36,6 +38,13 @@ INPUT_HELP = (
     f"A random input NAME=SHAPE:DTYPE, as input_ids=1x128:int64. Integers are below {IDS_BELOW}, or below N with "
     "'DTYPE<N'. L in a shape stands for --length. May be repeated."
 )
+STORE_HELP = "The folder where verdicts, records and kernels are kept; by default the user's own."
+StoreOption = Annotated[Path | None, typer.Option("--store", help=STORE_HELP)]
+
+
+def options_in(store: Path | None) -> Options:
+    """The default options with the store that the command line names."""
+    return Options() if store is None else Options(store=str(store))
 
 
 @dataclass(frozen=True)

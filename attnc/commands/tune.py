@@ -17,7 +17,17 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from attnc.budget import checked_limit
-from attnc.commands.target import DATA_HELP, INPUT_HELP, TARGET_HELP, Call, input_specs, load_call, load_data
+from attnc.commands.target import (
+    DATA_HELP,
+    INPUT_HELP,
+    TARGET_HELP,
+    Call,
+    StoreOption,
+    input_specs,
+    load_call,
+    load_data,
+    options_in,
+)
 from attnc.errors import UsageError
 from attnc.forms import parse_form
 from attnc.offline import autotune, explain
@@ -31,7 +41,7 @@ from attnc.tuning.problems import RegionProblem, dearest, problems_in
 from attnc.tuning.samplers import DEFAULT, SAMPLERS
 from attnc.tuning.tune import tune
 
-ProblemsOf = Callable[[Call, Sequence[str]], Sequence[Problem]]
+ProblemsOf = Callable[[Call, Sequence[str], Options], Sequence[Problem]]
 
 STORAGE_HELP = (
     "Where trials are kept: a file, a folder, an Optuna URL as sqlite:///trials.db, or memory. By default a journal "
@@ -46,7 +56,10 @@ JSON_HELP = "Print the records as JSON; with --allow, --data or --plan an object
 
 
 def command(problems_of: ProblemsOf) -> Callable[..., None]:
-    """The function behind `attnc tune`. problems_of: what there is to tune in a call of a model, on devices by name."""
+    """The function behind `attnc tune`.
+
+    problems_of: what there is to tune in a call of a model, on devices by name, with options.
+    """
 
     def run(
         target: Annotated[str, typer.Argument(help=TARGET_HELP)],
@@ -60,6 +73,7 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
         seed: Annotated[int, typer.Option(help="The same seed gives the same trials.")] = 0,
         workers: Annotated[int, typer.Option(help="Processes that compile side by side.")] = 1,
         storage: Annotated[str | None, typer.Option(help=STORAGE_HELP)] = None,
+        store: StoreOption = None,
         train: Annotated[bool, typer.Option("--train", help="Training mode with gradients.")] = False,
         allow: Annotated[list[str] | None, typer.Option(help=ALLOW_HELP)] = None,
         max_error: Annotated[float, typer.Option(help=ERROR_HELP)] = 0.02,
@@ -68,7 +82,8 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
         as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     ) -> None:
         """Find fast settings of a model's kernels for devices that need not be here, and keep them as records."""
-        store, names = Path(Options().store), listed(device)
+        options, names = options_in(store), listed(device)
+        kept = Path(options.store)
         fidelity = fidelity or dearest(names)
         asked = search.Settings(
             trials=trials,
@@ -78,7 +93,7 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
             seed=seed,
             workers=workers,
             storage=storage,
-            folder=store / "studies",
+            folder=kept / "studies",
         )
         asks = bool(allow or data or plan)
         if asks and len(names) > 1:
@@ -87,26 +102,26 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
             checked_limit(max_error)
         with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the result
             call = _call(target, inputs or [], length, train)
-            problems = problems_of(call, names)
-            records = _tuned(problems, asked, Records(store / "records"))
-            made = _plan(call, names[0], train, allow or [], max_error, data) if asks else None
+            problems = problems_of(call, names, options)
+            records = _tuned(problems, asked, Records(kept / "records"))
+            made = _plan(call, names[0], train, allow or [], max_error, data, options) if asks else None
         if plan is not None and made is not None:
             _write(plan, made)
         if as_json:
             typer.echo(_json(records, made))
         else:
-            typer.echo("\n\n".join([_text(problems, records, fidelity, store / "records"), *_told(made, plan)]))
+            typer.echo("\n\n".join([_text(problems, records, fidelity, kept / "records"), *_told(made, plan)]))
         if any(record.best is None for record in records):
             raise typer.Exit(1)
 
     return run
 
 
-def model_problems(call: Call, devices: Sequence[str]) -> Sequence[Problem]:
+def model_problems(call: Call, devices: Sequence[str], options: Options) -> Sequence[Problem]:
     """What there is to tune in a call of a model."""
     with torch.set_grad_enabled(getattr(call.model, "training", False)):  # as --train says
-        report = explain(call.model, *call.args, device=devices[0], **call.kwargs)
-    return problems_in(report.regions, devices)
+        report = explain(call.model, *call.args, device=devices[0], options=options, **call.kwargs)
+    return problems_in(report.regions, devices, options.store)
 
 
 run = command(model_problems)
@@ -129,14 +144,15 @@ def _call(target: str, inputs: list[str], length: int | None, train: bool) -> Ca
     return replace(call, kwargs={**call.kwargs, **{spec.name: spec.draw(length) for spec in specs}})
 
 
-def _plan(call: Call, device: str, train: bool, allow: list[str], max_error: float, data: str | None) -> Plan:
+def _plan(
+    call: Call, device: str, train: bool, allow: list[str], max_error: float, data: str | None, options: Options
+) -> Plan:
     """The plan that follows from the records."""
     names = [name for text in allow for name in listed(text, "--allow", "low_rank,hierarchical")]
     given = {} if data is None else {"data": load_data(data)}
     with torch.set_grad_enabled(train):
-        return autotune(
-            call.model, *call.args, device=device, trials=0, allow=names, max_error=max_error, **given, **call.kwargs
-        )
+        asked: dict[str, Any] = {"allow": names, "max_error": max_error, "options": options}
+        return autotune(call.model, *call.args, device=device, trials=0, **asked, **given, **call.kwargs)
 
 
 def _write(file: Path, plan: Plan) -> None:

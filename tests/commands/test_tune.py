@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from attnc.commands.target import Call
 from attnc.commands.tune import command, listed, spell_seconds
 from attnc.errors import UsageError
+from attnc.options import Options
 from tests.tuning.landscapes import CASES, CHIPS, Landscape
 from tests.tuning.test_tune import Stopped
 
@@ -26,7 +27,7 @@ def build() -> tuple[torch.nn.Module, tuple[torch.Tensor]]:
     return torch.nn.Linear(2, 2), (torch.ones(1, 2),)
 
 
-def problems_of(call: Call, devices: Sequence[str]) -> list[Landscape]:
+def problems_of(call: Call, devices: Sequence[str], options: Options) -> list[Landscape]:
     assert isinstance(call.model, torch.nn.Linear) and not call.model.training
     chips = {chip.name: chip for chip in CHIPS}
     return [Landscape(CASES[9], chips[name]) for name in devices for _ in range(2)]
@@ -55,6 +56,15 @@ def test_two_devices_are_tuned_in_one_run_and_shown_in_a_table(own_store: Path) 
     assert len(list((own_store / "studies").glob("*.journal"))) == 2
 
 
+def test_records_and_trials_go_to_the_store_that_is_named(own_store: Path, tmp_path_factory) -> None:
+    store, asked = tmp_path_factory.mktemp("store"), []
+    watched = app(lambda *call: asked.append(call[-1].store) or problems_of(*call))
+    found = RUN.invoke(watched, [TARGET, "--device", "mi300x", "--trials", "2", "--store", str(store)])
+    assert found.exit_code == 0 and asked == [str(store)] and str(store / "records") in found.stdout
+    assert list((store / "records").glob("*.json")) and list((store / "studies").glob("*.journal"))
+    assert not list(own_store.iterdir())
+
+
 def test_json_holds_the_records_and_nothing_else() -> None:
     found = RUN.invoke(app(), [TARGET, "--device", "mi300x", "--trials", "3", "--json", "--sampler", "tpe"])
     records = json.loads(found.stdout)
@@ -63,7 +73,7 @@ def test_json_holds_the_records_and_nothing_else() -> None:
 
 def test_ctrl_c_ends_with_a_sentence_and_a_second_run_goes_on(own_store: Path) -> None:
     problem = Stopped(CASES[9], CHIPS[4])
-    stopping = app(lambda call, devices: [problem])
+    stopping = app(lambda call, devices, options: [problem])
     arguments = [TARGET, "--device", "mi300x", "--trials", "8"]
     found = RUN.invoke(stopping, arguments)
     assert found.exit_code == 130 and "goes on from there" in found.output
@@ -71,7 +81,7 @@ def test_ctrl_c_ends_with_a_sentence_and_a_second_run_goes_on(own_store: Path) -
 
 
 def test_a_model_with_nothing_to_tune_says_so() -> None:
-    found = RUN.invoke(app(lambda call, devices: []), [TARGET, "--device", "h100"])
+    found = RUN.invoke(app(lambda call, devices, options: []), [TARGET, "--device", "h100"])
     assert found.exit_code == 0 and found.stdout.startswith("Nothing to tune")
 
 
@@ -86,7 +96,7 @@ def test_a_model_with_nothing_to_tune_says_so() -> None:
     ],
 )
 def test_a_mistake_is_a_sentence(arguments: list[str], says: str) -> None:
-    found = RUN.invoke(app(lambda call, devices: [Landscape(CASES[9], CHIPS[4])]), [TARGET, *arguments])
+    found = RUN.invoke(app(lambda call, devices, options: [Landscape(CASES[9], CHIPS[4])]), [TARGET, *arguments])
     assert isinstance(found.exception, UsageError) and says in str(found.exception)
 
 
