@@ -30,6 +30,7 @@ from attnc.forms import parse_generated
 from attnc.forms.flash_decode import FlashDecode
 from attnc.forms.generated import store_in
 from attnc.op_flash import kernels_of
+from attnc.operands import Operands
 from attnc.rule_attention import AttentionRule
 
 library = torch.library.Library("attnc", "FRAGMENT")
@@ -55,9 +56,8 @@ def _launch(
     knobs, value_in_key, rule = parse_decode(spelling)
     slots = slots_of(captured, [False] * len(captured))
     kernels = kernels_of("flash_decode", rule, slots, query.device.type, KERNELS, store_in(spelling))
-    return gpu_decode.decode(
-        kernels, query, key, value, captured, sizes, rule, knobs, value_in_key=value_in_key
-    )
+    x = Operands(query, key, value, captured, sizes, rule)
+    return gpu_decode.decode(kernels, x, knobs, value_in_key=value_in_key)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, captured: Any, sizes: Any, spelling: str) -> tuple[Tensor, Tensor]:

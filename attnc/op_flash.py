@@ -37,6 +37,7 @@ from attnc.errors import UsageError
 from attnc.forms import parse_generated
 from attnc.forms.flash import Flash
 from attnc.forms.generated import store_in
+from attnc.operands import Operands
 from attnc.options import Options
 from attnc.rule_attention import AttentionRule
 
@@ -81,7 +82,7 @@ def _launch(
     knobs, rule = parse_flash(spelling)
     slots, store = slots_of(captured, [False] * len(captured)), store_in(spelling)
     kernels = kernels_of("flash", rule, slots, query.device.type, FORWARD, store)
-    return gpu_flash.forward(kernels, query, key, value, captured, sizes, rule, knobs)
+    return gpu_flash.forward(kernels, Operands(query, key, value, captured, sizes, rule), knobs)
 
 
 def _launch_backward(
@@ -91,10 +92,8 @@ def _launch_backward(
     knobs, rule = parse_flash(spelling)
     slots, store = slots_of(captured, needs), store_in(spelling)
     kernels = kernels_of("flash", rule, slots, query.device.type, BACKWARD, store)
-    *grads, learned = gpu_flash.backward(
-        kernels, grad_out, query, key, value, out, lse, captured, sizes, rule, knobs, needs
-    )
-    return [*grads, *learned]
+    x = Operands(query, key, value, captured, sizes, rule)
+    return gpu_flash.backward(kernels, x, knobs, (out, lse), grad_out, needs)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, captured: Any, sizes: Any, spelling: str) -> tuple[Tensor, Tensor]:

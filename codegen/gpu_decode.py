@@ -7,7 +7,6 @@ Source: Dao et al. 2023, "Flash-Decoding for long-context inference", pytorch.or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -21,6 +20,7 @@ from attnc.codegen.holes import plain_scale
 from attnc.codegen.launch import launch, strides
 from attnc.codegen.tiles import blocks
 from attnc.errors import UsageError
+from attnc.operands import Operands
 from attnc.rule_attention import AttentionRule
 
 ROWS = 16  # query rows up to which decoding pays
@@ -44,12 +44,6 @@ class DecodeKnobs:
     dot8: bool = False
 
 
-def fair_splits(programs: int, key_blocks: int, sms: int, *, per_sm: int = 2, most: int = 128) -> int:
-    """Parts of the keys that fill `sms` multiprocessors `per_sm` times, at least two blocks of keys in each."""
-    wanted = -(-sms * per_sm // max(programs, 1))
-    return max(1, min(wanted, key_blocks // 2, most))
-
-
 def shares_latent(E: int, Ev: int, least: int = 16) -> bool:
     """Whether a value that is the key's first Ev columns can be taken from the key's own tile."""
     (main, _), (value_main, value_tail) = widths(E, least), widths(Ev, least)
@@ -57,23 +51,15 @@ def shares_latent(E: int, Ev: int, least: int = 16) -> bool:
 
 
 def decode(
-    kernels: ModuleType,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captured: Sequence[Tensor],
-    sizes: Sequence[Any],
-    rule: AttentionRule,
-    knobs: DecodeKnobs,
-    *,
-    value_in_key: bool = False,
+    kernels: ModuleType, x: Operands, knobs: DecodeKnobs, *, value_in_key: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """out and lse by the kernels rendered for `rule` from skeleton flash_decode.
+    """out and lse by the kernels rendered for the rule from skeleton flash_decode.
 
     value_in_key: the value is `key[..., :Ev]`, so that the key is read once (absorbed latent attention).
-    Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32.
+    Shapes: as `Operands` -> out (B, Hq, L, Ev), lse (B, Hq, L) float32.
     Raises: UsageError for a value that cannot be taken from the key's tile.
     """
+    query, key, value, captured, sizes, rule = x
     B, Hq, L, E = query.shape
     H, S, Ev, dot8 = key.shape[1], key.shape[2], int(value.shape[3]), multiplies(query.dtype, key.dtype)
     least = least_width(knobs, dot8)
@@ -86,7 +72,7 @@ def decode(
     out, lse = empty_out(query, value)
     parts = query.new_empty(knobs.splits, B, Hq, L, Ev, dtype=torch.float32)
     part_lse = query.new_empty(knobs.splits, B, Hq, L, dtype=torch.float32)
-    group = int(Hq // H)
+    group = int(x.group)
     given = {
         "p_q": query, "p_k": key, "p_v": key if value_in_key else value, "p_parts": parts, "p_lse": part_lse,
         **strides("q", query), **strides("k", key), **strides("v", value),

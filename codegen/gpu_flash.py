@@ -26,7 +26,8 @@ from attnc.codegen.launch import launch, strides
 from attnc.codegen.tiles import blocks, classify
 from attnc.codegen.triton_text import Slot
 from attnc.errors import UsageError
-from attnc.reading import Axis, read, span
+from attnc.expr import Expr
+from attnc.operands import Operands
 from attnc.rule_attention import AttentionRule
 
 SKIPS = ("range", "table")
@@ -117,77 +118,61 @@ def check_types(*operands: Tensor) -> None:
         raise UsageError(f"attend by a generated kernel: {why}. Widen them first, as in key.to(torch.bfloat16).")
 
 
-def forward(
-    kernels: ModuleType,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captured: Sequence[Tensor],
-    sizes: Sequence[int],
-    rule: AttentionRule,
-    knobs: FlashKnobs,
-) -> tuple[Tensor, Tensor]:
-    """out and lse by the kernels rendered for `rule`.
+def forward(kernels: ModuleType, x: Operands, knobs: FlashKnobs) -> tuple[Tensor, Tensor]:
+    """out and lse by the kernels rendered for the rule.
 
-    Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L) float32.
+    Shapes: as `Operands` -> out (B, Hq, L, Ev), lse (B, Hq, L) float32.
     """
-    check_types(query, key, value)
-    out, lse = empty_out(query, value)
+    check_types(x.query, x.key, x.value)
+    out, lse = empty_out(x.query, x.value)
     tile = knobs.forward
-    lists = _lists(query, key, captured, sizes, rule, knobs, tile)
-    given = _shared(query, key, value, rule, knobs, tile, lists)
-    given |= {"p_q": query, "p_k": key, "p_v": value, "p_out": out, "p_lse": lse, **strides("o", out)}
-    programs = blocks(query.shape[2], tile.block_m) * query.shape[0] * query.shape[1]
-    _run(kernels.flash_forward, programs, given, tile, captured, sizes)
+    given = _shared(x, knobs, tile, _lists(x, knobs, tile)) | {"p_out": out, "p_lse": lse, **strides("o", out)}
+    B, Hq, L, _ = x.query.shape
+    _run(kernels.flash_forward, blocks(L, tile.block_m) * B * Hq, given, tile, x)
     return out, lse
 
 
 def backward(
     kernels: ModuleType,
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    captured: Sequence[Tensor],
-    sizes: Sequence[int],
-    rule: AttentionRule,
+    x: Operands,
     knobs: FlashKnobs,
+    attended: tuple[Tensor, Tensor],
+    grad_out: Tensor,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of query, key, value and of the captured tensors that `needs` names, in their order and dtypes."""
+) -> list[Tensor]:
+    """Gradients of query, key, value and of the captured tensors that `needs` names, in their order and dtypes.
+
+    attended: what `forward` gave.
+    """
+    out, lse = attended
     delta = (grad_out.float() * out.float()).sum(-1)
     lse2 = torch.where(lse == -torch.inf, torch.inf, lse * LOG2E)  # no key: every weight is exp2(-inf)
     buffers = {n: torch.zeros_like(t, dtype=torch.float32, memory_format=torch.contiguous_format)
-               for n, (t, need) in enumerate(zip(captured, needs, strict=True)) if need}  # fmt: skip
-    dq, dk, dv = (torch.empty_like(t) for t in (query, key, value))
-    B, Hq, L, _ = query.shape
-    known = {"p_q": query, "p_k": key, "p_v": value, "p_do": grad_out, "p_lse": lse2, "p_delta": delta}
-    known |= strides("o", grad_out)
+               for n, (t, need) in enumerate(zip(x.captured, needs, strict=True)) if need}  # fmt: skip
+    dq, dk, dv = (torch.empty_like(t) for t in (x.query, x.key, x.value))
+    (B, Hq, L, _), (_, H, S, _) = x.query.shape, x.key.shape
+    known = {"p_do": grad_out, "p_lse": lse2, "p_delta": delta, **strides("o", grad_out)}
 
     tile = knobs.dq
-    lists = _lists(query, key, captured, sizes, rule, knobs, tile)
-    given = known | _shared(query, key, value, rule, knobs, tile, lists) | {"p_dq": dq, **strides("d", dq)}
-    _run(kernels.flash_dq, blocks(L, tile.block_m) * B * Hq, given, tile, captured, sizes, buffers)
+    given = known | _shared(x, knobs, tile, _lists(x, knobs, tile)) | {"p_dq": dq, **strides("d", dq)}
+    _run(kernels.flash_dq, blocks(L, tile.block_m) * B * Hq, given, tile, x, buffers)
 
     tile = knobs.dkv
-    lists = _lists(query, key, captured, sizes, rule, knobs, tile, by_keys=True)
-    given = known | _shared(query, key, value, rule, knobs, tile, lists)
+    given = known | _shared(x, knobs, tile, _lists(x, knobs, tile, by_keys=True))
     given |= {"p_dk": dk, "p_dv": dv, **strides("dk", dk), **strides("dv", dv)}
-    _run(kernels.flash_dkv, blocks(key.shape[2], tile.block_n) * B * key.shape[1], given, tile, captured, sizes)
+    _run(kernels.flash_dkv, blocks(S, tile.block_n) * B * H, given, tile, x)
 
-    if rule.sink is not None:
-        _add_sink_grads(buffers, delta, lse, query, captured, sizes, rule)
-    return dq, dk, dv, [buffer.to(captured[n].dtype) for n, buffer in buffers.items()]
+    if x.rule.sink is not None:
+        _add_sink_grads(x, x.rule.sink, buffers, delta, lse)
+    return [dq, dk, dv, *(buffer.to(x.captured[n].dtype) for n, buffer in buffers.items())]
 
 
-def _lists(query, key, captured, sizes, rule, knobs, tile, by_keys=False) -> BlockLists | None:
+def _lists(x: Operands, knobs: FlashKnobs, tile: Launch, *, by_keys: bool = False) -> BlockLists | None:
     if knobs.skip == "range":
         return None
-    (B, Hq, L, _), S = query.shape, key.shape[2]
-    tiles = classify(rule.keep, L, S, tile.block_m, tile.block_n, B=B, Hq=Hq, captured=captured, sizes=sizes,
-                     device=query.device)  # fmt: skip
+    (B, Hq, L, _), S = x.query.shape, x.key.shape[2]
+    tiles = classify(x.rule.keep, L, S, tile.block_m, tile.block_n, B=B, Hq=Hq, captured=x.captured, sizes=x.sizes,
+                     device=x.query.device)  # fmt: skip
     return block_lists(tiles, L, S, by_keys=by_keys)
 
 
@@ -216,11 +201,15 @@ def constants_of(
     }
 
 
-def _shared(query, key, value, rule, knobs, tile, lists) -> dict[str, Any]:
+def _shared(x: Operands, knobs: FlashKnobs, tile: Launch, lists: BlockLists | None) -> dict[str, Any]:
     """Arguments that all kernels have."""
-    E, Ev, group = int(query.shape[3]), int(value.shape[3]), int(query.shape[1] // key.shape[1])
+    query, key, value, *_ = x
+    E, Ev, group = int(query.shape[3]), int(value.shape[3]), int(x.group)
     rows_b, rows_h = (0, 0) if lists is None else lists.strides
     return {
+        "p_q": query,
+        "p_k": key,
+        "p_v": value,
         "p_list": None if lists is None else lists.order,
         "p_counts": None if lists is None else lists.counts,
         **strides("q", query),
@@ -231,12 +220,19 @@ def _shared(query, key, value, rule, knobs, tile, lists) -> dict[str, Any]:
         "Hq": query.shape[1],
         "L": query.shape[2],
         "S": key.shape[2],
-        **constants_of(rule, group, E, Ev, knobs, tile, dot8=multiplies(query.dtype, key.dtype)),
+        **constants_of(x.rule, group, E, Ev, knobs, tile, dot8=multiplies(query.dtype, key.dtype)),
     }
 
 
-def _run(kernel, programs, given: dict[str, Any], tile: Launch, captured, sizes, buffers=None) -> None:
-    launch(kernel, programs, given, captured, sizes, buffers, num_warps=tile.warps, num_stages=tile.stages)
+def _run(
+    kernel: Any,
+    programs: Any,
+    given: dict[str, Any],
+    tile: Launch,
+    x: Operands,
+    buffers: dict[int, Tensor] | None = None,
+) -> None:
+    launch(kernel, programs, given, x.captured, x.sizes, buffers, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def _held(index: Tensor, length: int) -> Tensor:
@@ -244,27 +240,25 @@ def _held(index: Tensor, length: int) -> Tensor:
     return torch.where(index < 0, index + length, index).clamp(0, length - 1)
 
 
-def _add_sink_grads(buffers, delta, lse, query, captured, sizes, rule) -> None:
+def _add_sink_grads(x: Operands, sink: Expr, buffers: dict[int, Tensor], delta: Tensor, lse: Tensor) -> None:
     """d loss / d sink_i = -exp(sink_i - lse_i) delta_i, handed on to what the sink was looked up from."""
-    slots = [Slot(t.dtype, t.dim(), n in buffers) for n, t in enumerate(captured)]
-    slopes = lookup_slopes(rule.sink, slots)
+    slots = [Slot(t.dtype, t.dim(), n in buffers) for n, t in enumerate(x.captured)]
+    slopes = lookup_slopes(sink, slots)
     if not slopes:
         return
-    (B, Hq, L, _), shape = query.shape, lse.shape
-    axes: dict[str, Axis] = {name: span(name, 0, n, query.device) for name, n in (("b", B), ("h", Hq), ("i", L))}
 
-    def over_rows(e) -> Tensor:
-        value = torch.as_tensor(read(e, axes, captured, sizes), device=query.device)
+    def over_rows(e: Expr) -> Tensor:
+        value = torch.as_tensor(x.read(e), device=lse.device)
         return value[..., 0] if value.dim() == 4 else value
 
-    share = torch.where(lse == -torch.inf, 0.0, (over_rows(rule.sink).float() - lse).exp())
+    share = torch.where(lse == -torch.inf, 0.0, (over_rows(sink).float() - lse).exp())
     d_sink = -(share * delta)
     for load, slope in slopes:
-        table, used = buffers[load.args[0]], {name for x in load.args[1:] for name in x.names()}
+        table, used = buffers[load.args[0]], {name for e in load.args[1:] for name in e.names()}
         over = [d for d, name in enumerate("bhi") if name not in used]
-        given = (d_sink * over_rows(slope).float()).expand(shape)
+        given = (d_sink * over_rows(slope).float()).expand(lse.shape)
         given = given.sum(over, keepdim=True) if over else given
-        at = [_held(over_rows(x), table.shape[d]).expand(given.shape) for d, x in enumerate(load.args[1:])]
+        at = [_held(over_rows(e), table.shape[d]).expand(given.shape) for d, e in enumerate(load.args[1:])]
         if at:
             table.index_put_(at, given, accumulate=True)
         else:

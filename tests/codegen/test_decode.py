@@ -10,7 +10,7 @@ import torch
 
 from attnc.codegen.compile_stats import Compiled, compile_job
 from attnc.codegen.decode_jobs import COUNTS, decode_jobs
-from attnc.codegen.gpu_decode import KERNELS, DecodeKnobs, decode, fair_splits, shares_latent
+from attnc.codegen.gpu_decode import KERNELS, DecodeKnobs, decode, shares_latent
 from attnc.codegen.render import render_rule, skeleton_text
 from attnc.codegen.triton_text import Slot, slot_of
 from attnc.errors import UsageError
@@ -45,8 +45,9 @@ def rendered(rule: AttentionRule, slots: tuple[Slot, ...]) -> str:
 def check(rule, qkv, captured, sizes, folder: Path, knobs: DecodeKnobs = SMALL, **given) -> None:
     """Out and lse of the kernels against the reference in float64."""
     module = imported(rendered(rule, tuple(slot_of(t) for t in captured)), folder)
-    out, lse = decode(module, *qkv, captured, sizes, rule, knobs, **given)
-    want, want_lse = reference(Operands(*qkv, captured, sizes, rule).double())
+    x = Operands(*qkv, captured, sizes, rule)
+    out, lse = decode(module, x, knobs, **given)
+    want, want_lse = reference(x.double())
     dtype = qkv[0].dtype if qkv[0].dtype.itemsize > 1 else torch.bfloat16
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert_close(out, want, dtype, terms=64)
@@ -121,7 +122,7 @@ def test_what_lies_behind_a_sequence_in_the_cache_is_not_read(folder: Path) -> N
     want, _ = reference(Operands(query, key, value, [lengths], [], rule).double())
     key, value = (t.masked_fill(behind, torch.nan) for t in (key, value))
     module = imported(rendered(rule, (slot_of(lengths),)), folder)
-    assert_close(decode(module, query, key, value, [lengths], [], rule, SMALL)[0], want, torch.float32)
+    assert_close(decode(module, Operands(query, key, value, [lengths], [], rule), SMALL)[0], want, torch.float32)
 
 
 def test_more_rows_than_a_tile(folder: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_value_outside_the_keys_tile_is_refused() -> None:
     assert shares_latent(576, 512) and not shares_latent(576, 256) and not shares_latent(128, 128 + 64)
     (query, key, _), _ = drawn(Dims(1, 33, 2, 1, 576, 16))
     with pytest.raises(UsageError, match="found widths 576 and 16"):
-        decode(None, query, key, key[..., :16], [], [], AttentionRule(), SMALL, value_in_key=True)  # type: ignore[arg-type]
+        decode(None, Operands(query, key, key[..., :16], [], [], AttentionRule()), SMALL, value_in_key=True)  # type: ignore[arg-type]
 
 
 def test_any_strides(folder: Path) -> None:
@@ -156,11 +157,6 @@ def test_any_strides(folder: Path) -> None:
     qkv, captured = drawn(dims)
     apart = [torch.stack([t, t], -1)[..., 0].transpose(1, 2).contiguous().transpose(1, 2) for t in qkv]
     check(rule_of("causal_with_cache", dims), apart, captured, [], folder)
-
-
-def test_parts_fill_the_device_and_hold_two_blocks_each() -> None:
-    assert fair_splits(8, 1000, 132) == 33 and fair_splits(1000, 1000, 132) == 1
-    assert fair_splits(1, 10, 132) == 5 and fair_splits(1, 1, 132) == 1
 
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:120", "hip:gfx942")
@@ -172,7 +168,7 @@ CASES = {
     "bias": ("bias", torch.float32, 1, 96, 80, DecodeKnobs(), {}),
     "heads differ": ("per_head", torch.bfloat16, 8, 192, 128, DecodeKnobs(), {}),
     "latent": ("causal_with_cache", torch.bfloat16, 128, 576, 512, WIDE, {"value_in_key": True}),
-    "8-bit cache": ("softcap", torch.bfloat16, 8, 128, 128, DecodeKnobs(), {"cache_dtype": torch.float8_e5m2}),
+    "8-bit cache": ("softcap", torch.bfloat16, 8, 128, 128, DecodeKnobs(), {"held": (torch.float8_e5m2,) * 2}),
 }
 
 

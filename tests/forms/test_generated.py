@@ -99,6 +99,16 @@ def test_a_decode_space_fits_and_holds_hundreds() -> None:
     assert all(parse_form(form.spell()) == form for form in start.settings(where, gpu)[::50])
 
 
+def test_keys_are_split_where_heads_alone_do_not_fill_the_device() -> None:
+    gpu, splits = gpu_named("h100"), []
+    for B in (1, 8, 512):
+        few = region("score=0.125 * s", shape=AttentionShape(B, 64, 8, 1, 16384, 128, 128))
+        start = decode_default(few, gpu)
+        assert start is not None
+        splits.append(start.splits)
+    assert splits[0] >= 16 > splits[1] > splits[2] == 1
+
+
 def test_defaults_are_deterministic() -> None:
     gpu = gpu_named("h200")
     first = default_for(region(WINDOW), gpu)
