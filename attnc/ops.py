@@ -20,7 +20,7 @@ import torch
 from attnc import op_decode, op_flash, op_recurrence, op_selected
 from attnc.forms import parse_attention, spell_attention
 from attnc.forms.generated import Generated, store_in
-from attnc.forms.masked import alive_rows, scaled_rows, without_lost_rows
+from attnc.forms.masked import alive_rows, scaled_rows, widened, without_lost_rows
 from attnc.operands import Operands
 
 __all__ = ["attention", "parse_attention", "spell_attention"]
@@ -51,7 +51,8 @@ def attention(
     form, rule = parse_attention(spelling)
     # Types are facts of the region already: an autocast around the call must not cast inside it.
     with torch.amp.autocast(query.device.type, enabled=False):
-        given = scaled_rows(Operands(query, key, value, captured, sizes, rule))
+        given = Operands(query, key, value, captured, sizes, rule)
+        given = scaled_rows(given if isinstance(form, Generated) else widened(given))
         written = given.on(query.device)  # numbers may lie apart
         given = without_lost_rows(written)
         run = form.cpu if query.device.type == "cpu" else form.gpu

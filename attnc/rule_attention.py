@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from attnc.errors import UsageError
@@ -63,7 +63,7 @@ def _may_mask(e: Expr, learned: Callable[[int], bool]) -> bool:
     return e.op == "lin" and any(abs(coef) >= MASKING and atom.has("load") for atom, coef in e.args[1])
 
 
-RULE_PARTS = {"score", "keep", "empty", "sink", "dropout", "row"}
+RULE_PARTS = {"score", "keep", "empty", "sink", "dropout", "row", "gain"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class AttentionRule(Rule):
     sink:    a further logit (b, h, i) in the normaliser without a value; None: no sink.
     dropout: probability with which weights are dropped, 0 outside training.
     row:     a factor (b, h, i) of the query, None: 1. The product of the scores is then `row * q_i . k_j`.
+    gain:    a factor (b, h) of the output that heads which share a key head have in common, None: 1.
     """
 
     kind: ClassVar[str] = "attention"
@@ -86,6 +87,7 @@ class AttentionRule(Rule):
     sink: Expr | None = None
     dropout: float = 0.0
     row: Expr | None = None
+    gain: Expr | None = None
 
     @property
     def scale(self) -> float | None:
@@ -112,6 +114,11 @@ class AttentionRule(Rule):
             return float(score.args[1][0][1])
         return None
 
+    @property
+    def core(self) -> AttentionRule:
+        """The rule as kernels know it: the factor of queries is multiplied in before them."""
+        return self if self.row is None else replace(self, row=None)
+
     def spell(self) -> str:
         """One line; `AttentionRule.parse` reads it back."""
         parts = [f"score={spell(self.score)}"]
@@ -125,6 +132,8 @@ class AttentionRule(Rule):
             parts.append(f"dropout={self.dropout!r}")
         if self.row is not None:
             parts.append(f"row={spell(self.row)}")
+        if self.gain is not None:
+            parts.append(f"gain={spell(self.gain)}")
         return "; ".join(parts)
 
     @classmethod
@@ -143,8 +152,8 @@ class AttentionRule(Rule):
         ):
             raise UsageError(
                 f"parse the attention rule {text!r:.200}: found {sorted(unknown) or dict(given)!r:.200}, allowed are "
-                f"score, keep, empty ({', '.join(EMPTY_ROWS)}), sink, dropout (0 to 1) and row, each once. Spell rules "
-                "with AttentionRule.spell()."
+                f"score, keep, empty ({', '.join(EMPTY_ROWS)}), sink, dropout (0 to 1), row and gain, each once. Spell "
+                "rules with AttentionRule.spell()."
             )
         return cls(
             score=parse(given["score"]) if "score" in given else SCORE,
@@ -153,6 +162,7 @@ class AttentionRule(Rule):
             sink=parse(given["sink"]) if "sink" in given else None,
             dropout=float(dropout),
             row=parse(given["row"]) if "row" in given else None,
+            gain=parse(given["gain"]) if "gain" in given else None,
         )
 
     def facts(self) -> dict[str, object]:
@@ -165,6 +175,7 @@ class AttentionRule(Rule):
             "bias": self.bias is not None,
             "sink": self.sink is not None,
             "row": self.row is not None,
+            "gain": self.gain is not None,
             "dropout": self.dropout,
             "empty": self.empty,
         }

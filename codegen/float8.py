@@ -12,7 +12,7 @@ the type; sums of 14 bits: Zhang et al. 2024, "SageAttention2", arXiv:2411.10958
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 
@@ -52,6 +52,12 @@ def name_of(dtype: torch.dtype) -> str:
 def wide_type(query: torch.dtype) -> torch.dtype:
     """The type of the output, and of weights: that of the query, or bfloat16 where it has 8 bits."""
     return torch.bfloat16 if query in FLOAT8 else query
+
+
+def widest_type(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The widest of `dtypes`, to which those of 8 bits are widened; bfloat16 where each is of these."""
+    wide = [dtype for dtype in dtypes if dtype not in FLOAT8]
+    return reduce(torch.promote_types, wide) if wide else torch.bfloat16
 
 
 def multiplies(query: torch.dtype, key: torch.dtype) -> bool:

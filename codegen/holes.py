@@ -8,6 +8,7 @@ Every hole is a `@triton.jit` function with exactly these parameters; the skelet
     add_grads(d_score, s, b, h, i, j, m_ok, captured, captured_grads)
                                                  adds d loss / d captured by atomics
     sink(b, h, i, captured)                      the logit of a row's sink; -inf: none
+    gain(b, h, i, captured)                      a factor of a row's output
     visit(b, h, i_low, i_high, L, S, captured) -> low, high, full_low, full_high
                                                  keys that some row in i_low .. i_high - 1 may keep, low .. high - 1,
                                                  and keys that all these rows keep, full_low .. full_high - 1
@@ -40,6 +41,7 @@ PARAMETERS = {
     "score_slope": ("s", "b", "h", "i", "j", "m_ok", "captured"),
     "add_grads": ("d_score", "s", "b", "h", "i", "j", "m_ok", "captured", "captured_grads"),
     "sink": ("b", "h", "i", "captured"),
+    "gain": ("b", "h", "i", "captured"),
     "visit": ("b", "h", "i_low", "i_high", "L", "S", "captured"),
     "visit_rows": ("b", "h", "j_low", "j_high", "L", "S", "captured"),
 }
@@ -55,12 +57,14 @@ def holes_of(
     """
     _check(rule)
     sink = const(float("-inf")) if rule.sink is None else rule.sink
+    gain = const(1.0) if rule.gain is None else rule.gain
     bodies = {
         "keep": lambda: _keep(rule.keep, captured),
         "score": lambda: _score(rule.score, captured),
         "score_slope": lambda: text_of(derivative(rule.score, SCORE), captured),
         "add_grads": lambda: _add_grads(rule.score, captured),
         "sink": lambda: text_of(to_float(sink), captured),
+        "gain": lambda: text_of(to_float(gain), captured),
         "visit": lambda: range_body(rule.keep, captured, "j"),
         "visit_rows": lambda: range_body(rule.keep, captured, "i"),
     }

@@ -23,9 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from attnc.passes.attention.extent import inside, is_computed, leaves_of
-from attnc.passes.attention.factors import settle
 from attnc.passes.attention.lift import Match, anchors, lift
-from attnc.passes.attention.within import share
+from attnc.passes.attention.within import finished
 from attnc.passes.graph import GraphFacts, NoMatch, hint, tensor_of
 from attnc.passes.rewrite import rewrite
 from attnc.store import Store
@@ -230,7 +229,7 @@ def _text_of(graph: fx.Graph) -> str:
 def lift_again(facts: GraphFacts, anchor: fx.Node) -> Match:
     found = lift(facts, anchor)
     assert isinstance(found, Match), found
-    return share(facts, settle(found))
+    return finished(facts, found)
 
 
 def _substitution(match: Match, leaves: Sequence[fx.Node], exact: bool) -> dict[int, int] | str:

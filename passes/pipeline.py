@@ -9,21 +9,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import fx
 
+from attnc.codegen.float8 import FLOAT8, name_of, widest_type
 from attnc.errors import CaptureError
 from attnc.options import Options
 from attnc.passes.attention.absorb import keep_latent
 from attnc.passes.attention.extent import cut_gradient, inside, leaves_of
-from attnc.passes.attention.factors import settle
 from attnc.passes.attention.flex import flex_regions
 from attnc.passes.attention.folded import fold_heads
 from attnc.passes.attention.lift import Match, anchors, lift
 from attnc.passes.attention.repeats import Repeats
 from attnc.passes.attention.rules import label
 from attnc.passes.attention.shared import own_weights
-from attnc.passes.attention.within import share
+from attnc.passes.attention.within import finished
 from attnc.passes.capture import capture
 from attnc.passes.check import trial_of
 from attnc.passes.choose import choose, target_device
@@ -199,7 +198,7 @@ def _lifted(facts: GraphFacts, anchor: fx.Node, repeats: Repeats) -> Match | NoM
     cut = cut_gradient(facts, match)
     if cut is not None:
         return cut
-    match = share(facts, settle(match))
+    match = finished(facts, match)
     repeats.add(match)
     return match
 
@@ -221,15 +220,13 @@ def describe(facts: GraphFacts, match: Match) -> AttentionRegion:
         for t in map(tensor_of, match.captured)
         if t is not None
     )
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
+    narrow = any(dtype in FLOAT8 for dtype in dtypes)
     return AttentionRegion(
         path=module_path(match.out) or module_path(match.anchor),
         node=match.anchor.name,
         rule=rule,
         shape=shape_of_match(match),
-        dtype=str(widest).removeprefix("torch."),
+        dtype=name_of(widest_type(dtypes)),
         device=out.device.type,
         mask=label(match.masked.keep, match.masked.score),
         written=match.written,
@@ -238,5 +235,6 @@ def describe(facts: GraphFacts, match: Match) -> AttentionRegion:
         sizes=tuple(hint(node) for node in size_nodes(facts, match)),
         repeats_heads=match.repeats_heads,
         value_in_key=bool(match.within),
+        stored=tuple(map(name_of, dtypes)) if narrow else (),
         training=any(map(facts.needs_grad, [*sources, *match.captured])),
     )

@@ -8,6 +8,7 @@ from operator import getitem
 import torch
 from torch import fx
 
+from attnc.codegen.float8 import FLOAT8, wide_type, widest_type
 from attnc.expr import Expr, size
 from attnc.ops import parse_attention, spell_attention
 from attnc.passes.attention.lift import Match, sizes_of
@@ -30,6 +31,7 @@ def rule_of(match: Match) -> AttentionRule:
         rename(masked.score), rename(masked.keep), masked.empty,
         None if match.sink is None else rename(match.sink), match.dropout,
         None if match.row_factor is None else rename(match.row_factor),
+        None if match.gain is None else rename(match.gain),
     )
 
 
@@ -93,7 +95,7 @@ def rewrite(
         result = graph.call_function(getitem, (call, 0))
         wide = tensor_of(query)
         assert wide is not None
-        result.meta["val"] = wide.new_empty((*wide.shape[:3], match.widths[1]))
+        result.meta["val"] = wide.new_empty((*wide.shape[:3], match.widths[1]), dtype=wide_type(wide.dtype))
         for node in (call, result):
             node.meta.update({k: v for k, v in out.meta.items() if k in ("stack_trace", "nn_module_stack")})
         result = _restore(graph, match, result, value)
@@ -140,11 +142,10 @@ def _same_heads(graph: fx.Graph, key: fx.Node, val: fx.Node, q_heads: int) -> tu
 
 
 def _same_dtype(graph: fx.Graph, *nodes: fx.Node) -> list[fx.Node]:
+    """All nodes in the widest of their types but those of 8 bits, which the operator reads as they are."""
     dtypes = [tensor_of(n).dtype for n in nodes]  # type: ignore[union-attr]
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return [n if d == widest else _emit(graph, aten.to.dtype, n, widest) for n, d in zip(nodes, dtypes, strict=True)]
+    widest, kept = widest_type(dtypes), (*FLOAT8, widest_type(dtypes))
+    return [n if d in kept else _emit(graph, aten.to.dtype, n, widest) for n, d in zip(nodes, dtypes, strict=True)]
 
 
 def _restore(graph: fx.Graph, match: Match, result: fx.Node, value: torch.Tensor) -> fx.Node:

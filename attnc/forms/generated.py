@@ -18,7 +18,7 @@ from attnc.cost_models.tile_estimate import predicted
 from attnc.cost_models.tile_model import FlashTiles, FlashWork, fits
 from attnc.errors import LoweringError
 from attnc.forms.base import AttentionForm, Form
-from attnc.forms.masked import SETTLED, settle_empty
+from attnc.forms.masked import SETTLED, settle_empty, widened
 from attnc.operands import Operands
 from attnc.region import AttentionRegion
 
@@ -44,6 +44,9 @@ class Generated(AttentionForm):
     @abstractmethod
     def settings(self, region: AttentionRegion, gpu: Gpu, kernel: str = "forward") -> tuple[Form, ...]:
         """Every setting of one kernel's knobs that fits `gpu`, this one first."""
+
+    def launches(self, region: AttentionRegion) -> bool:
+        return True
 
     def is_exact(self, region: AttentionRegion) -> bool:
         return self.refuse(region) is None
@@ -112,7 +115,7 @@ class Generated(AttentionForm):
         operator = getattr(torch.ops.attnc, self.name)
         out, lse = operator(*operands, f"{kept_in(self.spell(), store)}{BAR}{rule.spell()}")
         if rule.sink is None and rule.empty in SETTLED:
-            out = settle_empty(out, lse != -torch.inf, given)  # a NaN is not no key
+            out = settle_empty(out, lse != -torch.inf, widened(given))  # a NaN is not no key
         return out, lse
 
     cpu = gpu  # by Triton's interpreter, where it is switched on

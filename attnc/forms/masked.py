@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import torch
 
+from attnc.codegen.float8 import FLOAT8, wide_type
 from attnc.expr import BOOL, TRUE, load, scale, terms_of
 from attnc.operands import Operands
 from attnc.predicate import logical_not
@@ -36,11 +37,25 @@ def sink_of(given: Operands) -> torch.Tensor | None:
 
 def scaled_rows(given: Operands) -> Operands:
     """The query times the rule's row factor, and the rule without it: done once, so no form knows of it."""
-    query, rule = given.query, given.rule
+    rule = given.rule
     if rule.row is None:
         return given
-    scaled = (query * given.tensor(rule.row)).to(query.dtype)
+    given = given._replace(query=given.query.to(wide_type(given.query.dtype)))
+    scaled = (given.query * given.tensor(rule.row)).to(given.query.dtype)
     return given._replace(query=scaled, rule=replace(rule, row=None))
+
+
+def widened(given: Operands) -> Operands:
+    """The operands with those of 8 bits in the type of the output, and its factor in the value: what all forms take but
+    generated kernels."""
+    wide, rule = wide_type(given.query.dtype), given.rule
+    query, key, value = (t.to(wide) if t.dtype in FLOAT8 else t for t in given[:3])
+    given = given._replace(query=query, key=key, value=value)
+    if rule.gain is None:
+        return given
+    gain = given.tensor(rule.gain)
+    gain = gain[:, :: given.group] if gain.dim() == 4 and gain.shape[1] > 1 else gain
+    return given._replace(value=(value * gain).to(value.dtype), rule=replace(rule, gain=None))
 
 
 def without_lost_rows(given: Operands) -> Operands:
@@ -71,8 +86,8 @@ def reference(given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     Shapes: as `Operands` -> out (B, Hq, L, Ev), lse (B, Hq, L).
     """
     key, value = (t.repeat_interleave(given.group, 1) for t in (given.key, given.value))
-    given = scaled_rows(given)._replace(key=key, value=value)
-    rule, raw = given.rule, given.query @ key.mT
+    given = widened(scaled_rows(given)._replace(key=key, value=value))
+    value, rule, raw = given.value, given.rule, given.query @ given.key.mT
     keep = torch.as_tensor(given.read(rule.keep)).expand(raw.shape)
     written = given.tensor(rule.score, raw).expand(raw.shape)
     score = written.masked_fill(~keep, -torch.inf)

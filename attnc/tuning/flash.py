@@ -23,7 +23,7 @@ from attnc.cost_models.tile_estimate import predicted
 from attnc.cost_models.tile_model import flash_seconds
 from attnc.errors import LoweringError
 from attnc.forms.base import Form
-from attnc.forms.flash import KERNELS, Flash, kernel_seconds, work_of
+from attnc.forms.flash import KERNELS, Flash, kernel_seconds
 from attnc.forms.flash_decode import FlashDecode
 from attnc.forms.generated import Generated
 from attnc.region import AttentionRegion
@@ -79,7 +79,7 @@ class FlashProblem:
         if isinstance(form, FlashDecode):
             return flash_seconds(form.work(self.region), form.tiles, self.gpu, made)
         assert isinstance(form, Flash)
-        return kernel_seconds(form, work_of(self.region, form.skip), self.gpu, self.part, made)
+        return kernel_seconds(form, form.work(self.region), self.gpu, self.part, made)
 
     def estimate(self, form: Form, seconds: float, *, compiled: bool) -> Estimate:
         """`seconds` of a setting by closed form or compiled, with the interval of such predictions."""
@@ -102,15 +102,14 @@ class FlashProblem:
 
     def jobs(self, form: Form, target: str) -> list[Job]:
         """What is compiled ahead of time for a setting; the first decides its time."""
-        s, slots, dtype = self.region.shape, slots_of(self.region, self.part), getattr(torch, self.region.dtype)
+        s, slots = self.region.shape, slots_of(self.region, self.part)
+        rule, (dtype, *held) = self.region.rule.core, (getattr(torch, name) for name in self.region.types)
+        given = (rule, slots, dtype, s.group, s.E, s.Ev, form.schedule, target)  # type: ignore[attr-defined]
         if isinstance(form, FlashDecode):
-            held = form.value_in_key
-            return decode_jobs(
-                self.region.rule, slots, dtype, s.group, s.E, s.Ev, form.schedule, target, value_in_key=held
-            )
+            return decode_jobs(*given, held=tuple(held), value_in_key=form.value_in_key)
         assert isinstance(form, Flash)
         kernel = COMPILED[list(KERNELS).index(self.part)]
-        return [flash_job(kernel, self.region.rule, slots, dtype, s.group, s.E, s.Ev, form.schedule, target)]
+        return [flash_job(kernel, *given, held=tuple(held))]
 
     def measure(self, form: Form) -> Outcome:
         return self._bench.run(form)

@@ -56,7 +56,7 @@ class Bench:
         return inputs_of(self.region, torch.device("cuda"))
 
     def _spelled(self, form: Form) -> str:
-        return spell_attention(kept_in(form.spell(), self.store), self.region.rule)
+        return spell_attention(kept_in(form.spell(), self.store), self.region.rule.core)
 
     def _call(self, form: Form):
         qkv, captured = self._inputs
@@ -70,14 +70,14 @@ class Bench:
 
     def _error(self, form: Form) -> float:
         """Largest difference from the reference, over the largest value; few heads where scores are many."""
-        s, rule = self.region.shape, self.region.rule
+        s, rule = self.region.shape, self.region.rule.core
         fewer = s.B * s.Hq * s.L * s.S > AFFORDABLE
         shape = replace(s, L=min(s.L, 1024), S=min(s.S, 1024)) if fewer and not self.region.captured else s
         if fewer and shape is s:
             return 0.0  # checked at its small sizes by translation validation
         region = replace(self.region, shape=shape)
         (query, key, value), captured = inputs_of(region, torch.device("cuda"))
-        leaves = [t.requires_grad_() for t in (query, key, value)]
+        leaves = [t.requires_grad_(not region.widened) for t in (query, key, value)]
         run = torch.ops.attnc.flash_decode if isinstance(form, FlashDecode) else torch.ops.attnc.flash
         out, lse = run(query, key, value, captured, list(region.sizes), self._spelled(form))
         if rule.sink is None:
@@ -130,14 +130,14 @@ def captured_types(region: AttentionRegion) -> list[tuple[torch.dtype, list[int]
 def inputs_of(region: AttentionRegion, device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Random query, key and value, (B, L, heads, E) in memory, and captured tensors: ids in order, flags mostly set."""
     s, generator = region.shape, torch.Generator(device).manual_seed(0)
-    dtype = getattr(torch, region.dtype)
 
-    def drawn(length: int, heads: int, width: int) -> torch.Tensor:
+    def drawn(length: int, heads: int, width: int, kind: str) -> torch.Tensor:
         x = torch.randn(s.B, length, heads, width, generator=generator, device=device)
-        return x.to(dtype).transpose(1, 2)
+        return x.to(getattr(torch, kind)).transpose(1, 2)
 
-    query, key = drawn(s.L, s.Hq, s.E), drawn(s.S, s.H, s.E)
-    qkv = [query, key, key[..., : s.Ev] if region.value_in_key else drawn(s.S, s.H, s.Ev)]
+    kinds = region.types
+    query, key = drawn(s.L, s.Hq, s.E, kinds[0]), drawn(s.S, s.H, s.E, kinds[1])
+    qkv = [query, key, key[..., : s.Ev] if region.value_in_key else drawn(s.S, s.H, s.Ev, kinds[2])]
     captured = []
     for kind, sizes in captured_types(region):
         if kind.is_floating_point:

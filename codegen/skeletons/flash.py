@@ -21,7 +21,7 @@ Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3; Milakov and G
 import triton
 import triton.language as tl
 
-HOLES = ("keep", "score", "score_slope", "add_grads", "sink", "visit", "visit_rows")
+HOLES = ("keep", "score", "score_slope", "add_grads", "sink", "gain", "visit", "visit_rows")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -54,6 +54,12 @@ def add_grads(d_score, s, b, h, i, j, m_ok, captured, captured_grads):
 def sink(b, h, i, captured):
     """The logit of a row's sink, float32; -inf: none."""
     return float("-inf")
+
+
+@triton.jit
+def gain(b, h, i, captured):
+    """A factor of a row's output, float32."""
+    return 1.0
 
 
 @triton.jit
@@ -102,6 +108,16 @@ def listed(p_counts, b, h, n, count, rows_b, rows_h, width):
     """A block's list in a table: offset of its first entry, entries that are full, entries that are masked."""
     row = b * rows_b + h * rows_h + n
     return row * width, tl.load(p_counts + row * 2 + 1), tl.load(p_counts + row * 2)
+
+
+@triton.jit
+def low_of(p_list, first, t, before, full, masked, whole: tl.constexpr, TABLE: tl.constexpr, BLOCK: tl.constexpr):
+    """First position of the t-th of the tiles that are masked, or kept whole."""
+    if TABLE:
+        low = tl.load(p_list + first + (masked if whole else 0) + t) * BLOCK
+    else:
+        low = first + (t + (before if whole else tl.where(t < before, 0, full))) * BLOCK
+    return low
 
 
 @triton.jit
@@ -185,12 +201,7 @@ def flash_forward(
         acc_tail = tl.zeros([BLOCK_M, EV_TAIL], tl.float32)
     for whole in tl.static_range(2):
         for t in tl.range(0, full if whole else masked):
-            if TABLE:
-                j_low = tl.load(p_list + first + (masked if whole else 0) + t) * BLOCK_N
-            elif whole:
-                j_low = first + (before + t) * BLOCK_N
-            else:
-                j_low = first + (t + tl.where(t < before, 0, full)) * BLOCK_N
+            j_low = low_of(p_list, first, t, before, full, masked, whole, TABLE, BLOCK_N)
             j = (j_low + column)[None, :]
             m_column = j_low + column < S
             m_ok = tl.full([1, 1], 1, tl.int1) if whole else (i < L) & (j < S)
@@ -221,7 +232,7 @@ def flash_forward(
     total = tl.where(some, total, 1.0)
     lse = tl.where(some, (m + tl.log2(total)) * LN2, float("-inf"))
     tl.store(p_lse + (b * Hq + h) * L + i_low + row, lse, mask=m_row)
-    share = tl.where(some, 1.0 / total, 0.0)[:, None]
+    share = tl.where(some, 1.0 / total, 0.0)[:, None] * gain(b, h, i, captured)
     p_out += b * o_b + h * o_h + i_low.to(tl.int64) * o_l
     put(p_out, acc * share, row, o_l, o_e, m_row, 0, EV_MAIN, EV)
     if EV_TAIL > 0:
@@ -274,12 +285,7 @@ def flash_dq(
         first, before, full, masked = split(low, high, full_low, full_high, S, i_low + BLOCK_M <= L, BLOCK_N)
     for whole in tl.static_range(2):
         for t in tl.range(0, full if whole else masked):
-            if TABLE:
-                j_low = tl.load(p_list + first + (masked if whole else 0) + t) * BLOCK_N
-            elif whole:
-                j_low = first + (before + t) * BLOCK_N
-            else:
-                j_low = first + (t + tl.where(t < before, 0, full)) * BLOCK_N
+            j_low = low_of(p_list, first, t, before, full, masked, whole, TABLE, BLOCK_N)
             j = (j_low + column)[None, :]
             m_column = j_low + column < S
             m_ok = tl.full([1, 1], 1, tl.int1) if whole else (i < L) & (j < S)
@@ -321,8 +327,7 @@ def flash_dkv(
     SCALE: tl.constexpr, PRECISION: tl.constexpr, TABLE: tl.constexpr, SECTION: tl.constexpr, XCDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys, over the rows of all query heads that read them. Tiles lie keys by rows, so that
-    weights enter the second product from the registers that the first left them in."""
+    """dk and dv of one block of keys over all heads that read them; tiles of keys by rows keep weights in registers."""
     FACTOR: tl.constexpr = LOG2E if SCALE == 0.0 else SCALE * LOG2E
     count = tl.cdiv(S, BLOCK_N)
     n, head = place(count, SECTION, XCDS)
@@ -354,12 +359,7 @@ def flash_dkv(
             first, before, full, masked = split(low, high, full_low, full_high, L, j_low + BLOCK_N <= S, BLOCK_M)
         for whole in tl.static_range(2):
             for t in tl.range(0, full if whole else masked):
-                if TABLE:
-                    i_low = tl.load(p_list + first + (masked if whole else 0) + t) * BLOCK_M
-                elif whole:
-                    i_low = first + (before + t) * BLOCK_M
-                else:
-                    i_low = first + (t + tl.where(t < before, 0, full)) * BLOCK_M
+                i_low = low_of(p_list, first, t, before, full, masked, whole, TABLE, BLOCK_M)
                 i = (i_low + row)[None, :]
                 m_row = i_low + row < L
                 m_ok = tl.full([1, 1], 1, tl.int1) if whole else (i < L) & (j < S)

@@ -23,7 +23,7 @@ Source: Dao et al. 2023, "Flash-Decoding for long-context inference", pytorch.or
 import triton
 import triton.language as tl
 
-HOLES = ("keep", "score", "sink", "visit")
+HOLES = ("keep", "score", "sink", "gain", "visit")
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -44,6 +44,12 @@ def score(s, b, h, i, j, m_ok, captured):
 def sink(b, h, i, captured):
     """The logit of a row's sink, float32; -inf: none."""
     return float("-inf")
+
+
+@triton.jit
+def gain(b, h, i, captured):
+    """A factor of a row's output, float32."""
+    return 1.0
 
 
 @triton.jit
@@ -180,4 +186,5 @@ def flash_combine(
     one = tl.arange(0, 1)
     tl.store(p_lse + place + one, tl.where(some, (m + tl.log2(total)) * LN2, float("-inf")))
     p_out += b * o_b + h * o_h + i * o_l
-    tl.store(p_out + e * o_e, (acc / total).to(p_out.dtype.element_ty), mask=e < EV)
+    out = acc / total * gain(b, h, i, captured)
+    tl.store(p_out + e * o_e, out.to(p_out.dtype.element_ty), mask=e < EV)

@@ -16,7 +16,7 @@ from attnc.predicate import rebuild
 def settle(match: Match) -> Match:
     """`match` with its row factor taken out of the score, and only the captured tensors that are still read."""
     score, factor = _split(match.masked.score)
-    expressions = [score, match.masked.keep, match.sink, factor]
+    expressions = [score, match.masked.keep, match.sink, factor, match.gain]
     used = sorted({x.args[0] for e in expressions if e is not None for x in e.walk() if x.op == "load"})
     if factor is None and len(used) == len(match.captured):
         return match
@@ -35,6 +35,7 @@ def settle(match: Match) -> Match:
         masked=replace(match.masked, score=renumber(score), keep=renumber(match.masked.keep)),
         sink=None if match.sink is None else renumber(match.sink),
         row_factor=None if factor is None else renumber(factor),
+        gain=None if match.gain is None else renumber(match.gain),
         captured=[match.captured[slot] for slot in used],
     )
 

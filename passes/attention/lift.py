@@ -51,6 +51,7 @@ class Match:
     written: str = "composed"
     repeats_heads: bool = False
     row_factor: Expr | None = None
+    gain: Expr | None = None  # a factor of the output
     readers: list[fx.Node] = field(default_factory=list)  # what else reads the weights, which must then stay
     products: tuple[Product, Product] | None = None  # of the scores and with the values, where they are written out
     summed: tuple[Product, ...] = ()  # all products that the scores are a sum of
@@ -381,7 +382,7 @@ def _sdpa_score(pulling: Lift, given: dict[str, Any], factor: Any, lengths: tupl
 def sizes_of(match: Match) -> list[str]:
     """Shape symbols that the lifted expressions mention."""
     found: dict[str, None] = {}
-    for e in (match.masked.score, match.masked.keep, match.sink or TRUE):
+    for e in (match.masked.score, match.masked.keep, match.sink or TRUE, match.gain or TRUE):
         for node in e.walk():
             if node.op == "size":
                 found[node.args[0]] = None

@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from attnc.expr import add, const, sub, var
+from attnc.passes.attention.factors import settle
 from attnc.passes.attention.lift import Match, named
 from attnc.passes.attention.operands import Operand
+from attnc.passes.attention.stored import as_stored
 from attnc.passes.graph import GraphFacts, op_name, shape_of
 from attnc.passes.views import Index, Ranges, through
 
@@ -81,6 +83,11 @@ def width_of(operand: Operand) -> int:
     """The number of an operand's own channels."""
     kinds = [kind for kind, _ in operand.roles]
     return int(shape_of(operand.source)[kinds.index("e")].value)
+
+
+def finished(facts: GraphFacts, match: Match) -> Match:
+    """A lifted match as it is described and rewritten: operands as stored, row factors out, shared memory noted."""
+    return share(facts, settle(as_stored(facts, match)))
 
 
 def share(facts: GraphFacts, match: Match) -> Match:
