@@ -53,8 +53,9 @@ class Options:
     strict:   raise where a region is in trouble, instead of leaving it as written with one warning.
     check:    validate each rewrite numerically against the subgraph it replaces.
     forms:    the only forms considered for rewriting; None means all of them.
-    allow:    approximations by name, ("low_rank",): forms that are not exact are taken only where named here, with the
-              knobs that cost least and an error that nothing has measured; `attnc.autotune` measures it on data.
+    allow:    approximations by name, ("low_rank",), or with their knobs, ("block_mixture{block=512,top_k=4}",): forms
+              that are not exact are taken only where named here, without knobs with their default ones, and with an
+              error that nothing has measured; `attnc.autotune` measures it on data and chooses the knobs.
     force:    a form's spelling, used wherever it applies whatever the cost rule says.
     device:   the GPU that choices are made for, as "h100" (`attnc devices` lists them), or one of a device file of
               yours, "my_gpu.toml" or "my_gpu.toml:mine"; None: the one the model is on.

@@ -1,8 +1,9 @@
 """Pick a form for a region: each form refuses with a sentence or offers its best knobs; the cheapest predicted wins.
 
 Nothing is rewritten that is not predicted to be faster than what is written; the choice then states the length at
-which the answer would change. A form that does not equal the region is taken only where `allow` names it, whether
-by cost, by force or by a plan; under a plan for the device, only where the plan has it as well.
+which the answer would change. A form that does not equal the region is taken only where `allow` names it, with its
+knobs or without, whether by cost, by force or by a plan; under a plan for the device, only where the plan has it as
+well.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from attnc.cost_models.attention import written_estimate, written_seconds
 from attnc.cost_models.device import Device, Gpu, device_from_torch_name, device_named
 from attnc.cost_models.estimate import Estimate
 from attnc.errors import UsageError
-from attnc.forms import FORMS, Form, form_named, parse_form
+from attnc.forms import FORMS, Form, form_named, is_allowed, parse_form, settings_allowed
 from attnc.forms.base import Knob
 from attnc.options import Options, Planned
-from attnc.region import AS_WRITTEN, AttentionRegion, Choice
+from attnc.region import AS_WRITTEN, AttentionRegion, Choice, form_name
 from attnc.tuned import tuned
 
 # A rewrite must be predicted this much faster: below it the prediction itself is not sure.
@@ -60,12 +61,12 @@ def approximations(region: AttentionRegion, options: Options) -> tuple[list[tupl
     device = target_device(options.device, region.device)
     unfit = _unfit(region)
     offers, refused = [], {}
-    for name in dict.fromkeys(options.allow):
+    for name in dict.fromkeys(form_name(spelling) for spelling in options.allow):
         form = form_named(name)
         if options.forms is not None and name not in options.forms:
             refused[name] = f"the option forms leaves {name} out; add it there."
             continue
-        for setting in _settings(form, lambda k: k.role == "semantic"):
+        for setting in settings_allowed(name, options.allow) or _settings(form, lambda k: k.role == "semantic"):
             why = unfit or setting.refuse(region) or setting.misfit(region, device)
             if why is not None:
                 refused.setdefault(setting.spell(), why)
@@ -169,7 +170,7 @@ def _inapplicable(form: Form, region: AttentionRegion, allow: tuple[str, ...], d
 
 def _unnamed(form: Form, region: AttentionRegion, allow: tuple[str, ...]) -> str | None:
     """Why a form that does not refuse `region` is still not taken: it does not equal it, and no name allows that."""
-    if form.name in allow or form.is_exact(region):
+    if is_allowed(form, allow) or form.is_exact(region):
         return None
     return f"{form.spell()} is an approximation by name; add {form.name!r} to the option allow to accept its error."
 
@@ -186,11 +187,11 @@ def _offers(
 
     search: whether each form offers its best knobs, or only its default ones.
     """
-    every = tuple(form for form in FORMS if not form.approximates or form.name in allow)
+    every = tuple(f for f in FORMS if not f.approximates or settings_allowed(f.name, allow) is not None)
     chosen = every if allowed is None else tuple(form_named(name) for name in allowed)
     offers, refused = [], {}
     for form in (form for form in chosen if form.kind == region.kind):
-        for start in _starts(form):
+        for start in settings_allowed(form.name, allow) or _starts(form):
             why = _mistrusted(start, region) or start.refuse(region) or start.untargeted(device)
             why = why or _unnamed(start, region, allow)
             if why is not None:
@@ -266,7 +267,7 @@ def checked_forms(options: Options) -> None:
     for name in options.forms or ():
         form_named(name)
     for name in options.allow:
-        if not form_named(name).approximates:
+        if not parse_form(name).approximates:
             raise UsageError(
                 f"option allow={options.allow!r}: {name} is exact and needs no leave; allowed are "
                 f"{', '.join(form.name for form in FORMS if form.approximates)}. Leave {name!r} out of allow."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -129,7 +130,7 @@ run = command(model_problems)
 
 def listed(text: str, option: str = "--device", example: str = "a100,h200") -> list[str]:
     """The names in "a100,h200", each once. Raises: UsageError where there is none."""
-    names = [word.strip() for word in text.split(",")]
+    names = [word.strip() for word in re.split(r",(?![^{}]*\})", text)]  # a comma between knobs is part of a name
     if not all(names):
         raise UsageError(f"{option} {text!r}: found an empty name; allowed are names with commas. Write {example}.")
     return list(dict.fromkeys(names))

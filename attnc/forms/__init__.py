@@ -21,6 +21,7 @@ from attnc.forms.low_rank import LowRank
 from attnc.forms.recurrent import RecurrentForm
 from attnc.forms.scan import Scan
 from attnc.forms.step import Step
+from attnc.region import form_name
 from attnc.rule_attention import AttentionRule
 from attnc.rule_recurrence import RecurrenceRule
 
@@ -66,6 +67,28 @@ def parse_form(spelling: str) -> Form:
     return form_named(match[1]).parse(match[2] or "")
 
 
+@lru_cache(maxsize=256)
+def settings_allowed(name: str, allow: tuple[str, ...]) -> tuple[Form, ...] | None:
+    """The settings of the form `name` that `allow` names with their knobs; () where it names the form itself: any.
+
+    None where it names neither.
+    """
+    if name in allow:
+        return ()
+    found = tuple(parse_form(spelling) for spelling in allow if form_name(spelling) == name)
+    return found or None
+
+
+def is_allowed(form: Form, allow: tuple[str, ...]) -> bool:
+    """Whether `allow` names the form, or one with its semantic knobs."""
+    settings = settings_allowed(form.name, allow)
+    return settings is not None and (not settings or any(_means(form, other) for other in settings))
+
+
+def _means(form: Form, other: Form) -> bool:
+    return all(getattr(form, n) == getattr(other, n) for n, k in form.knobs().items() if k.role == "semantic")
+
+
 def spell_attention(form: Form | str, rule: AttentionRule) -> str:
     """The spelling of an attention operator for a form and a rule, `FORM{knobs} | RULE`; `parse_attention` reads it."""
     return f"{form if isinstance(form, str) else form.spell()}{BAR}{rule.spell()}"
@@ -103,10 +126,10 @@ def parse_generated(spelling: str, kind: type[Made]) -> tuple[Made, AttentionRul
 @lru_cache(maxsize=1024)
 def parse_recurrence(spelling: str) -> tuple[RecurrentForm | None, RecurrenceRule]:
     """Form and rule of an operator's spelling, `RULE` or `FORM{knobs} | RULE`. Raises: UsageError if it is neither."""
-    form, bar, rule = spelling.partition(" | ")
+    form, bar, rule = spelling.rpartition(BAR)
     if not bar:
         return None, RecurrenceRule.parse(spelling)
-    made = parse_form(form)
+    made = parse_form(form.partition(IN)[0])
     if not isinstance(made, RecurrentForm):
         raise UsageError(
             f"parse the operator spelling {spelling!r:.200}: found {made.name}, a form of {made.kind}, allowed is one "
