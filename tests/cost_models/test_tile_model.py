@@ -181,6 +181,35 @@ def test_a_value_inside_the_key_is_read_once() -> None:
     assert tile_of("forward", tiles, 576, 512, "bf16", device, True).passing_bytes == 32 * 576 * 2
 
 
+@pytest.mark.parametrize("name", GPUS)
+def test_decode_over_a_cache_of_8_bits_is_predicted_faster_and_longer_caches_slower(name: str) -> None:
+    device, tiles = gpu_named(name), FlashTiles(16, 64, 4, 3, splits=8, pack=True)
+    cached = [FlashWork(16, 32, 8, 1, S, 128, 128, band=Band.causal(1, S)) for S in (4096, 16384, 65536)]
+    wide, mixed, narrow = (
+        [flash_seconds(replace(work, stored=stored), tiles, device) for work in cached]
+        for stored in (None, (2, 1, 2), (2, 1, 1))
+    )
+    for times in (wide, mixed, narrow):
+        assert times == sorted(times)
+    assert all(a > b > c for a, b, c in zip(wide, mixed, narrow, strict=True))
+    assert narrow[-1] < 0.8 * wide[-1]
+
+
+def test_the_peak_of_8_bits_is_for_products_of_8_bits_alone() -> None:
+    device, tiles = gpu_named("h100"), FlashTiles(128, 64, 8, 2)
+    work = causal(4, 32, 32, 4096, 128)
+    stored = replace(work, stored=(1, 1, 1))
+    assert flash_seconds(stored, tiles, device) >= flash_seconds(work, tiles, device)  # widened, then as bf16
+    assert flash_seconds(replace(stored, dtype="fp8"), tiles, device) < flash_seconds(stored, tiles, device)
+
+
+def test_tiles_of_8_bits_are_loaded_narrow_and_multiplied_wide() -> None:
+    given = ("forward", FlashTiles(64, 64, 4, 2), 64, 64, "bf16", gpu_named("a100"), False)
+    wide, narrow = tile_of(*given), tile_of(*given, (1, 1))
+    assert narrow.passing_bytes * 2 == wide.passing_bytes == narrow.multiplied_bytes
+    assert narrow.shared_traffic == wide.shared_traffic and narrow.vector > wide.vector
+
+
 def test_kernels_are_timed_and_checked_alone() -> None:
     device, work = gpu_named("h100"), causal(4, 32, 32, 4096, 64, training=True)
     tiles = FlashTiles(64, 64, 4, 2)
