@@ -1,10 +1,13 @@
 """Decays inside of a chunk: scores of pairs of tokens, what is left of the state at each token, the triangular inverse.
 
-For a chunk of C tokens, a power of two, pairs (i, j) with j < i are split by halves: into blocks of 1, 2, 4 ... C / 2
-rows of a second half and columns of the first half before it. The decay of such a pair is exp(sum from the middle to i)
-times exp(sum from j to the middle): both exponents are sums of logarithms, never differences, so nothing is ever
+For a chunk of C tokens, a power of two, the decay of a pair (i, j) with j < i is exp(sum from j to m) times exp(sum
+from m to i), m a token between them: both exponents are sums of logarithms, never differences, so nothing is ever
 multiplied by more than one, minus infinity is an ordinary decay, and no precision is lost where decays differ by orders
-of magnitude. The inverse of a unit triangular matrix follows the same blocks.
+of magnitude. With one logarithm per token m is the start of i's block of 16 tokens, and pairs within a block have a sum
+each. With one per channel pairs are split by halves, into blocks of 1, 2, 4 ... C / 2 rows of a second half and columns
+of the first half before it, m being the middle. The inverse of a unit triangular matrix follows such halves too.
+
+What is left below FAINT counts as nothing: products of subnormal numbers take processors a hundred times longer.
 
 Source: Yang et al. 2023, arXiv:2312.06635, section 4.3 (secondary chunks, of which this is the recursion to the end);
 Blelloch 1990, "Prefix sums and their applications" (sums by halves).
@@ -12,15 +15,18 @@ Blelloch 1990, "Prefix sums and their applications" (sums by halves).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BASE = 16  # rows of the blocks whose inverse comes from substitution
 LEAST = -1e4  # a logarithm whose exponential is 0
+FAINT = {torch.float32: 1e-32, torch.float64: 1e-290}
 Both = tuple[Tensor, Tensor]
 
 
@@ -53,24 +59,24 @@ def halves(x: Tensor, s: int) -> Both:
 
 
 def unit_inverse(lower: Tensor) -> Tensor:
-    """(I + N)^-1 for what stands below the diagonal of matrices from `square`; the rest is not read."""
+    """(I + N)^-1 for what stands below the diagonal of matrices (M, C, C); the rest is not read."""
     count, size, _ = lower.shape
-    lower, inverse = _squared(lower), square(lower, count, size).zero_()
-    s = min(BASE, size)
-    ones = _ones(s, lower.dtype, lower.device).expand(count * (size // s), s, s)
-    parts = _diagonal_blocks(lower, s)
-    solved = torch.linalg.solve_triangular(parts, ones, upper=False, unitriangular=True)
-    _diagonal_blocks(inverse, s).copy_(solved)
+    inverse, s = lower.new_zeros(lower.shape), min(BASE, size)
+    ones = _ones(s, lower.dtype, lower.device).expand(count, size // s, s, s)
+    blocks, into = _diagonal_blocks(lower, s), _diagonal_blocks(inverse, s)
+    into.copy_(torch.linalg.solve_triangular(blocks, ones, upper=False, unitriangular=True))
     while s < size:
-        right = torch.bmm(_blocks(lower, s, s, 0), _blocks(inverse, s, 0, 0))
-        torch.neg(torch.bmm(_blocks(inverse, s, s, s), right), out=_blocks(inverse, s, s, 0))
+        for start in range(0, size, 2 * s):
+            first, second = slice(start, start + s), slice(start + s, start + 2 * s)
+            right = torch.bmm(lower[:, second, first], inverse[:, first, first])
+            torch.neg(torch.bmm(inverse[:, second, second], right), out=inverse[:, second, first])
         s *= 2
     return inverse
 
 
 def _diagonal_blocks(x: Tensor, s: int) -> Tensor:
-    count, size, _ = x.shape
-    return x.as_strided((count * (size // s), s, s), (s * (size + 1), size, 1), x.storage_offset())
+    """(M, C / s, s, s)."""
+    return x.unflatten(2, (-1, s)).unflatten(1, (-1, s)).diagonal(0, 1, 3).movedim(-1, 1)
 
 
 @lru_cache(maxsize=64)
@@ -99,19 +105,35 @@ def by_halves(g: Tensor) -> tuple[list[Level], Tensor, Tensor]:
     return levels, since.exp_(), until.exp_()
 
 
+class Sums(NamedTuple):
+    """Which logarithms a product sums, and minus infinity where a sum stands for nothing.
+
+    inner: of pairs within a block of s tokens, (s, s s). outer: for each block, from every token before to its start,
+    (C, C / s C); from each block's start to its tokens, from the chunk's start, to its end, (C, C) each.
+    """
+
+    s: int
+    inner: Tensor
+    no_inner: Tensor
+    outer: Tensor
+    no_outer: Tensor
+
+
 @lru_cache(maxsize=64)
-def _sums(C: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What `by_halves` sums, as a matrix of zeros and ones, (C, 2 (levels C / 2 + C)): rows, columns, ends."""
-    at = torch.arange(C)
-    to, since = at[:, None], at[None]
-    rows, columns, s = [], [], 1
-    while s < C:
-        middle = at // (2 * s) * 2 * s + s
-        chosen = at % (2 * s) >= s
-        rows.append(((to >= middle) & (to <= since))[:, chosen])
-        columns.append(((to > since) & (to < middle))[:, ~chosen])
-        s *= 2
-    return torch.cat([*rows, *columns, to <= since, to > since], 1).to(dtype).to(device)
+def _sums(C: int, dtype: torch.dtype, device: torch.device) -> Sums:
+    s = min(BASE, C)
+    t, at, block = torch.arange(C)[:, None], torch.arange(C), torch.arange(0, C, s)[:, None]
+    row, column = at[:s, None], at[:s]
+    inner = (t[:s, :, None] > column) & (t[:s, :, None] <= row)
+    outer = (t[:, :, None] > at) & (t[:, :, None] < block)
+    outer = torch.cat([outer.flatten(1), (t >= at // s * s) & (t <= at), t <= at, t > at], 1)
+    without = torch.cat([(at >= block).flatten(), torch.zeros(3 * C, dtype=torch.bool)])
+    found = [
+        x
+        for sums, none in ((inner.flatten(1), (column > row).flatten()), (outer, without))
+        for x in (sums.to(dtype), torch.zeros(none.shape, dtype=dtype).masked_fill_(none, -math.inf))
+    ]
+    return Sums(s, *(x.to(device) for x in found))
 
 
 class NoDecay:
@@ -121,40 +143,45 @@ class NoDecay:
     leave: Tensor | None = None
     total: Tensor | None = None
 
+    def __init__(self, heads: int) -> None:
+        self.heads = heads
+
     def scores(self, rows: list[Tensor], columns: list[Tensor]) -> Iterator[Tensor]:
         for r in rows:
             for c in columns:
-                yield _product(r, c).tril_()
+                yield for_heads(_product(r, c).tril_(), self.heads)
 
     def gradients(
         self, rows: list[Tensor], columns: list[Tensor], grads: list[Tensor], _: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], None]:
-        return *_through_products(rows, columns, [g.tril() for g in grads]), None
+        each = [of_keys(g.tril_(), rows[0].shape[1]) for g in grads]
+        return *_through_products(rows, columns, each), None
 
 
 class ByToken:
-    """One logarithm per token, (N, C); a leading dimension of the operands may be a multiple of N."""
+    """One logarithm per token, (n, N, C), or one chunk of them for all; operands of heads that share a key once."""
 
     def __init__(self, g: Tensor) -> None:
-        N, C = g.shape
-        left = torch.exp(g.clamp(min=LEAST) @ _sums(C, g.dtype, g.device))
-        half, s, at = C // 2, 1, 0
-        ends = left.shape[1] - 2 * C
-        self.pair = square(g, N, C).zero_()
-        while s < C:
-            rows = left[:, at : at + half].view(N, -1, s, 1)
-            columns = left[:, ends // 2 + at : ends // 2 + at + half].view(N, -1, 1, s)
-            torch.mul(rows, columns, out=lower_blocks(self.pair, s).view(N, -1, s, s))
-            at, s = at + half, 2 * s
-        self.pair.diagonal(0, -2, -1).fill_(1.0)
-        self.enter, self.leave = left[:, ends : ends + C, None], left[:, ends + C :, None]
-        self.total = self.enter[:, -1:]
+        C, faint = g.shape[-1], FAINT[g.dtype]
+        sums, g = _sums(C, g.dtype, g.device), g.clamp(min=LEAST)
+        s, blocks = sums.s, C // sums.s
+        left = torch.addmm(sums.no_outer, g.view(-1, C), sums.outer).exp_()
+        before, within, enter, leave = F.threshold_(left, faint, 0.0).split([blocks * C, C, C, C], 1)
+        own = torch.addmm(sums.no_inner, g.view(-1, s), sums.inner).exp_()
+        if blocks > 1:
+            pair = torch.mul(within.unflatten(1, (blocks, s, 1)), before.unflatten(1, (blocks, 1, C)))
+            pair.unflatten(3, (blocks, s)).diagonal(0, 1, 3).copy_(own.view(-1, blocks, s, s).movedim(1, 3))
+            own = pair
+        self.pair = F.threshold_(own, faint, 0.0).view(*g.shape, C)
+        self.enter, self.leave = (x.view(*g.shape, 1) for x in (enter, leave))
+        self.total = self.enter[:, :, -1:]
 
     def _decayed(self, x: Tensor) -> Tensor:
-        out = square(x, *x.shape[:2])
-        N = self.pair.shape[0]
-        torch.mul(_in_groups(x, N), self.pair, out=_in_groups(out, N))
-        return out
+        """In place where every head has its own product."""
+        keys, heads = x.shape[1], self.pair.shape[1]
+        if keys == heads:
+            return x.mul_(self.pair)
+        return (x[:, :, None] * self.pair.unflatten(1, (keys, heads // keys))).flatten(1, 2)
 
     def scores(self, rows: list[Tensor], columns: list[Tensor]) -> Iterator[Tensor]:
         for r in rows:
@@ -164,24 +191,27 @@ class ByToken:
     def gradients(
         self, rows: list[Tensor], columns: list[Tensor], grads: list[Tensor], scores: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Of the rows, of the columns, and of the sum of logarithms up to each token."""
+        """Of the rows, of the columns, and of the sum of logarithms up to each token; `grads` are overwritten."""
         of_sums = torch.zeros_like(grads[0][..., 0])
         for g, a in zip(grads, scores, strict=True):
             both = g * a
             both.diagonal(0, -2, -1).zero_()
             of_sums = of_sums + both.sum(-1) - both.sum(-2)
-        of_rows, of_columns = _through_products(rows, columns, [self._decayed(g) for g in grads])
-        return of_rows, of_columns, of_sums[..., None]
+        each = [of_keys(g.mul_(self.pair), rows[0].shape[1]) for g in grads]
+        return *_through_products(rows, columns, each), of_sums[..., None]
 
 
 class ByChannel:
-    """One logarithm per token and channel of the key, (N, C, K)."""
+    """One logarithm per token and channel of the key, (n, N, C, K)."""
 
     def __init__(self, g: Tensor) -> None:
-        self.levels, self.enter, self.leave = by_halves(g)
-        self.total = self.enter[:, -1:].mT
+        self.levels, enter, leave = by_halves(g.flatten(0, 1))
+        self.enter, self.leave = enter.view(g.shape), leave.view(g.shape)
+        self.total = self.enter[:, :, -1:].mT
 
     def scores(self, rows: list[Tensor], columns: list[Tensor]) -> Iterator[Tensor]:
+        shape = rows[0].shape[:3]
+        rows, columns = ([_flat(x) for x in group] for group in (rows, columns))
         found = [square(r, *r.shape[:2]).zero_() for r in rows for _ in columns]
         for level in self.levels:
             columns_there = [_flat(halves(c, level.s)[0] * level.columns).mT for c in columns]
@@ -191,13 +221,15 @@ class ByChannel:
                 lower_blocks(into, level.s).copy_(torch.bmm(r, c))
         for into, (r, c) in zip(found, ((r, c) for r in rows for c in columns), strict=True):
             torch.sum(r * c, -1, out=into.diagonal(0, -2, -1))
-        yield from found
+        yield from (x.unflatten(0, shape[:2]) for x in found)
 
     def gradients(
         self, rows: list[Tensor], columns: list[Tensor], grads: list[Tensor], _: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """As by token; the sum of logarithms moves what its rows and columns move."""
-        grads = [_squared(g) for g in grads]
+        shape = rows[0].shape
+        rows, columns = ([_flat(x) for x in group] for group in (rows, columns))
+        grads = [_squared(_flat(g)) for g in grads]
         of_rows, of_columns = ([torch.zeros_like(x) for x in group] for group in (rows, columns))
         for s, left, right in self.levels:
             columns_there = [_flat(halves(c, s)[0] * right) for c in columns]
@@ -221,25 +253,38 @@ class ByChannel:
                 own = grads[i * len(columns) + j].diagonal(0, -2, -1)[..., None]
                 of_rows[i].addcmul_(own, c)
                 of_columns[j].addcmul_(own, r)
-        return of_rows, of_columns, of_sums
+        of_rows, of_columns = ([x.view(shape) for x in group] for group in (of_rows, of_columns))
+        return of_rows, of_columns, of_sums.view(shape)
 
 
 Decay = NoDecay | ByToken | ByChannel
 
 
-def decays(g: Tensor | None) -> Decay:
-    """For logarithms (N, C) or (N, C, K), or None."""
-    return NoDecay() if g is None else ByToken(g) if g.dim() == 2 else ByChannel(g)
+def decays(g: Tensor | None, heads: int) -> Decay:
+    """For logarithms (n, N, C) or (n, N, C, K), or None; operands (n, N, C, K), or (n, 1, C, K) for heads alike."""
+    return NoDecay(heads) if g is None else ByToken(g) if g.dim() == 3 else ByChannel(g)
+
+
+def for_heads(x: Tensor, heads: int) -> Tensor:
+    """(n, Hk, ...) as (n, heads, ...)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def of_keys(x: Tensor, keys: int) -> Tensor:
+    """(n, heads, ...) summed to (n, keys, ...)."""
+    return x if x.shape[1] == keys else x.unflatten(1, (keys, -1)).sum(2)
 
 
 def _product(rows: Tensor, columns: Tensor) -> Tensor:
-    return torch.bmm(rows, columns.mT)
+    return torch.bmm(_flat(rows), _flat(columns).mT).unflatten(0, rows.shape[:2])
 
 
 def _through_products(
     rows: list[Tensor], columns: list[Tensor], grads: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of rows and columns; `grads` holds those of the scores, row after row."""
+    shape = rows[0].shape
+    rows, columns, grads = ([_flat(x) for x in group] for group in (rows, columns, grads))
     of_rows, of_columns = [], []
     for i in range(len(rows)):
         of_rows.append(torch.bmm(grads[i * len(columns)], columns[0]))
@@ -249,11 +294,7 @@ def _through_products(
         of_columns.append(torch.bmm(grads[j].mT, rows[0]))
         for i in range(1, len(rows)):
             of_columns[j].baddbmm_(grads[i * len(columns) + j].mT, rows[i])
-    return of_rows, of_columns
-
-
-def _in_groups(x: Tensor, N: int) -> Tensor:
-    return x if x.shape[0] == N else x.unflatten(0, (-1, N))
+    return [x.view(shape) for x in of_rows], [x.view(shape) for x in of_columns]
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnc.codegen.cpu_chunks import InChunks
+from attnc.codegen.cpu_chunks import InChunks, cut
 from attnc.codegen.cpu_gates import NEVER, divided, running_maximum, starts_of, stopped
 from attnc.codegen.cpu_scan import scanned
 from attnc.rule_recurrence import RecurrenceRule
@@ -201,7 +202,9 @@ def _segment(
     q, k, v, decay, rates, beta, bonus, _, a, b = (None if t is None else t.to(acc) for t in x[:10])
     assert v is not None
     state = _first_state(x, rule) if state is None else state.expand(*_state_shape(x, rule))
-    q, k = _normed(q, rule.qk_norm, rule.scale), _normed(k, rule.qk_norm, 1.0)
+    if rule.gate == "exp" or bonus is not None or _is_scan(x, rule):  # else where they are cut into chunks
+        q, k = _normed(q, rule.qk_norm, rule.scale), _normed(k, rule.qk_norm, 1.0)
+        rule = replace(rule, qk_norm=None, scale=1.0)
     x = Given(q, k, v, decay, rates, beta, bonus, None, a, b, starts)
     if rule.gate == "exp":
         return _under_maximum(x, state, rule, chunk, silent)
@@ -274,24 +277,25 @@ def _own(q: Tensor | None, k: Tensor | None, beta: Tensor | None, bonus: Tensor)
 
 def _in_chunks(x: Given, state: Tensor, rule: RecurrenceRule, chunk: int, silent: bool) -> tuple[Tensor, Tensor]:
     B, H, L, _ = x.value.shape
-    one = x.value.new_ones(()).expand(B, H, L, 1)
-    v = _cut(x.value, H, chunk)
-    k = _cut(one if x.key is None else x.key, H, chunk)
-    query = one if x.query is None else x.query
-    a, b = (None if t is None else _cut(t, H, chunk) for t in (x.a, x.b))
+    key = x.value.new_ones(()).expand(B, 1, L, 1) if x.key is None else x.key
+    query = x.value.new_ones(()).expand(B, 1, L, 1) if x.query is None else x.query
+    alike = B * max(key.shape[1], query.shape[1])  # heads whose products are computed once
+    if rule.delta or rule.low_rank or rule.decay == "channel":
+        alike = B * H
+    w = None if x.beta is None else x.beta[..., None]
+    v = cut(x.value, chunk, B * H, w)
+    k = cut(key, chunk, alike, None, rule.qk_norm)
+    q = cut(query, chunk, alike, None, rule.qk_norm, rule.scale)
+    a, b = (None if t is None else cut(t, chunk, B * H) for t in (x.a, x.b))
     if x.documents is not None:
-        keep = ~x.documents[:, None, :, None]
+        keep = cut((~x.documents)[:, None, :, None].to(v), chunk, B)
         if rule.read == "before":
-            query = query * keep
+            q = (q.unflatten(1, (B, -1)) * keep[:, :, None]).flatten(1, 2)
         if a is not None:
-            a = a * _cut(keep.expand(B, H, L, 1), H, chunk)
-    q = _cut(query, H, chunk)
-    w = None if x.beta is None else _cut(x.beta[..., None], H, chunk)
+            a = (a.unflatten(1, (B, -1)) * keep[:, :, None]).flatten(1, 2)
     p = a
     if rule.delta:
-        p, v = (k, v) if w is None else (k * w, v * w)
-    elif w is not None:
-        k = k * w
+        p = k if w is None else k * cut(w, chunk, B * H)
     g = None if x.decay is None else _logarithms(x.decay, B, H, L, chunk, rule)
     out, last = InChunks.apply(q, k, v, p, b, g, state.flatten(0, 1), rule.read == "before", silent)
     if not silent:
@@ -302,19 +306,8 @@ def _in_chunks(x: Given, state: Tensor, rule: RecurrenceRule, chunk: int, silent
 def _logarithms(decay: Tensor, B: int, H: int, L: int, chunk: int, rule: RecurrenceRule) -> Tensor:
     """Per chunk, (n, B H, C) or (n, B H, C, K); one for all chunks where tokens share it."""
     if rule.decay == "channel":
-        return _cut(decay, H, chunk)
+        return cut(decay, chunk, B * H)
     if rule.decay == "head" and L % chunk == 0:
         return decay.view(1, H, 1).expand(B, H, chunk).reshape(1, B * H, chunk)
     each = decay.view(1, H, 1) if rule.decay == "head" else decay
-    return _cut(each.expand(B, H, L)[..., None], H, chunk).squeeze(-1)
-
-
-def _cut(x: Tensor, heads: int, chunk: int) -> Tensor:
-    """(B, Hk, L, F) as (n, B heads, chunk, F), filled up with zeros: no decay, nothing written."""
-    B, Hk, L = x.shape[:3]
-    if L % chunk:
-        x = F.pad(x, (0, 0, 0, -L % chunk))
-    x = x.unflatten(2, (-1, chunk)).movedim(2, 0)
-    if Hk != heads:
-        x = x[:, :, :, None].expand(-1, -1, -1, heads // Hk, -1, -1)
-    return x.reshape(x.shape[0], B * heads, chunk, x.shape[-1]).contiguous()
+    return cut(each.expand(B, H, L)[..., None], chunk, B * H).squeeze(-1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnc.codegen import cpu_recurrence
-from attnc.codegen.cpu_decays import decays, square, unit_inverse
+from attnc.codegen.cpu_decays import decays, unit_inverse
 from attnc.codegen.cpu_recurrence import Given
 from tests.recurrences import CASES, INPUTS, Case, in_float64, token_loop
 from tests.test_op_recurrence import learnable, scalar
@@ -123,15 +123,15 @@ def test_segments_change_nothing(segment: int, cases: list[Case], monkeypatch: p
 
 def test_inverse_of_a_unit_triangular_matrix() -> None:
     for size in (1, 2, 16, 64):
-        lower = square(torch.zeros(()).double(), 3, size).copy_(torch.randn(3, size, size) / 4)
+        lower = torch.randn(3, size, size).double() / 4
         eye = torch.eye(size).double()
         assert_close(unit_inverse(lower) @ (eye + lower.tril(-1)), eye.expand(3, -1, -1))
 
 
 def test_decay_of_a_pair_is_exact_beside_one_of_another_order() -> None:
     g = torch.tensor([[-1000.0, -1e-3, -1e-3, 0.0]])
-    (pair,) = decays(g).scores([torch.ones(1, 4, 1)], [torch.ones(1, 4, 1)])
-    assert pair[0, 2, 1].item() == pytest.approx(math.exp(-1e-3), rel=1e-7)
+    (pair,) = decays(g[None], 1).scores([torch.ones(1, 1, 4, 1)], [torch.ones(1, 1, 4, 1)])
+    assert pair[0, 0, 2, 1].item() == pytest.approx(math.exp(-1e-3), rel=1e-7)
 
 
 def test_results_share_no_memory_with_what_is_given() -> None:
