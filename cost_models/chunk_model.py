@@ -31,17 +31,31 @@ __all__ = ["ChunkKnobs", "ChunkWork", "chunk_fits", "chunk_interval", "chunk_sec
 
 LONGEST = 128  # tokens of a chunk
 SUB = 16  # tokens of a sub-chunk: decays by channel and the inverse go block by block
-INVERSE_STEPS = 60.0  # cycles of one row of the substitution in a diagonal block
 OVERHEAD = 60  # registers of a thread beyond the tiles
 # What a kernel of the backward does beside its twin of the forward: products, and bytes.
 BACKWARD = {"within": (3.0, 2.5), "state": (2.0, 1.5), "output": (3.0, 2.5)}
-# Share of the closed form that kernels of flash-linear-attention reach, decay by token or by channel: medians of 150
-# calls each of shared/measurements/gdn.parquet, gated and Kimi delta rule, the best settings that fit, on the H100
-# and the RTX PRO 6000. The bounds hold 80% of all calls, 7 of 10 of the gated rule on the H100. Other architectures
-# are in no table.
 DATA_CENTRE = ("sm90", "sm100", "sm103")
-REACHED = {True: (0.69, 0.74), False: (0.97, 0.69)}
-BOUNDS = Bounds((), (0.79,), (1.52,))
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What measured kernels reach. share: of the closed form. start: seconds of a kernel that it does not know:
+    launches beside the three, and waits for each other. bounds: of measured over predicted, by the share of `start`."""
+
+    share: float
+    start: float
+    bounds: Bounds
+
+
+# Kernels of flash-linear-attention, decay by token (False) or by channel (True): the gated and the Kimi delta rule in
+# shared/measurements/gdn.parquet on the H100 and the RTX PRO 6000, products in bf16 (benchmarks/fit_chunks.py). Other
+# architectures and rules, backwards and products in tf32 are in no table and get the figures of the nearest.
+REACHED: dict[tuple[bool, bool], Reached] = {
+    (True, False): Reached(0.623, 4.69e-6, Bounds((0.25,), (0.6995, 0.5603), (1.2175, 1.355))),
+    (True, True): Reached(0.63, 6.74e-6, Bounds((), (0.794,), (1.3599,))),
+    (False, False): Reached(0.804, 2.23e-6, Bounds((), (0.8149,), (1.2212,))),
+    (False, True): Reached(0.472, 5e-8, Bounds((), (0.8482,), (1.4355,))),
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,8 @@ class ChunkWork:
 
     B, H, Hk, L, K, V: batch, heads of values and of keys, length, widths. dtype: as torch names it.
     decay: "none", "head", "token" or "channel". delta: the delta rule; low_rank: two vectors of any direction instead.
-    training: the backward too. state_item: bytes of an element of the states kept between kernels.
+    training: the backward too. products: what lies between products of bfloat16 inputs, the states too, "input" for
+    their own type or "float32".
     """
 
     B: int
@@ -64,7 +79,7 @@ class ChunkWork:
     delta: bool = False
     low_rank: bool = False
     training: bool = False
-    state_item: int = 4
+    products: str = "input"
 
     @property
     def kind(self) -> str:
@@ -73,6 +88,22 @@ class ChunkWork:
     @property
     def item(self) -> int:
         return ITEM[self.kind]
+
+    @property
+    def narrow(self) -> bool:
+        """Whether what lies between products is of the inputs' type: bfloat16, as float16 would not hold its range."""
+        return self.dtype == "bfloat16" and self.products == "input"
+
+    @property
+    def between(self) -> int:
+        """Bytes of an element of states, corrected values and pairs."""
+        return self.item if self.narrow else 4
+
+    def kind_between(self, device: Gpu) -> str:
+        """Type in which those are multiplied; AMD's matrix units are given float32 as it is."""
+        if self.narrow:
+            return self.kind
+        return "fp32" if self.dtype == "float32" or device.arch.startswith("gfx") else "tf32"
 
     @property
     def corrected(self) -> int:
@@ -92,17 +123,17 @@ class ChunkKnobs:
 
 @dataclass(frozen=True)
 class _Step:
-    """One tile of a kernel: FLOP of products, exponentials, FP32 operations, bytes read, bytes kept; rows of its
-    products; sums in float32; cycles that nothing hides; waits for each other."""
+    """One tile of a kernel: FLOP of products of inputs and of what lies between, exponentials, FP32 operations, bytes
+    read, bytes kept; rows of its products; sums in float32; waits for each other."""
 
     flops: float
+    between: float
     exps: float
     vector: float
     read: float
     written: float
     rows: int
     sums: float
-    chain: float = 0.0
     barriers: float = 1.0
 
 
@@ -152,13 +183,19 @@ def chunk_seconds(
         if figures is None:
             return float("inf")
         instruction, tile = figures
-        total += seconds_function()(*astuple(tile), *_constants(instruction, device))
-    return total / REACHED[device.arch in DATA_CENTRE][work.decay == "channel"]
+        reached = _reached(work, device)
+        total += seconds_function()(*astuple(tile), *_constants(instruction, device)) / reached.share + reached.start
+    return total
 
 
-def chunk_interval(seconds: float) -> Estimate:
+def chunk_interval(seconds: float, work: ChunkWork, device: Gpu) -> Estimate:
     """`seconds`, found by `chunk_seconds`, with the interval that holds about 80% of the measured calls."""
-    return BOUNDS.around(seconds)
+    reached = _reached(work, device)
+    return reached.bounds.around(seconds, reached.start * len(kernels_of(work)) / seconds)
+
+
+def _reached(work: ChunkWork, device: Gpu) -> Reached:
+    return REACHED[device.arch in DATA_CENTRE, work.decay == "channel"]
 
 
 def _figures(
@@ -177,18 +214,19 @@ def _figures(
     if held.blocks < 1:
         return None
     per_clock = device.sms * (device.tensor_clock_hz or device.clock_hz)
-    rate = device.tensor.get(work.kind) or device.fp32_flops
     old = OLD_RATE.get(device.arch, 1.0) if instruction == "mma" else 1.0
-    pairs = step.flops * more
+    pairs, between = step.flops * more, step.between * more
+    units = pairs / _rate(work.kind, device) + between / _rate(work.kind_between(device), device)
     issue = (step.vector * more + step.exps) / device.warp_size
-    issue += pairs / MMA_FLOPS if instruction == "mma" else 0.0
+    # Instructions on elements of 4 bytes are half as long.
+    issue += (pairs + between * (1 if work.narrow else 2)) / MMA_FLOPS if instruction == "mma" else 0.0
     tiles = grid * along
     return instruction, TileFigures(
-        matrix=pairs * per_clock / old / rate,
+        matrix=units * per_clock / old,
         exps=step.exps,
         vector=step.vector * more,
         issue=issue,
-        shared=2.0 * step.read * moved,
+        shared=2.0 * step.read * moved * (1.0 if step.flops else work.between / work.item),  # widened on the way
         loads=step.read * moved,
         spilled=2.0 * made.threads * made.spill_bytes,  # stored and loaded again
         barriers=step.barriers * more,
@@ -200,7 +238,7 @@ def _figures(
         ahead=float(knobs.stages - 1 if along > 1 else 0),
         unique=tiles * (step.read + step.written) * moved,
         again=0.0,
-        flops=tiles * pairs,
+        flops=tiles * (pairs + between),
         even=1.0,
     )
 
@@ -226,26 +264,31 @@ def _guessed(step: _Step, knobs: ChunkKnobs, name: str, device: Gpu) -> _Guess:
 def _step(work: ChunkWork, knobs: ChunkKnobs, kernel: str) -> _Step:
     """A chunk of one kernel, forward."""
     C, K, V = knobs.chunk_size, padded(work.K), padded(work.V)
-    bv, item, fixes = min(knobs.block_v, V), work.item, work.corrected
+    bv, item, mid, fixes = min(knobs.block_v, V), work.item, work.between, work.corrected
     group = work.H / work.Hk if work.Hk else 1.0
     pairs = 1 + fixes * (2 if work.low_rank else 1)  # matrices of C x C
     if kernel == "within":
-        by_channel = work.decay == "channel"
+        by_channel, exact = work.decay == "channel", 1 if work.narrow else 3  # tf32x3
         exps = pairs * (C * K * 2.0 + C * SUB * K / 2 if by_channel else float(C * C) * (work.decay != "none"))
-        flops = 2.0 * pairs * C * C * K + fixes * (2.0 * C * C * (K + V) + C**3)
+        scores, solved = 2.0 * pairs * C * C * K, fixes * (2.0 * C * C * (K + V) + exact * C**3)
         read = C * item * (2 * K / group + fixes * V) + 4.0 * C * (K if by_channel else 1)
-        written = C * item * (C + fixes * (K + V))
+        written = C * (mid * C + fixes * item * (K + V))
         vector = 3.0 * pairs * C * C + (3.0 * pairs * C * SUB * K / 2 if by_channel else 0.0)
-        chain = fixes * INVERSE_STEPS * SUB
-        return _Step(flops, exps, vector, read, written, C, pairs * C * C + fixes * C * K, chain, 1 + 3 * fixes)
+        given = (0.0, scores + solved) if by_channel else (scores, solved)
+        return _Step(*given, exps, vector, read, written, C, pairs * C * C + fixes * C * K, 1 + 3 * fixes)
     if kernel == "state":
         flops = 2.0 * C * K * bv * (1 + fixes * (1.5 if work.low_rank else 1))
         read = C * item * (K * (1 + fixes) + bv)
-        written = K * bv * work.state_item + fixes * C * bv * item
-        return _Step(flops, C * 2.0, 2.0 * K * bv + C * bv, read, written, K, K * bv + C * bv, 0.0, 1 + 2 * fixes)
+        written = mid * bv * (K + fixes * C)
+        return _Step(0.0, flops, C * 2.0, 2.0 * K * bv + C * bv, read, written, K, K * bv + C * bv, 1 + 2 * fixes)
     flops = 2.0 * bv * C * (K + C * (2 if work.low_rank else 1))
-    read = item * (C * K / group + C * bv + C * C) + K * bv * work.state_item
-    return _Step(flops, C * 2.0, 2.0 * C * bv, read, item * C * bv, C, C * bv)
+    read = C * (item * K / group + mid * (bv + C)) + mid * K * bv
+    return _Step(0.0, flops, C * 2.0, 2.0 * C * bv, read, item * C * bv, C, C * bv)
+
+
+def _rate(kind: str, device: Gpu) -> float:
+    """FLOP/s of products of a type."""
+    return device.tensor.get(kind) or device.fp32_flops
 
 
 def _registers(step: _Step, knobs: ChunkKnobs, device: Gpu) -> int:
