@@ -2,7 +2,8 @@
 
     recurrence(query, key, value, decay, rates, beta, bonus, initial_state, spelling, a, b, documents)
         -> (out, final_state)
-    spelling = RULE or FORM{knobs} | RULE       e.g. "chunked{chunk_size=32} | decay='token'; scale=0.25; chunk=64"
+    spelling = RULE or FORM{knobs} | RULE, or FORM{knobs} @ STORE | RULE where kernels are kept elsewhere, e.g.
+        "chunked{chunk_size=32} | decay='token'; scale=0.25; chunk=64"
 
 Shapes: query, key (B, Hk, L, K), Hk a divisor of H; value (B, H, L, V) -> out (B, H, L, V), laid out as (B, L, H, V);
 states (B, H, K, V + n): behind V stand the normaliser and the running maximum, as far as the rule has them. decay,
@@ -27,6 +28,7 @@ from torch import Tensor
 from attnc.codegen import cpu_recurrence
 from attnc.codegen.cpu_recurrence import Given
 from attnc.forms import parse_recurrence
+from attnc.forms.generated import store_in
 from attnc.rule_recurrence import RecurrenceRule
 
 _INPUTS = (
@@ -47,7 +49,10 @@ library.define(
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     inputs, (form, rule) = _in_order(args), parse_recurrence(args[8])
     with torch.amp.autocast(inputs[2].device.type, enabled=False):
-        return (cpu_recurrence.recurrence if form is None else form.run)(Given(*inputs), rule)
+        given = Given(*inputs)
+        if form is None:
+            return cpu_recurrence.recurrence(given, rule)
+        return form.run(given, rule, store=store_in(args[8]))
 
 
 def _in_order(args: Sequence[Any]) -> list[Any]:
@@ -72,8 +77,10 @@ def _backward(*args: Any) -> list[Tensor]:
     grad_out, grad_state, *inputs, needs, spelling = args
     form, rule = parse_recurrence(spelling)
     with _autograd_on(), torch.amp.autocast(grad_out.device.type, enabled=False):
-        found = cpu_recurrence.gradients if form is None else form.gradients
-        return found(Given(*inputs), needs, grad_out, grad_state, rule)
+        given = Given(*inputs)
+        if form is None:
+            return cpu_recurrence.gradients(given, needs, grad_out, grad_state, rule)
+        return form.gradients(given, needs, (grad_out, grad_state), rule, store=store_in(spelling))
 
 
 @contextmanager

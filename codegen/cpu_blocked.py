@@ -49,6 +49,11 @@ class Problem:
     def S(self) -> int:  # noqa: N802  the house's name of the key length
         return self.given.key.shape[2]
 
+    @property
+    def ragged(self) -> int | None:
+        """The block of keys that ends beyond S."""
+        return self.S // self.block_n if self.S % self.block_n else None
+
 
 def blocked(
     given: Operands, *, block_m: int, block_n: int, limit: int | None = None
@@ -66,13 +71,12 @@ def blocked(
     visits = visited(
         rule.keep, L, S, block_m, block_n, sizes=known, B=B if "b" in names else 1, Hq=Hq if "h" in names else 1
     )
-    ragged = S // block_n if S % block_n else None
     problem = Problem(given, block_m, block_n)
-    groups = grouped(visits, bool(L % block_m), ragged, limit or most_groups(rule))
+    groups = grouped(visits, bool(L % block_m), problem.ragged, limit or most_groups(rule))
     outs, lses = [], []
     order: list[int] = []
     for group in groups:
-        out, lse = _run(problem, group, ragged)
+        out, lse = _run(problem, group)
         outs.append(out)
         lses.append(lse)
         order += group.rows
@@ -97,7 +101,7 @@ def _rows_in_order(order: list[int], L: int, block_m: int, device: torch.device)
     return (firsts[:, None] + torch.arange(block_m, device=device)).flatten()[:L]
 
 
-def _run(p: Problem, group: Group, ragged: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _run(p: Problem, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
     B, Hq = p.query.shape[:2]
     if not group.width:
         return _nothing(p, group)
@@ -105,12 +109,12 @@ def _run(p: Problem, group: Group, ragged: int | None) -> tuple[torch.Tensor, to
     nb = 1 if group.shared else len(group.rows)
     # A ragged key block is padded where blocks are batched, and the padding has to be masked.
     full = [
-        n for n, whole in enumerate(group.full) if whole and (group.shared or all(c[n] != ragged for c in group.cols))
+        n for n, whole in enumerate(group.full) if whole and (group.shared or all(c[n] != p.ragged for c in group.cols))
     ]
     sink = None if p.rule.sink is None else value_at(p.given, p.rule.sink, rows, None)
     bias = constant_bias(p.rule, p.given.captured)
     if bias is None:
-        out, lse = _composed(p, group, query, rows, ragged, len(full) == group.width, sink)
+        out, lse = _composed(p, group, query, rows, len(full) == group.width, sink)
     else:
         # Merging two parts costs about as much as masking a thousand keys.
         split = (
@@ -123,7 +127,7 @@ def _run(p: Problem, group: Group, ragged: int | None) -> tuple[torch.Tensor, to
             parts.append(Part(*_keys(p, group, full)))
         rest = [n for n in range(group.width) if not (split and n in full)]
         if rest:
-            mask = _mask(p, group, rest, rows, ragged, bias)
+            mask = _mask(p, group, rest, rows, bias)
             parts.append(Part(*_keys(p, group, rest), mask))
         out, lse = flash(
             query,
@@ -224,7 +228,7 @@ def _runs(cols: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _columns(p: Problem, group: Group, at: list[int], ragged: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _columns(p: Problem, group: Group, at: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Key positions, (1 or blocks, width), and which of them exist, or None where all do."""
     device, bn = p.query.device, p.block_n
     index = torch.arange(bn, device=device)
@@ -239,7 +243,7 @@ def _columns(p: Problem, group: Group, at: list[int], ragged: int | None) -> tup
     else:
         numbers = torch.tensor([[row[n] for n in at] for row in group.cols], device=device)
         cols = torch.where(numbers[:, :, None] < 0, p.S, numbers[:, :, None] * bn + index).flatten(1)
-    dead = any(n < 0 or n == ragged for row in group.cols for n in row)
+    dead = any(n < 0 or n == p.ragged for row in group.cols for n in row)
     return (cols.clamp(max=p.S - 1), cols < p.S) if dead else (cols, None)
 
 
@@ -277,8 +281,8 @@ def merged(t: torch.Tensor, B: int, nb: int) -> torch.Tensor:
     return t.expand(B, nb, *t.shape[2:]).reshape(B * nb, *t.shape[2:])
 
 
-def _mask(p: Problem, group: Group, at: list[int], rows: torch.Tensor, ragged: int | None, bias: Expr) -> torch.Tensor:
-    cols, exist = _columns(p, group, at, ragged)
+def _mask(p: Problem, group: Group, at: list[int], rows: torch.Tensor, bias: Expr) -> torch.Tensor:
+    cols, exist = _columns(p, group, at)
     if exist is None and _repeats(p, group, p.rule.keep) and _repeats(p, group, bias):
         rows, cols = rows[:1], cols[:1]
     keep = value_at(p.given, p.rule.keep, rows, cols)
@@ -293,13 +297,12 @@ def _composed(
     group: Group,
     query: torch.Tensor,
     rows: torch.Tensor,
-    ragged: int | None,
     full: bool,
     sink: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, nb = p.query.shape[0], 1 if group.shared else len(group.rows)
     at = list(range(group.width))
-    cols, exist = _columns(p, group, at, ragged)
+    cols, exist = _columns(p, group, at)
     key, value = _keys(p, group, at)
 
     def score(raw: torch.Tensor) -> torch.Tensor:

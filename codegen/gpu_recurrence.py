@@ -1,7 +1,6 @@
 """Launch the kernels of chunked recurrences, forward: what a rule is to them, and what they leave for the backward.
 
-    forward(kernels, query, key, value, decay, rates, beta, bonus, initial, a, b, documents, rule, knobs)
-        -> (out, final_state, saved)
+    forward(kernels, inputs, rule, knobs) -> (out, final_state, saved)
 
 Shapes: query, key (B, Hk, L, K), value (B, H, L, V), a, b (B, H or Hk, L, K), documents (B, L), the rest as the rule
 says; out (B, H, L, V) laid out as (B, L, H, V); final_state (B, H, K, V + rule.columns) float32. Any strides.
@@ -38,6 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnc.codegen.cpu_recurrence import Given
 from attnc.codegen.gpu_segments import held_down, last_maximum, segments_of
 from attnc.codegen.launch import launch, strides
 from attnc.codegen.load import kernel_folder, load, triton
@@ -58,12 +58,34 @@ WIDEST = 256
 
 
 @dataclass(frozen=True)
+class BackwardKnobs:
+    """Schedule of the backward kernels beside the forward's chunk size and precision: tiles, warps, stages.
+
+    state_: of chunk_state_backward. output_: of chunk_output_backward. The others: of the two that are left; block_k
+    also of chunk_state_backward.
+    """
+
+    block_k: int = 64
+    block_v: int = 64
+    warps: int = 4
+    stages: int = 2
+    state_block_v: int = 32
+    state_warps: int = 4
+    state_stages: int = 2
+    output_block_k: int = 32
+    output_block_v: int = 32
+    output_warps: int = 8
+    output_stages: int = 2
+
+
+@dataclass(frozen=True)
 class RecurrenceKnobs:
     """Schedule of chunk_within (within_), chunk_state and chunk_output (out_): chunk_size 16, 32, 64 or 128 tokens;
     columns of a tile of keys (block_k also in chunk_output) and of values.
 
     products: what products of bfloat16 inputs keep between them, their own type ("input") or "float32".
     precision: of products of float32, "ieee", "tf32" or "tf32x3"; T is never made with less than "tf32x3".
+    backward: of the gradients; None: as suits the rule.
     """
 
     chunk_size: int = 64
@@ -78,6 +100,7 @@ class RecurrenceKnobs:
     out_stages: int = 2
     products: str = "input"
     precision: str = "ieee"
+    backward: BackwardKnobs | None = None
 
 
 class Saved(NamedTuple):
@@ -98,7 +121,7 @@ class Saved(NamedTuple):
     maximum: Tensor | None
 
 
-class Operands(NamedTuple):
+class Prepared(NamedTuple):
     """Inputs as kernels take them: one dtype of query, key, value, a and b; nothing left that kernels do not know."""
 
     query: Tensor
@@ -115,11 +138,14 @@ class Operands(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def kernels_of(device: str) -> SimpleNamespace:
-    """The loaded kernels by name: the same for all rules, which are constants of a launch."""
+def kernels_of(device: str, store: str | None = None) -> SimpleNamespace:
+    """The loaded kernels by name: the same for all rules, which are constants of a launch.
+
+    store: where they are kept; None: the user's own.
+    """
     found: dict[str, Any] = {}
     for skeleton, names in KERNELS.items():
-        module = load(text_of(skeleton, device), kernel_folder(Options().store))
+        module = load(text_of(skeleton, device), kernel_folder(store or Options().store))
         found |= {name: getattr(module, name) for name in names}
     return SimpleNamespace(**found)
 
@@ -150,35 +176,23 @@ def refuse(rule: RecurrenceRule, K: int, V: int, *, query: bool = True) -> str |
 
 
 def forward(
-    kernels: Any,
-    query: Tensor | None,
-    key: Tensor | None,
-    value: Tensor,
-    decay: Tensor | None,
-    rates: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    initial: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    documents: Tensor | None,
-    rule: RecurrenceRule,
-    knobs: RecurrenceKnobs,
+    kernels: Any, inputs: Given, rule: RecurrenceRule, knobs: RecurrenceKnobs
 ) -> tuple[Tensor, Tensor, Saved]:
     """Outputs, last state and what the backward needs. Raises: LoweringError for what `refuse` refuses."""
+    key, value = inputs.key, inputs.value
     K, V = 1 if key is None else key.shape[3], value.shape[3]
-    why = refuse(rule, K, V, query=query is not None and key is not None)
+    why = refuse(rule, K, V, query=inputs.query is not None and key is not None)
     if why is not None:
         raise LoweringError(why)
-    x = operands_of(query, key, value, decay, beta, bonus, initial, a, b, documents, rule)
+    x = prepared(inputs, rule)
     (B, H, L, _), C = value.shape, knobs.chunk_size
     constants = constants_of(rule, x, knobs)
-    sums, norms = _sums(kernels, x, rule, knobs), _norms(kernels, x, rule, knobs)
-    saved = _empty(x, constants, rule, knobs.products, sums, norms)
+    saved = _empty(x, constants, rule, knobs)
+    saved = saved._replace(sums=_sums(kernels, x, knobs), norms=_norms(kernels, x, rule))
     out = value.new_empty(B, L, H, V, dtype=value.dtype if rule.out == "value" else torch.float32).transpose(1, 2)
     last = value.new_empty(B, H, K, V + rule.columns, dtype=torch.float32)
     if x.maximum is not None:
-        last[..., -1] = last_maximum(x.maximum, initial, rule)[..., None]
+        last[..., -1] = last_maximum(x.maximum, inputs.initial, rule)[..., None]
     given = constants | pointers(x, saved, constants["DECAY"]) | {"p_out": out, "p_final": last, **strides("o", out)}
     N, matrices = blocks(L, C), (constants["SOLVE"] != 0) + constants["STORED"]
     if matrices:
@@ -190,10 +204,10 @@ def forward(
     return out, last, saved
 
 
-def _empty(x: Operands, constants: dict[str, Any], rule: RecurrenceRule, products: str, sums: Any, norms: Any) -> Saved:
-    """What is kept, unwritten but for sums and norms."""
+def _empty(x: Prepared, constants: dict[str, Any], rule: RecurrenceRule, knobs: RecurrenceKnobs) -> Saved:
+    """What is kept, unwritten; sums and norms apart."""
     (B, H, L, V), K, C = x.value.shape, constants["K"], constants["BLOCK_C"]
-    N, solve, mid = blocks(L, C), constants["SOLVE"], product_type(x.value.dtype, products)
+    N, solve, mid = blocks(L, C), constants["SOLVE"], product_type(x.value.dtype, knobs.products)
 
     def pairs(wanted: bool) -> Tensor | None:
         return x.value.new_empty(B, H, L, C, dtype=mid) if wanted else None
@@ -201,8 +215,8 @@ def _empty(x: Operands, constants: dict[str, Any], rule: RecurrenceRule, product
     return Saved(
         decay=x.decay,
         beta=x.beta,
-        sums=sums,
-        norms=norms,
+        sums=None,
+        norms=None,
         segments=x.segments,
         states=x.value.new_empty(B, H, N, K, V, dtype=mid),
         normalisers=x.value.new_empty(B, H, N, K, dtype=torch.float32) if rule.normaliser != "none" else None,
@@ -218,21 +232,22 @@ def _empty(x: Operands, constants: dict[str, Any], rule: RecurrenceRule, product
 # What kernels are given.
 
 
-def operands_of(
-    query: Any, key: Any, value: Tensor, decay: Any, beta: Any, bonus: Any, initial: Any, a: Any, b: Any,
-    documents: Tensor | None, rule: RecurrenceRule,
-) -> Operands:  # fmt: skip
+def prepared(inputs: Given, rule: RecurrenceRule) -> Prepared:
     """Inputs of one dtype, documents counted, an exponential gate held down by its running maximum."""
+    query, key, value, decay, _, beta, bonus, initial, a, b, documents = inputs
     several = [t for t in (query, key, value, a, b) if t is not None]
     dtype = several[0].dtype
     for t in several[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
-    query, key, a, b = (t if t is None else t.to(dtype) for t in (query, key, a, b))
+    assert query is not None and key is not None  # as `refuse` says
+    a, b = (t if t is None else t.to(dtype) for t in (a, b))
     segments = None if documents is None else segments_of(documents)
     maximum = None
     if rule.gate == "exp":
+        assert beta is not None
         decay, beta, maximum = held_down(decay, beta, initial, segments, rule)
-    return Operands(query, key, value.to(dtype), decay, beta, bonus, initial, a, b, segments, maximum)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    return Prepared(query, key, value, decay, beta, bonus, initial, a, b, segments, maximum)
 
 
 def product_type(dtype: torch.dtype, products: str = "input") -> torch.dtype:
@@ -245,7 +260,7 @@ def tile_width(width: int, block: int) -> int:
     return max(16, min(block, 1 << (width - 1).bit_length()))
 
 
-def constants_of(rule: RecurrenceRule, x: Operands, knobs: RecurrenceKnobs) -> dict[str, Any]:
+def constants_of(rule: RecurrenceRule, x: Prepared, knobs: RecurrenceKnobs) -> dict[str, Any]:
     """The compile-time arguments of all kernels; those of `chunk_output` differ in BLOCK_V and K's decay only."""
     (_, Hk, _, K), H, V = x.key.shape, x.value.shape[1], x.value.shape[3]
     rank = x.a is not None
@@ -304,12 +319,12 @@ def sizes_of(K: int, V: int, knobs: RecurrenceKnobs) -> dict[str, int]:
     }
 
 
-def _groups(x: Operands) -> dict[str, int]:
+def _groups(x: Prepared) -> dict[str, int]:
     H = x.value.shape[1]
     return {f"GROUP_{name}": 1 if t is None else int(H // t.shape[1]) for name, t in (("A", x.a), ("B", x.b))}
 
 
-def pointers(x: Operands, saved: Saved, kind: int) -> dict[str, Any]:
+def pointers(x: Prepared, saved: Saved, kind: int) -> dict[str, Any]:
     """Tensors and strides by parameter name; an absent tensor has strides 0."""
     B, H, L, _ = x.value.shape
     given: dict[str, Any] = {"B": B, "H": H, "L": L}
@@ -325,7 +340,7 @@ def pointers(x: Operands, saved: Saved, kind: int) -> dict[str, Any]:
     return given | {f"p_{name}": getattr(saved, name) for name in names}
 
 
-def _reading(x: Operands, saved: Saved, rule: RecurrenceRule, knobs: RecurrenceKnobs) -> dict[str, Any]:
+def _reading(x: Prepared, saved: Saved, rule: RecurrenceRule, knobs: RecurrenceKnobs) -> dict[str, Any]:
     """What `chunk_output` is given otherwise: under the delta rule the corrected values, which hold the gate."""
     given: dict[str, Any] = {"BLOCK_V": tile_width(x.value.shape[3], knobs.out_block_v)}
     if rule.delta:
@@ -334,7 +349,7 @@ def _reading(x: Operands, saved: Saved, rule: RecurrenceRule, knobs: RecurrenceK
     return given
 
 
-def _sums(kernels: Any, x: Operands, rule: RecurrenceRule, knobs: RecurrenceKnobs) -> Tensor | None:
+def _sums(kernels: Any, x: Prepared, knobs: RecurrenceKnobs) -> Tensor | None:
     if x.decay is None or x.decay.dim() == 1:
         return None
     B, H, L, K = *x.value.shape[:3], x.decay.shape[3] if x.decay.dim() == 4 else 1
@@ -346,7 +361,7 @@ def _sums(kernels: Any, x: Operands, rule: RecurrenceRule, knobs: RecurrenceKnob
     return sums if x.decay.dim() == 4 else sums.squeeze(-1)
 
 
-def _norms(kernels: Any, x: Operands, rule: RecurrenceRule, knobs: RecurrenceKnobs) -> Tensor | None:
+def _norms(kernels: Any, x: Prepared, rule: RecurrenceRule) -> Tensor | None:
     if rule.qk_norm is None:
         return None
     B, Hk, L, K = x.key.shape

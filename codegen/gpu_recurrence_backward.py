@@ -1,7 +1,6 @@
 """Launch the kernels of chunked recurrences, backward: gradients of all inputs from what the forward saved.
 
-    backward(kernels, grad_out, grad_state, query, key, value, decay, beta, bonus, initial, a, b, documents,
-             rule, knobs) -> Gradients, in the order of the inputs
+    backward(kernels, inputs, (grad_out, grad_state), rule, knobs) -> Given, the gradients in place of the inputs
 
 Gradients have the shapes and dtypes of the inputs; those of absent inputs are None. Gradients of q, k, a and b of
 grouped heads are summed over the group, of decays by head and of the bonus over the batch, in float32, without atomics.
@@ -16,22 +15,23 @@ Source: Yang et al. 2024, arXiv:2406.06484, section 3; Yang et al. 2023, arXiv:2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnc.codegen.cpu_recurrence import Given
 from attnc.codegen.gpu_recurrence import (
-    Operands,
+    BackwardKnobs,
+    Prepared,
     RecurrenceKnobs,
     Saved,
     constants_of,
     forward,
-    operands_of,
     pointers,
+    prepared,
     run_kernel,
     tile_width,
 )
@@ -50,53 +50,18 @@ KERNELS = {
 }
 
 
-@dataclass(frozen=True)
-class BackwardKnobs:
-    """Schedule of the backward kernels beside the forward's chunk size and precision: tiles, warps, stages.
-
-    state_: of chunk_state_backward. output_: of chunk_output_backward. The others: of the two that are left; block_k
-    also of chunk_state_backward.
-    """
-
-    block_k: int = 64
-    block_v: int = 64
-    warps: int = 4
-    stages: int = 2
-    state_block_v: int = 32
-    state_warps: int = 4
-    state_stages: int = 2
-    output_block_k: int = 32
-    output_block_v: int = 32
-    output_warps: int = 8
-    output_stages: int = 2
-
-
-def schedule_of(rule: RecurrenceRule) -> BackwardKnobs:
-    """The schedule of a rule that is not tuned: narrower tiles where `chunk_output_backward` would else spill."""
+def schedule_of(rule: RecurrenceRule, knobs: RecurrenceKnobs) -> BackwardKnobs:
+    """The schedule of a rule; untuned, with narrower tiles where `chunk_output_backward` would else spill."""
     many = rule.low_rank or (rule.delta and rule.decay == "channel")
-    return BackwardKnobs(output_block_k=16) if many else BackwardKnobs()
-
-
-class Gradients(NamedTuple):
-    """Gradients by input; None for inputs that are absent."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    decay: Tensor | None
-    beta: Tensor | None
-    bonus: Tensor | None
-    initial_state: Tensor | None
-    a: Tensor | None
-    b: Tensor | None
+    return knobs.backward or (BackwardKnobs(output_block_k=16) if many else BackwardKnobs())
 
 
 @lru_cache(maxsize=8)
-def kernels_of(device: str) -> SimpleNamespace:
-    """The loaded kernels by name, for all rules, and those of the forward."""
-    found: dict[str, Any] = dict(vars(forward_kernels(device)))
+def kernels_of(device: str, store: str | None = None) -> SimpleNamespace:
+    """The loaded kernels by name, for all rules, and those of the forward, with `store` as there."""
+    found: dict[str, Any] = dict(vars(forward_kernels(device, store)))
     for skeleton, names in KERNELS.items():
-        module = load(text_of(skeleton, device), kernel_folder(Options().store))
+        module = load(text_of(skeleton, device), kernel_folder(store or Options().store))
         found |= {name: getattr(module, name) for name in names}
     return SimpleNamespace(**found)
 
@@ -109,35 +74,22 @@ def text_of(skeleton: str, device: str) -> str:
 
 def backward(
     kernels: Any,
-    grad_out: Tensor,
-    grad_state: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    initial: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    documents: Tensor | None,
+    inputs: Given,
+    grads: tuple[Tensor, Tensor],
     rule: RecurrenceRule,
     knobs: RecurrenceKnobs,
-    schedule: BackwardKnobs | None = None,
     *,
     saved: Saved | None = None,
-) -> Gradients:
+) -> Given:
     """Gradients of the inputs of a forward, given those of its results; without `saved` the forward runs again.
 
-    schedule: by default that of `schedule_of`. For rules without normaliser and exponential gate; those go through
-    `gpu_recurrence_normalised`.
+    For rules without normaliser and exponential gate; those go through `gpu_recurrence_normalised`.
     """
-    schedule = schedule or schedule_of(rule)
+    schedule = schedule_of(rule, knobs)
     if saved is None:
-        inputs = (query, key, value, decay, None, beta, bonus, initial, a, b, documents)
-        _, _, saved = forward(kernels, *inputs, rule, knobs)
-    x = operands_of(query, key, value, decay, beta, bonus, initial, a, b, documents, rule)
-    given = pointers_of(grad_out, grad_state, x, saved, rule, knobs)
+        saved = forward(kernels, inputs, rule, knobs)[2]
+    x = prepared(inputs, rule)
+    given = pointers_of(grads, x, saved, rule, knobs)
     (B, H, _, V), N = x.value.shape, saved.states.shape[2]
     given |= {"BLOCK_K": tile_width(given["K"], schedule.block_k), "BLOCK_V": tile_width(V, schedule.block_v)}
     if saved.inverse is not None:
@@ -158,10 +110,11 @@ def backward(
 
 
 def pointers_of(
-    grad_out: Tensor, grad_state: Tensor, x: Operands, saved: Saved, rule: RecurrenceRule, knobs: RecurrenceKnobs
+    grads: tuple[Tensor, Tensor], x: Prepared, saved: Saved, rule: RecurrenceRule, knobs: RecurrenceKnobs
 ) -> dict[str, Any]:
     """Arguments of all kernels by name but for tiles: what is given, and unwritten memory for what they find."""
-    (B, H, L, V), K, N = x.value.shape, x.key.shape[3], saved.states.shape[2]
+    (grad_out, grad_state), (B, H, L, V) = grads, x.value.shape
+    K, N = x.key.shape[3], saved.states.shape[2]
     constants, mid, solve = constants_of(rule, x, knobs), saved.states.dtype, saved.inverse is not None
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32, when: bool = True) -> Tensor | None:
@@ -190,7 +143,7 @@ def _grad_type(x: Tensor, heads: int, rule: RecurrenceRule) -> torch.dtype:
     return torch.float32 if x.shape[1] != heads or rule.qk_norm is not None else x.dtype
 
 
-def _gathered(given: dict[str, Any], x: Operands, saved: Saved, rule: RecurrenceRule) -> Gradients:
+def _gathered(given: dict[str, Any], x: Prepared, saved: Saved, rule: RecurrenceRule) -> Given:
     """Gradients of the inputs from those by head and token."""
     decay, beta, bonus, initial = given["p_dg"], given["p_dbeta"], given["p_dbonus"], given["p_dinitial"]
     value = given["p_dv"]
@@ -202,16 +155,16 @@ def _gathered(given: dict[str, Any], x: Operands, saved: Saved, rule: Recurrence
     if rule.decay == "head":
         decay = decay.sum((0, 2))
     norms = (None, None) if saved.norms is None else (saved.norms[1], saved.norms[0])
-    return Gradients(
-        _over_group(given["p_dq"], x.query, norms[0]),
-        _over_group(given["p_dk"], x.key, norms[1]),
-        value.to(x.value.dtype),
-        decay if decay is None or x.decay is None else decay.to(x.decay.dtype),
-        beta if x.beta is None else beta.to(x.beta.dtype),
-        bonus if x.bonus is None else bonus.sum((0, 2)).to(x.bonus.dtype),
-        None if x.initial is None else initial.sum_to_size(x.initial.shape).to(x.initial.dtype),
-        None if x.a is None else _over_group(given["p_da"], x.a, None),
-        None if x.b is None else _over_group(given["p_db"], x.b, None),
+    return Given(
+        query=_over_group(given["p_dq"], x.query, norms[0]),
+        key=_over_group(given["p_dk"], x.key, norms[1]),
+        value=value.to(x.value.dtype),
+        decay=decay if decay is None or x.decay is None else decay.to(x.decay.dtype),
+        beta=beta if x.beta is None else beta.to(x.beta.dtype),
+        bonus=bonus if x.bonus is None else bonus.sum((0, 2)).to(x.bonus.dtype),
+        initial=None if x.initial is None else initial.sum_to_size(x.initial.shape).to(x.initial.dtype),
+        a=None if x.a is None else _over_group(given["p_da"], x.a, None),
+        b=None if x.b is None else _over_group(given["p_db"], x.b, None),
     )
 
 

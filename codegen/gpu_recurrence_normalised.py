@@ -18,33 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnc.codegen.gpu_recurrence import RecurrenceKnobs, forward, operands_of
-from attnc.codegen.gpu_recurrence_backward import BackwardKnobs, Gradients, backward
+from attnc.codegen.cpu_recurrence import Given
+from attnc.codegen.gpu_recurrence import RecurrenceKnobs, forward, prepared
+from attnc.codegen.gpu_recurrence_backward import backward
 from attnc.codegen.gpu_segments import held_down
 from attnc.rule_recurrence import RecurrenceRule
 
 
 def normalised_backward(
-    kernels: Any,
-    grad_out: Tensor,
-    grad_state: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    initial: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    documents: Tensor | None,
-    rule: RecurrenceRule,
-    knobs: RecurrenceKnobs,
-    schedule: BackwardKnobs | None = None,
-) -> Gradients:
+    kernels: Any, inputs: Given, grads: tuple[Tensor, Tensor], rule: RecurrenceRule, knobs: RecurrenceKnobs
+) -> Given:
     """Gradients of the inputs of a forward under `rule`; as `backward`, which does the rules without either."""
-    x = operands_of(query, key, value, decay, beta, bonus, initial, a, b, documents, rule)
-    V, normalised = value.shape[3], rule.normaliser != "none"
+    grad_out, grad_state = grads
+    x, initial = prepared(inputs, rule), inputs.initial
+    V, normalised = x.value.shape[3], rule.normaliser != "none"
     columns = V + normalised
     exponential = rule.gate == "exp"
     plain = replace(
@@ -56,26 +43,28 @@ def normalised_backward(
     )
     wide = torch.cat([x.value, torch.ones_like(x.value[..., :1])], -1) if normalised else x.value
     first = None if initial is None else initial[..., :columns]
-    inputs = (x.query, x.key, wide, x.decay, x.beta, bonus, first, x.a, x.b, documents)
+    inner = inputs._replace(
+        query=x.query, key=x.key, value=wide, decay=x.decay, beta=x.beta, initial=first, a=x.a, b=x.b
+    )
     d_wide, of_maximum = grad_out.float(), None
     saved = None
     if normalised:
-        read, _, saved = forward(kernels, *inputs[:4], None, *inputs[4:], plain, knobs)
+        read, _, saved = forward(kernels, inner, plain, knobs)
         d_wide, of_maximum = _divided(d_wide, read[..., :V], read[..., V:], x.maximum, rule)
-    found = backward(kernels, d_wide, grad_state[..., :columns], *inputs, plain, knobs, schedule, saved=saved)
-    found = found._replace(
-        query=found.query.to(query.dtype), key=found.key.to(key.dtype), value=found.value[..., :V].to(value.dtype)
-    )
+    found = backward(kernels, inner, (d_wide, grad_state[..., :columns]), plain, knobs, saved=saved)
+    found = found._replace(value=found.value[..., :V].to(inputs.value.dtype))
+    pairs = ((name, getattr(found, name), getattr(inputs, name)) for name in ("query", "key", "a", "b"))
+    found = found._replace(**{name: grad.to(own.dtype) for name, grad, own in pairs if own is not None})
     if initial is not None:
-        assert found.initial_state is not None
+        assert found.initial is not None
         missing = initial.shape[-1] - columns
-        found = found._replace(initial_state=torch.nn.functional.pad(found.initial_state, (0, missing)))
+        found = found._replace(initial=torch.nn.functional.pad(found.initial, (0, missing)))
     if not exponential:
         return found
     assert x.maximum is not None
     of_maximum = torch.zeros_like(x.maximum) if of_maximum is None else of_maximum
     of_maximum[..., -1] += grad_state[..., -1].sum(-1)
-    return _through_maximum(found, of_maximum, decay, beta, initial, x.segments, rule)
+    return _through_maximum(found, of_maximum, inputs, x.segments, rule)
 
 
 def _divided(
@@ -98,23 +87,17 @@ def _divided(
 
 
 def _through_maximum(
-    found: Gradients,
-    of_maximum: Tensor,
-    decay: Tensor | None,
-    beta: Tensor | None,
-    initial: Tensor | None,
-    segments: Tensor | None,
-    rule: RecurrenceRule,
-) -> Gradients:
+    found: Given, of_maximum: Tensor, inputs: Given, segments: Tensor | None, rule: RecurrenceRule
+) -> Given:
     """Gradients of decay, gate and initial state as they were given."""
     with torch.enable_grad():
-        own = [t if t is None else t.detach().requires_grad_() for t in (decay, beta, initial)]
+        own = [t if t is None else t.detach().requires_grad_() for t in (inputs.decay, inputs.beta, inputs.initial)]
         assert own[1] is not None
         results = held_down(own[0], own[1], own[2], segments, rule)
         learned = [t for t in own if t is not None]
         slopes = iter(torch.autograd.grad(results, learned, (found.decay, found.beta, of_maximum), allow_unused=True))
     of_decay, of_beta, of_initial = (None if t is None else next(slopes) for t in own)
-    first = found.initial_state
+    first = found.initial
     if first is not None and of_initial is not None:
         first = first + of_initial
-    return found._replace(decay=of_decay, beta=of_beta, initial_state=first)
+    return found._replace(decay=of_decay, beta=of_beta, initial=first)

@@ -1,7 +1,7 @@
 """Launch the kernels of recurrences that no matrix product computes: a scan of each element of the state.
 
     scan(kernels, given, rule, knobs)                                         -> (out, final_state)
-    gradients(kernels, given, needs, grad_out, grad_state, rule, knobs)       -> the gradients that `needs` names
+    gradients(kernels, given, needs, (grad_out, grad_state), rule, knobs)     -> the gradients that `needs` names
 
 Shapes: as `attnc::recurrence`; out laid out as (B, L, H, V), gradients as their operands.
 
@@ -93,8 +93,7 @@ def gradients(
     kernels: Any,
     given: Given,
     needs: list[bool],
-    grad_out: Tensor,
-    grad_state: Tensor,
+    grads: tuple[Tensor, Tensor],
     rule: RecurrenceRule,
     knobs: ScanKnobs,
 ) -> list[Tensor]:
@@ -103,13 +102,13 @@ def gradients(
     wanted = [name for name, need in zip(Given._fields, needs, strict=True) if need]
     if is_plain(rule):
         states = forward(kernels, given, rule, knobs, read=False)[2]
-        grads = backward(kernels, given, states, grad_out, grad_state, rule, knobs)
-        return [getattr(grads, name) for name in wanted]
+        found = backward(kernels, given, states, grads, rule, knobs)
+        return [getattr(found, name) for name in wanted]
     operands: list[Any] = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(given, needs, strict=True)]
     own = Given(*operands)
     out, last = _around(own, rule, lambda x, plain: _Scan.apply(kernels, plain, knobs, *x))
     learned = [getattr(own, name) for name in wanted]
-    ends = [(y, g) for y, g in ((out, grad_out.to(out.dtype)), (last, grad_state)) if y.requires_grad]
+    ends = [(y, g) for y, g in ((out, grads[0].to(out.dtype)), (last, grads[1])) if y.requires_grad]
     slopes = torch.autograd.grad([y for y, _ in ends], learned, [g for _, g in ends], allow_unused=True)
     pairs = zip(learned, slopes, strict=True)
     return [torch.zeros_like(x) if g is None else torch.empty_like(x).copy_(g) for x, g in pairs]
@@ -129,7 +128,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
         kernels, rule, knobs = ctx.bound
         *given, states = ctx.saved_tensors
-        return None, None, None, *backward(kernels, Given(*given), states, grad_out, grad_state, rule, knobs)
+        return None, None, None, *backward(kernels, Given(*given), states, (grad_out, grad_state), rule, knobs)
 
 
 def _check(given: Given, rule: RecurrenceRule) -> None:
@@ -224,11 +223,11 @@ def forward(
 
 
 def backward(
-    kernels: Any, x: Given, states: Tensor, grad_out: Tensor, grad_state: Tensor, rule: RecurrenceRule, knobs: ScanKnobs
+    kernels: Any, x: Given, states: Tensor, grads: tuple[Tensor, Tensor], rule: RecurrenceRule, knobs: ScanKnobs
 ) -> Given:
     """Gradients of all operands that are given, laid out as they are."""
     (B, H, L, V), constants = x.value.shape, constants_of(rule, x, knobs)
-    K, count = constants["K"], blocks(H * V, constants["BLOCK_H"])
+    (grad_out, grad_state), K, count = grads, constants["K"], blocks(H * V, constants["BLOCK_H"])
     columns = count if constants["SHARED"] else H * V
     new, by_channel = x.value.new_empty, rule.decay == "channel"
     rows = [None if t is None else new(B, L, columns, K, dtype=torch.float32) for t in (x.query, x.key)]
@@ -255,8 +254,8 @@ def backward(
         query, key, value, decay, summed["once"], beta if beta is None else beta.sum(3) if V > 1 else beta.squeeze(3),
         summed["bonus"], None if initial is None or x.initial is None else initial.sum_to_size(x.initial.shape),
     )  # fmt: skip
-    grads: list[Any] = [g if g is None or t is None else _laid_out(g, t) for g, t in zip(found, x, strict=True)]
-    return Given(*grads)
+    laid: list[Any] = [g if g is None or t is None else _laid_out(g, t) for g, t in zip(found, x, strict=True)]
+    return Given(*laid)
 
 
 def _of_heads(row: Tensor | None, x: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from attnc.codegen.flash_jobs import TRITON_TYPES
 from attnc.codegen.gpu_recurrence import (
     DECAYS,
     RANK,
+    BackwardKnobs,
     RecurrenceKnobs,
     kinds_of,
     product_type,
@@ -19,7 +20,7 @@ from attnc.codegen.gpu_recurrence import (
     tile_width,
     types_of,
 )
-from attnc.codegen.gpu_recurrence_backward import KERNELS, BackwardKnobs, text_of
+from attnc.codegen.gpu_recurrence_backward import KERNELS, schedule_of, text_of
 from attnc.rule_recurrence import RecurrenceRule
 
 INPUTS = ("p_q", "p_k", "p_v", "p_a", "p_b", "p_do", "p_dv")
@@ -34,13 +35,12 @@ def backward_jobs(
     K: int,
     V: int,
     knobs: RecurrenceKnobs,
-    schedule: BackwardKnobs,
     target: str,
     *,
     bonus: bool = False,
 ) -> list[Job]:
     """The jobs of the kernels that a rule's backward launches, in their order; arguments as of `recurrence_jobs`."""
-    mid = product_type(dtype, knobs.products)
+    mid, schedule = product_type(dtype, knobs.products), schedule_of(rule, knobs)
     constants = {
         **kinds_of(rule, low_rank=rule.low_rank, packed=rule.packed, bonus=bonus),
         **types_of(dtype, knobs, target.partition(":")[0]),

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from attnc.forms import parse_form
 from attnc.forms.chunked import Chunked
-from attnc.forms.generated import Generated, kept_in
+from attnc.forms.generated import kept_in
 from attnc.options import Options
 from attnc.passes.check import Verdict, check
 from attnc.passes.pipeline import Analysis, Found, bodies
@@ -39,12 +39,12 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
             continue
         if isinstance(found.match, Operator):
             if not _runs_by_itself(choice.form, found.region):
-                found.match.spell(choice.form)
+                found.match.spell(_kept_as_asked(choice.form, found.region, options))
                 changed = True
             continue
         if isinstance(found.match, Rewriting) and ("{" in choice.form or found.region.device != "cpu"):
-            found.match.spell(choice.form)
-        form = _kept_as_asked(choice.form, options)
+            found.match.spell(_kept_as_asked(choice.form, found.region, options))
+        form = _kept_as_asked(choice.form, found.region, options)
         with analysis.timed("check"):
             verdict = (
                 _verdict(found, store, form, options)
@@ -88,9 +88,9 @@ def _runs_by_itself(form: str, region: Region) -> bool:
     return region.device == "cpu" and "{" not in form and not shorter
 
 
-def _kept_as_asked(form: str, options: Options) -> str:
-    """The form's spelling with the store that the options name, where it has kernels and that is not the user's own."""
-    own = options.store == Options().store or not isinstance(parse_form(form), Generated)
+def _kept_as_asked(form: str, region: Region, options: Options) -> str:
+    """The form's spelling with the store that the options name, where it launches kernels and that is another one."""
+    own = options.store == Options().store or not parse_form(form).launches(region)
     return form if own else kept_in(form, options.store)
 
 

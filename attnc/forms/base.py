@@ -77,6 +77,10 @@ class Form(ABC):
         """Why this form with these knobs, which does not refuse `region`, cannot run on `device`; None where it can."""
         return self.untargeted(device)
 
+    def launches(self, region: Any) -> bool:
+        """Whether kernels of our own, which lie in a store, compute `region`."""
+        return False
+
     def seconds(self, region: Any, device: Device) -> float:
         """Predicted time of one run, forward, and backward where it trains."""
         if isinstance(device, Gpu):

@@ -35,8 +35,6 @@ from attnc.region import Region
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
 
 ON_CPU = (64, 32, 128, 16, 256)
-# The operands of Given that kernels differentiate, in the order of their gradients.
-GRADIENTS = ("query", "key", "value", "decay", "beta", "bonus", "initial", "a", "b")
 BY_CHANNEL_ON_CPU = (64, 32, 16, 128)
 QUICK = tuple(product((64, 32, 128), (32, 64, 128, 16), (4, 8, 2), (2, 3, 1)))
 # What lies between products: in bfloat16 their error is 5 times that of the written model, which is not exact.
@@ -106,38 +104,45 @@ class Chunked(RecurrentForm):
             out_stages=self.stages,
         )
 
-    def run(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
+    def run(self, given: Given, rule: RecurrenceRule, *, store: str | None = None) -> tuple[Tensor, Tensor]:
         if given.value.device.type == "cpu":
             return cpu_recurrence.recurrence(given, rule, self.chunk_size)
-        return self.launch(given, rule)
+        return self.launch(given, rule, store=store)
 
-    def launch(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
+    def launch(self, given: Given, rule: RecurrenceRule, *, store: str | None = None) -> tuple[Tensor, Tensor]:
         """The kernels: on a GPU, or under Triton's interpreter."""
-        kernels = gpu_recurrence.kernels_of(given.value.device.type)
-        return gpu_recurrence.forward(kernels, *given, rule, self.kernels)[:2]
+        kernels = gpu_recurrence.kernels_of(given.value.device.type, store)
+        return gpu_recurrence.forward(kernels, given, rule, self.kernels)[:2]
 
     def gradients(
-        self, given: Given, needs: list[bool], grad_out: Tensor, grad_state: Tensor, rule: RecurrenceRule
+        self,
+        given: Given,
+        needs: list[bool],
+        grads: tuple[Tensor, Tensor],
+        rule: RecurrenceRule,
+        *,
+        store: str | None = None,
     ) -> list[Tensor]:
         if given.value.device.type == "cpu":
-            return cpu_recurrence.gradients(given, needs, grad_out, grad_state, rule, self.chunk_size)
-        return self.launch_gradients(given, needs, grad_out, grad_state, rule)
+            return cpu_recurrence.gradients(given, needs, *grads, rule, self.chunk_size)
+        return self.launch_gradients(given, needs, grads, rule, store=store)
 
     def launch_gradients(
-        self, given: Given, needs: list[bool], grad_out: Tensor, grad_state: Tensor, rule: RecurrenceRule
+        self,
+        given: Given,
+        needs: list[bool],
+        grads: tuple[Tensor, Tensor],
+        rule: RecurrenceRule,
+        *,
+        store: str | None = None,
     ) -> list[Tensor]:
         """`gradients` by the kernels: on a GPU, or under Triton's interpreter."""
-        kernels = gpu_recurrence_backward.kernels_of(given.value.device.type)
+        kernels = gpu_recurrence_backward.kernels_of(given.value.device.type, store)
         plain = rule.normaliser == "none" and rule.gate != "exp"
         run: Any = gpu_recurrence_backward.backward if plain else normalised_backward
-        inputs = given._asdict()
-        inputs.pop("rates")
-        grads = run(kernels, grad_out, grad_state, *inputs.values(), rule, self.kernels)
-        found = dict(zip(GRADIENTS, grads, strict=True))
-        learned = [name for name, need in zip(Given._fields, needs, strict=True) if need]
-        pairs = [(getattr(given, name), found[name]) for name in learned]
+        found = run(kernels, given, grads, rule, self.kernels)
         # Laid out as the inputs, as the operator says under compilers.
-        return [torch.empty_like(x).copy_(grad) for x, grad in pairs]
+        return [torch.empty_like(x).copy_(grad) for x, grad, need in zip(given, found, needs, strict=True) if need]
 
     def space(self, region: Region, device: Device) -> tuple[Form, ...]:
         if self.refuse(region) is not None or self.untargeted(device) is not None:

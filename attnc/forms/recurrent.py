@@ -43,18 +43,30 @@ class RecurrentForm(Form):
 
     kind: ClassVar[str] = "recurrence"
 
+    def launches(self, region: Region) -> bool:
+        return region.device != "cpu"
+
     def is_exact(self, region: Region) -> bool:
         return self.refuse(region) is None
 
-    def run(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
-        """out (B, H, L, V) and the last state (B, H, K, V + n), on whatever device the operands are."""
+    def run(self, given: Given, rule: RecurrenceRule, *, store: str | None = None) -> tuple[Tensor, Tensor]:
+        """out (B, H, L, V) and the last state (B, H, K, V + n), on whatever device the operands are.
+
+        store: where kernels are kept, None for the user's own.
+        """
         return cpu_recurrence.recurrence(given, rule)
 
     def gradients(
-        self, given: Given, needs: list[bool], grad_out: Tensor, grad_state: Tensor, rule: RecurrenceRule
+        self,
+        given: Given,
+        needs: list[bool],
+        grads: tuple[Tensor, Tensor],
+        rule: RecurrenceRule,
+        *,
+        store: str | None = None,
     ) -> list[Tensor]:
-        """Gradients of the operands that `needs` names; autograd must be on."""
-        return cpu_recurrence.gradients(given, needs, grad_out, grad_state, rule)
+        """Gradients of the operands that `needs` names, from those of `run`'s results; autograd must be on."""
+        return cpu_recurrence.gradients(given, needs, *grads, rule)
 
     def spell(self) -> str:
         """One line; knobs at their default are left out."""

@@ -80,23 +80,29 @@ class Scan(RecurrentForm):
         """The knobs as the launcher takes them."""
         return ScanKnobs(self.block_t, self.block_h, self.warps)
 
-    def run(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
+    def run(self, given: Given, rule: RecurrenceRule, *, store: str | None = None) -> tuple[Tensor, Tensor]:
         if given.value.device.type == "cpu":
             return cpu_recurrence.recurrence(given, rule)
-        return self.launch(given, rule)
+        return self.launch(given, rule, store=store)
 
-    def launch(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
+    def launch(self, given: Given, rule: RecurrenceRule, *, store: str | None = None) -> tuple[Tensor, Tensor]:
         """The kernel: on a GPU, or under Triton's interpreter."""
-        kernels = gpu_scan.kernels_of(given.value.device.type)
+        kernels = gpu_scan.kernels_of(given.value.device.type, store)
         return gpu_scan.scan(kernels, given, rule, self.schedule)
 
     def gradients(
-        self, given: Given, needs: list[bool], grad_out: Tensor, grad_state: Tensor, rule: RecurrenceRule
+        self,
+        given: Given,
+        needs: list[bool],
+        grads: tuple[Tensor, Tensor],
+        rule: RecurrenceRule,
+        *,
+        store: str | None = None,
     ) -> list[Tensor]:
         if given.value.device.type == "cpu":
-            return cpu_recurrence.gradients(given, needs, grad_out, grad_state, rule)
-        kernels = gpu_scan.kernels_of(given.value.device.type)
-        return gpu_scan.gradients(kernels, given, needs, grad_out, grad_state, rule, self.schedule)
+            return cpu_recurrence.gradients(given, needs, *grads, rule)
+        kernels = gpu_scan.kernels_of(given.value.device.type, store)
+        return gpu_scan.gradients(kernels, given, needs, grads, rule, self.schedule)
 
     def space(self, region: Region, device: Device) -> tuple[Form, ...]:
         if self.refuse(region) is not None or self.untargeted(device) is not None:

@@ -64,14 +64,14 @@ class Step(RecurrentForm):
         assert isinstance(region.shape, RecurrenceShape)
         return token_estimate(token_work(region, region.shape.L), gpu)
 
-    def run(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
+    def run(self, given: Given, rule: RecurrenceRule, *, store: str | None = None) -> tuple[Tensor, Tensor]:
         if given.value.device.type == "cpu":
             return cpu_recurrence.recurrence(given, rule)
-        return self.launch(given, rule)
+        return self.launch(given, rule, store=store)
 
-    def launch(self, given: Given, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
+    def launch(self, given: Given, rule: RecurrenceRule, *, store: str | None = None) -> tuple[Tensor, Tensor]:
         """The kernel: on a GPU, or under Triton's interpreter."""
-        kernel = gpu_step.kernel_of(given.value.device.type)
+        kernel = gpu_step.kernel_of(given.value.device.type, store)
         return gpu_step.step(kernel, given, rule, StepKnobs(self.block_v, self.warps))
 
     def space(self, region: Region, device: Device) -> tuple[Form, ...]:

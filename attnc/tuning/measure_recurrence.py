@@ -17,6 +17,7 @@ from attnc.codegen.cpu_recurrence import Given
 from attnc.codegen.load import triton
 from attnc.cost_models.device import Device, Gpu
 from attnc.forms.base import Form
+from attnc.forms.generated import BAR, kept_in
 from attnc.op_recurrence import RECURRENCE
 from attnc.region import Region
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
@@ -33,6 +34,7 @@ class RecurrenceBench:
 
     region: Region
     on: Device
+    store: str | None = None  # where kernels are kept; None: the user's own
 
     def run(self, form: Form) -> Outcome:
         """Seconds of the recurrence; a failure where results are wrong. Raises: UsageError where `on` is not here."""
@@ -68,7 +70,7 @@ class RecurrenceBench:
         return lambda: _gradients(given, spelling, grad)
 
     def _spelled(self, form: Form) -> str:
-        return f"{form.spell()} | {self.region.rule.spell()}"
+        return f"{kept_in(form.spell(), self.store)}{BAR}{self.region.rule.spell()}"
 
     def error(self, form: Form) -> float:
         """Largest difference from the CPU core in float64, over the largest value; of few heads and tokens."""

@@ -35,7 +35,7 @@ KERNELS = {"chunk_within": "within", "chunk_state": "state", "chunk_output": "ou
 class RecurrenceProblem:
     """A recurrence in chunks on a device. start: the setting that others vary.
 
-    store: where what is compiled is kept; None: in the user's own.
+    store: where what is compiled and run is kept; None: in the user's own.
     """
 
     region: Region
@@ -117,7 +117,7 @@ class RecurrenceProblem:
 
     @cached_property
     def _bench(self) -> RecurrenceBench:
-        return RecurrenceBench(self.region, self.on)
+        return RecurrenceBench(self.region, self.on, self.store)
 
 
 def recurrence_problem(region: Region, device: Device, store: str | None = None) -> RecurrenceProblem | None:

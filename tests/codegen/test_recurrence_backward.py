@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnc.codegen.gpu_recurrence import RecurrenceKnobs
-from attnc.codegen.gpu_recurrence_backward import BackwardKnobs, Gradients, backward, kernels_of
+from attnc.codegen.cpu_recurrence import Given
+from attnc.codegen.gpu_recurrence import BackwardKnobs, RecurrenceKnobs
+from attnc.codegen.gpu_recurrence_backward import backward, kernels_of
 from attnc.codegen.gpu_recurrence_normalised import normalised_backward
 from attnc.rule_recurrence import RecurrenceRule
 from tests.codegen.flash_cases import tolerance
@@ -38,10 +39,10 @@ def wanted(inputs: dict, rule: RecurrenceRule, grads: tuple) -> dict[str, torch.
 
 def gradients(
     inputs: dict, rule: RecurrenceRule, grads: tuple, knobs: RecurrenceKnobs = SMALL, tiles: BackwardKnobs = TILES
-) -> Gradients:
+) -> dict[str, torch.Tensor | None]:
     function = backward if rule.normaliser == "none" and rule.gate != "exp" else normalised_backward
-    own = (inputs[name] for name in INPUTS if name != "rates")
-    return function(kernels_of("cpu"), *grads, *own, rule, knobs, tiles)
+    found = function(kernels_of("cpu"), Given(*inputs.values()), grads, rule, replace(knobs, backward=tiles))
+    return dict(zip(INPUTS, found, strict=True))
 
 
 def cotangents(inputs: dict, K: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +54,7 @@ def cotangents(inputs: dict, K: int, columns: int) -> tuple[torch.Tensor, torch.
 def check(case: Case, inputs: dict, knobs: RecurrenceKnobs = SMALL, tiles: BackwardKnobs = TILES) -> None:
     grads = cotangents(inputs, case.K, case.rule.columns)
     want = wanted(inputs, case.rule, grads)
-    got = gradients(inputs, case.rule, grads, knobs, tiles)._asdict()
+    got = gradients(inputs, case.rule, grads, knobs, tiles)
     assert {name for name, x in got.items() if x is not None} == set(want)
     for name, expected in want.items():
         assert got[name].dtype == inputs[name].dtype and got[name].shape == inputs[name].shape

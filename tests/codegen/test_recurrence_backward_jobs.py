@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from attnc.codegen.compile_stats import TARGETS, Compiled, compile_job
-from attnc.codegen.gpu_recurrence import RecurrenceKnobs
-from attnc.codegen.gpu_recurrence_backward import BackwardKnobs, schedule_of
+from attnc.codegen.gpu_recurrence import BackwardKnobs, RecurrenceKnobs
 from attnc.codegen.recurrence_backward_jobs import backward_jobs
 from attnc.rule_recurrence import RecurrenceRule
 
@@ -29,8 +28,8 @@ RULES = {
 
 def compiled(name, dtype, target, *, only=None, K=64, V=64, knobs=KNOBS, schedule=None, folder=None) -> dict:
     rule = RULES[name]
-    schedule = schedule or schedule_of(rule)
-    jobs = backward_jobs(rule, dtype, 2, K, V, knobs, schedule, target, bonus=name == "rwkv6")
+    knobs = replace(knobs, backward=schedule)
+    jobs = backward_jobs(rule, dtype, 2, K, V, knobs, target, bonus=name == "rwkv6")
     found = {job.kernel: compile_job(job, folder=folder, timeout_s=600) for job in jobs if only in (None, job.kernel)}
     for kernel, made in found.items():
         assert isinstance(made, Compiled), f"{kernel} {name} {dtype} {target}: {made}"
@@ -71,7 +70,8 @@ def test_no_loop_spills_on_an_h100(name, width):
 
 
 def test_a_job_says_what_a_launch_would_pass():
-    jobs = {job.kernel: job for job in backward_jobs(RULES["gated_delta"], FP16, 2, 80, 64, KNOBS, SMALL, "cuda:80")}
+    knobs = replace(KNOBS, backward=SMALL)
+    jobs = {job.kernel: job for job in backward_jobs(RULES["gated_delta"], FP16, 2, 80, 64, knobs, "cuda:80")}
     assert list(jobs) == ["chunk_within_backward", "chunk_state_backward", "chunk_output_backward"]
     made = jobs["chunk_output_backward"]
     assert (made.num_warps, made.constexprs["BLOCK_K"], made.constexprs["SOLVE"]) == (8, 32, 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attnc.codegen.compile_stats import TARGETS, Compiled, compile_job
+from attnc.codegen.cpu_recurrence import Given
 from attnc.codegen.gpu_recurrence import RecurrenceKnobs, forward, kernels_of, refuse, text_of
 from attnc.codegen.recurrence_jobs import recurrence_jobs
 from attnc.errors import LoweringError
@@ -42,7 +43,7 @@ def given(case: Case, length: int, dtype: torch.dtype = FP32, *, state: bool = T
 
 
 def run(inputs: dict, rule: RecurrenceRule, knobs: RecurrenceKnobs = SMALL) -> tuple:
-    return forward(kernels_of("cpu"), *(inputs[name] for name in INPUTS), rule, knobs)
+    return forward(kernels_of("cpu"), Given(*inputs.values()), rule, knobs)
 
 
 def wanted(inputs: dict, rule: RecurrenceRule) -> tuple:

@@ -62,7 +62,7 @@ def check(case: Case, x: Given, knobs: ScanKnobs = SMALL, allowed: float = 2e-5)
     doubled = [e.double() for e in ends]
     slopes = torch.autograd.grad((want, want_last), list(learned.values()), doubled, allow_unused=True)
     with torch.enable_grad():
-        found = gradients(KERNELS, x, [n in learned for n in Given._fields], *ends, case.rule, knobs)
+        found = gradients(KERNELS, x, [n in learned for n in Given._fields], ends, case.rule, knobs)
     for (name, t), slope, got in zip(learned.items(), slopes, found, strict=True):
         own = getattr(x, name)
         assert got.dtype == own.dtype and got.stride() == torch.empty_like(own).stride(), name

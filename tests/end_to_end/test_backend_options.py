@@ -10,9 +10,14 @@ from torch._inductor import config
 
 import attnc
 from attnc import backend
+from attnc.codegen.cpu_recurrence import Given
 from attnc.codegen.load import kernel_folder, listing
+from attnc.forms import parse_form
+from attnc.forms.chunked import Chunked
 from attnc.forms.flash import Flash
+from attnc.op_recurrence import RECURRENCE
 from attnc.options import Options
+from attnc.rule_recurrence import RecurrenceRule
 from tests.tiny import Net, compiled, rewritten, tokens
 from tests.tolerance import assert_close
 
@@ -59,6 +64,36 @@ def test_kernels_lie_in_the_store_that_the_options_name(inner, tmp_path, monkeyp
     found = listing(kernel_folder(tmp_path / "a | b @ c"))
     assert len(found) == 2, "forward and backward"
     assert listing(kernel_folder(Options().store)) == own
+
+
+class Retention(torch.nn.Module):
+    """A recurrence, written as its operator."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = x.unflatten(-1, (3, 1, -1)).transpose(1, 3).unbind(2)
+        return RECURRENCE(q, k, v, *[None] * 5, RecurrenceRule(scale=0.25, chunk=16).spell())[0]
+
+
+def test_kernels_of_recurrences_lie_in_the_store_that_the_options_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(Chunked, "launches", lambda *_: True)
+    monkeypatch.setattr(Chunked, "run", Chunked.launch)
+    monkeypatch.setattr(Chunked, "gradients", Chunked.launch_gradients)
+    x, own = torch.randn(1, 20, 48, requires_grad=True), listing(kernel_folder(Options().store))
+    options = {"store": str(tmp_path / "a | b @ c"), "force": Chunked(16, block_v=16).spell(), "inner": "eager"}
+    out = torch.compile(Retention(), backend="attnc", options=options)(x)
+    found = listing(kernel_folder(options["store"]))
+    (got,) = torch.autograd.grad(out.sum(), x)
+    (want,) = torch.autograd.grad(Retention()(x).sum(), x)
+    assert len(found) == 3 and len(listing(kernel_folder(options["store"]))) == 6, "forward, then backward"
+    assert listing(kernel_folder(Options().store)) == own
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("form", ["scan", "step"])
+def test_every_form_of_a_recurrence_follows_its_store(form, tmp_path):
+    given, rule = Given(torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)), RecurrenceRule()
+    parse_form(form).launch(given, rule, store=str(tmp_path))
+    assert len(listing(kernel_folder(tmp_path))) == 1
 
 
 def test_the_device_may_be_one_of_a_file(tmp_path):

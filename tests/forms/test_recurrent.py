@@ -51,8 +51,8 @@ def test_kernels_and_the_cpu_core_are_one_function_gradients_included(name: str)
     cotangents = torch.randn_like(out), torch.randn_like(state)
     own = Given(*(x if x is None else x.detach().requires_grad_(n) for x, n in zip(given, needs, strict=True)))
     with torch.enable_grad():
-        want = form.gradients(own, needs, *cotangents, which.rule)
-    got = form.launch_gradients(given, needs, *cotangents, which.rule)
+        want = form.gradients(own, needs, cotangents, which.rule)
+    got = form.launch_gradients(given, needs, cotangents, which.rule)
     for mine, theirs in zip(got, want, strict=True):
         close(mine, theirs, 10)
 
@@ -67,7 +67,7 @@ def test_gradients_of_the_kernels_are_laid_out_as_the_operator_promises(name: st
     own = Given(*given)
     form = Chunked(chunk_size=16, block_v=16)
     out, state = form.launch(own, which.rule)
-    got = form.launch_gradients(own, needs, torch.randn_like(out), torch.randn_like(state), which.rule)
+    got = form.launch_gradients(own, needs, (torch.randn_like(out), torch.randn_like(state)), which.rule)
     learned = [x for x, need in zip(given, needs, strict=True) if need]
     assert [g.stride() for g in got] == [torch.empty_like(x).stride() for x in learned]
 
@@ -81,8 +81,8 @@ def test_the_gradient_of_a_state_that_is_shared_is_summed() -> None:
     out, state = form.run(given, which.rule)
     cotangents = torch.randn_like(out), torch.randn_like(state)
     with torch.enable_grad():
-        (want,) = form.gradients(given, needs, *cotangents, which.rule)
-    (got,) = form.launch_gradients(given, needs, *cotangents, which.rule)
+        (want,) = form.gradients(given, needs, cotangents, which.rule)
+    (got,) = form.launch_gradients(given, needs, cotangents, which.rule)
     close(got, want, 10)
 
 
