@@ -297,14 +297,6 @@ def other_sources(q, k, v, g, b):
     return torch.stack(out, 2)
 
 
-def one_reversed(q, k, v, g, b):
-    state, out = q.new_zeros(B, H, K, V), []
-    for t in range(L):
-        state = state + outer(k[:, :, L - 1 - t], v[:, :, t])
-        out.append((q[:, :, t, :, None] * state).sum(-2))
-    return torch.stack(out, 2)
-
-
 def some_keys(q, k, v, g, b):
     state, out = q.new_zeros(B, H, K, V), []
     for t in range(L):
@@ -384,12 +376,11 @@ SCANS = (Mix(scanned, {**TOKEN, "written": "scan"}),)
 PAIRS = (Mix(scanned_pairs, {**TOKEN, "factors": True, "written": "operator"}),)
 LEFT = (
     Mix(with_softmax, regions=0),
-    Mix(squared_scores, regions=0),
+    Mix(squared_scores, regions=0, reason="stands between the product of queries and keys"),
     Mix(decay_from_state, regions=0, reason="not affine"),
     Mix(squashed_state, regions=0, reason="not affine"),
     Mix(skipped_step, reason="reads token 4 after the one that reads token 2, expected 3"),
     Mix(other_sources, reason="the steps read different tensors"),
-    Mix(one_reversed, reason="reads token 5 after the one that reads token 6, expected 7"),
     Mix(some_keys, reason="2 elements of axis 2 are used"),
     Mix(some_values, reason="2 elements of axis 3 are used"),
     Mix(some_sums, regions=0, reason="6 elements of axis 2 are used"),

@@ -8,8 +8,9 @@ Source: Pnueli, Siegel, Singerman 1998, "Translation validation".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from attnc.passes.recurrence.rewriting import Rewriting
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 AFFORDABLE = 1 << 22  # elements of a square of tokens, or of all states, up to which a region runs at its own size
+EMPTY: Mapping[int, int] = MappingProxyType({})
 LARGEST = 1e4  # results beyond are growth, in which rounding drowns
 
 
@@ -35,7 +37,7 @@ def check_rewriting(found: Rewriting, training: bool) -> Verdict:
         if again.lengths & again.fixed:
             return Verdict(False, 0.0, "its length cannot be told from another size, so no smaller one can be checked")
         smaller = small_sizes(again.lengths)
-    written, places = _instance(found, smaller)
+    written, places = instance(found.leaves, found.written(), found.outs, smaller)
     if again is not None and smaller:
         facts = GraphFacts(written.graph)
         twin = again.find(facts)
@@ -65,8 +67,10 @@ def check_rewriting(found: Rewriting, training: bool) -> Verdict:
     return _compare(want, got, count, _limit(written))
 
 
-def _instance(found: Rewriting, smaller: dict[int, int]) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """What is written from the leaves to the outs as a graph of its own, and its placeholders of the leaves."""
+def instance(
+    leaves: Sequence[fx.Node], nodes: Sequence[fx.Node], outs: Sequence[fx.Node], smaller: Mapping[int, int] = EMPTY
+) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The nodes from the leaves to the outs as a graph of its own, and its placeholders of the leaves."""
     graph, root = fx.Graph(), torch.nn.Module()
     env: dict[fx.Node, Any] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -83,9 +87,8 @@ def _instance(found: Rewriting, smaller: dict[int, int]) -> tuple[fx.GraphModule
             shape, dtype, device = [small(s) for s in value.shape], value.dtype, value.device
             env[node].meta["val"] = torch.empty(shape, dtype=dtype, device=device)
 
-    for leaf in found.leaves:
+    for leaf in leaves:
         placed(leaf)
-    nodes = found.written()
     for node in nodes:
         if node.op == "placeholder" and tensor_of(node) is not None:
             placed(node)
@@ -118,10 +121,32 @@ def _instance(found: Rewriting, smaller: dict[int, int]) -> tuple[fx.GraphModule
             plain = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
             env[node].meta["val"] = node.target(*plain[0], **plain[1])
     if not smaller:
-        graph.output(tuple(env[x] for x in found.outs))
+        graph.output(tuple(env[x] for x in outs))
     for node in graph.find_nodes(op="placeholder"):
         node.meta["requires_grad"] = True
-    return fx.GraphModule(root, graph), [env[x] for x in found.leaves]
+    return fx.GraphModule(root, graph), [env[x] for x in leaves]
+
+
+def widened(gm: fx.GraphModule) -> None:
+    """Make a graph of `instance` compute in float64, whatever it was written in."""
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+
+    def wide(x: Any) -> Any:
+        return torch.float64 if isinstance(x, torch.dtype) and x in narrow else x
+
+    for node in gm.graph.nodes:
+        value = tensor_of(node)
+        if node.op == "placeholder" and value is not None and value.dtype in narrow:
+            node.meta["val"] = value.to(torch.float64)
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), wide)
+        schema = getattr(node.target, "_schema", None)
+        makes = schema is not None and any(a.name == "dtype" for a in schema.arguments)
+        if makes and not node.all_input_nodes and value is not None and value.dtype in narrow:
+            node.kwargs = {**node.kwargs, "dtype": torch.float64}
+    for name, buffer in list(gm.named_buffers()):
+        if buffer.dtype in narrow:
+            gm.register_buffer(name, buffer.double())
+    gm.recompile()
 
 
 def _ranges(found: Rewriting) -> tuple[float, set[int]]:

@@ -18,7 +18,7 @@ from itertools import permutations
 from torch import fx
 
 from attnc.expr import ONE, SCORE, Expr, I, J, const, mul, var
-from attnc.passes.graph import GraphFacts, Unliftable, op_name, shape_of, tensor_of
+from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, op_name, shape_of, tensor_of
 from attnc.passes.products import Product, product
 from attnc.passes.recurrence.terms import contraction
 from attnc.passes.recurrence.weighted import Weighted
@@ -31,6 +31,9 @@ WEIGHTING = (
     "mul", "div", "where", "masked_fill", "masked_fill_", "tril", "triu", "to", "_to_copy", "type_as", "float", "neg",
     "add", "sub", "mul_", "sum", "div_",
 )
+# Functions that may stand there and make of it no linear attention.
+BENDS = ("square", "pow", "relu", "gelu", "silu", "sigmoid", "tanh", "abs", "softplus", "elu", "relu_", "clamp", "sqrt")
+CAUSAL = ("tril", "masked_fill", "masked_fill_", "where", "mul", "mul_")
 NEAREST = 24
 
 
@@ -238,7 +241,7 @@ def _behind(node: fx.Node, taken: Collection[fx.Node]) -> fx.Node | None:
             return None
         if at is not node and any_product(at) is not None:
             return at
-        index = tuple(var(f"z{d}") for d in range(len(shape_of(at)))) if tensor_of(at) is not None else ()
+        index = _anywhere(at)
         if at is node or op_name(at) in WEIGHTING or through(at, index, Ranges()) is not None:
             if at is node and op_name(at) not in WEIGHTING and through(at, index, Ranges()) is None:
                 return at if any_product(at) is not None else None
@@ -246,6 +249,46 @@ def _behind(node: fx.Node, taken: Collection[fx.Node]) -> fx.Node | None:
             seen.update(fresh)
             stack.extend(fresh)
     return None
+
+
+def bent(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[NoMatch]:
+    """Causal products whose weights are another function of queries times keys than a multiple: no state holds them."""
+    for node in facts.graph.nodes:
+        if node in taken:
+            continue
+        weights = [w.node for end in _ends(node) if end.value is not None for w in end.weights]
+        found = next((why for w in weights if (why := _bend(w, taken)) is not None), None)
+        if found is not None:
+            yield found
+
+
+def _bend(node: fx.Node, taken: Collection[fx.Node]) -> NoMatch | None:
+    """The function between a product of queries and keys and the weights `node`, where those are causal."""
+    stack: list[tuple[fx.Node, fx.Node | None, bool]] = [(node, None, False)]
+    seen = {node}
+    while stack and len(seen) < NEAREST:
+        at, bend, causal = stack.pop()
+        if at in taken:
+            return None
+        if any_product(at) is not None:
+            if bend is None or not causal:
+                continue
+            what = f"{op_name(bend)} stands between the product of queries and keys and the one with the values"
+            return NoMatch(f"{what}, so that no state of keys times values holds the sum", bend)
+        own = op_name(at) in BENDS
+        if not own and op_name(at) not in WEIGHTING and through(at, _anywhere(at), Ranges()) is None:
+            continue
+        causal = causal or op_name(at) in CAUSAL
+        for x in at.all_input_nodes:
+            value = tensor_of(x)
+            if x not in seen and value is not None and value.dim() >= 2:
+                seen.add(x)
+                stack.append((x, at if own else bend, causal))
+    return None
+
+
+def _anywhere(node: fx.Node) -> Index:
+    return tuple(var(f"z{d}") for d in range(len(shape_of(node)))) if tensor_of(node) is not None else ()
 
 
 def _decay(weight: Expr) -> str:

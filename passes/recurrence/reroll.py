@@ -109,14 +109,17 @@ def _collected(
 ) -> list[tuple[fx.Node, fx.Node]]:
     """What takes the place of a step's results: joined where they are joined, else one by one."""
     nodes = [block[place] for block in loop.blocks]
+    members = set(nodes)
     users = {u for n in nodes for u in n.users if u not in inside}
     found = []
     left = not joined
     for user in users if joined else ():
         joins = op_name(user) in ("stack", "cat") and isinstance(user.args[0], list | tuple)
         parts = list(user.args[0]) if joins else []
-        start = parts.index(nodes[0]) if nodes[0] in parts else -1
-        if start < 0 or parts[start : start + len(nodes)] != nodes or any(n in nodes for n in parts[:start]):
+        held = [n for n in parts if n in members]
+        backwards = held == nodes[::-1]
+        start = parts.index(held[0]) if held else -1
+        if held not in (nodes, nodes[::-1]) or parts[start : start + len(nodes)] != held:
             left = True
             continue
         others = [*parts[:start], *parts[start + len(nodes) :]]
@@ -124,7 +127,10 @@ def _collected(
             left = True
             continue
         dim = int(user.args[1] if len(user.args) > 1 else user.kwargs.get("dim", 0)) % rank_of(user)
-        found.append((user, _joined(draft, user, parts, start, len(nodes), dim, stacked)))
+        turned = stacked
+        if backwards and stacked.moving:
+            turned = Stacked(draft.call(aten.flip.default, stacked.node, [0]), True)
+        found.append((user, _joined(draft, user, parts, start, len(nodes), dim, turned)))
     if left:
         for k, node in enumerate(nodes):
             if any(u not in inside and not any(u is out for out, _ in found) for u in node.users):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -38,7 +38,8 @@ class Rewriting:
     """A replacement for `outs`, nodes of a graph, as a graph over `leaves`, nodes of the same graph.
 
     steps: how many, 0 where it is no loop. sample: the same for the first steps alone, for the check of a long loop.
-    again: how to find the region at a smaller size, for the check of a long product.
+    again: how to find the region at a smaller size, for the check of a long product. inside: the nodes from the leaves
+    to the outs in order, where they write in place.
     """
 
     leaves: list[fx.Node]
@@ -49,6 +50,7 @@ class Rewriting:
     steps: int = 0
     sample: Rewriting | None = None
     again: Again | None = None
+    inside: list[fx.Node] = field(default_factory=list)
     form: str = ""
 
     def spell(self, form: str) -> None:
@@ -62,6 +64,8 @@ class Rewriting:
 
     def written(self) -> list[fx.Node]:
         """The nodes from the leaves to the outs, as written, in order, with whatever else they start from."""
+        if self.inside:
+            return self.inside
         seen: set[fx.Node] = set()
         stack = list(self.outs)
         while stack:
@@ -95,7 +99,9 @@ class Rewriting:
         for out, new in zip(self.outs, results, strict=True):
             out.replace_all_uses_with(new)
             out.meta[REPLACED] = new
-
+        for node in reversed(self.inside):  # what it writes in place is not dead by itself
+            if not node.users and node.op == "call_function":
+                graph.erase_node(node)
 
     def signature(self) -> str:
         """What is written and what takes its place, as text without names: what a verdict about them depends on."""

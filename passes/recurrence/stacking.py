@@ -1,7 +1,7 @@
 """All steps of a loop at once: what each step computes for itself, as one tensor with the steps in front.
 
-`select(x, dim, t)` for t = 0, 1, ..., T - 1 is `x` with that axis in front; operators on such parts are the same
-operators on the whole, with their axes moved by one.
+`select(x, dim, t)` for t = 0, 1, ..., T - 1 is `x` with that axis in front, for t = T - 1, ..., 0 that turned around;
+operators on such parts are the same operators on the whole, with their axes moved by one.
 
 Source: Allen and Kennedy 1987, "Automatic translation of Fortran programs to vector form" (loop distribution).
 """
@@ -127,28 +127,37 @@ class Stacker:
     def _moved(
         self, nodes: Sequence[fx.Node], source: fx.Node, dim: int, starts: Sequence[int], dropped: bool
     ) -> Stacked:
-        """Rows of `source` from the first start on along `dim`, in front; their axis dropped or of one element."""
-        value, count, start = tensor_of(source), len(nodes), starts[0]
+        """Rows of `source` along `dim` in the order of the steps, in front; their axis dropped or of one element."""
+        value = tensor_of(source)
         assert value is not None
-        self._in_order(nodes, starts)
         rank = value.dim()
         dim %= rank
         extent = value.shape[dim]
-        if start < 0:
+        if min(starts) < 0:
             if not isinstance(extent, int):
                 raise Unliftable("a step counts from the end of a length that is not known", nodes[0])
-            start += extent
-        if start or not isinstance(extent, int) or extent != count:
-            source = self.draft.call(aten.slice.Tensor, source, dim, start, start + count)
+            starts = [s % extent for s in starts]
+        stride = self._stride(nodes, starts)
+        low, high = min(starts), max(starts) + 1
+        if low or not isinstance(extent, int) or extent != high or abs(stride) > 1:
+            source = self.draft.call(aten.slice.Tensor, source, dim, low, high, abs(stride))
+        if stride < 0:
+            source = self.draft.call(aten.flip.default, source, [dim])
         moved = self.draft.permuted(source, [dim, *(d for d in range(rank) if d != dim)])
         return Stacked(moved if dropped else self.draft.call(aten.unsqueeze.default, moved, dim + 1), True)
 
-    def _in_order(self, nodes: Sequence[fx.Node], starts: Sequence[int]) -> None:
+    def _stride(self, nodes: Sequence[fx.Node], starts: Sequence[int]) -> int:
+        """From the token of one step to that of the next: negative where the loop runs backwards."""
+        stride = starts[1] - starts[0]
+        if stride == 0:
+            raise Unliftable(f"two steps read token {starts[0]}, and others do not", nodes[1])
         for before, after, node in zip(starts, starts[1:], nodes[1:], strict=False):
-            if after != before + 1:
+            if after != before + stride:
                 raise Unliftable(
-                    f"a step reads token {after} after the one that reads token {before}, expected {before + 1}", node
+                    f"a step reads token {after} after the one that reads token {before}, expected {before + stride}",
+                    node,
                 )
+        return stride
 
     # Operators of the steps' own.
 

@@ -1,7 +1,7 @@
 """Recurrences that no hook has made one operator: loops over tokens or chunks, and causal products without softmax.
 
 A chunked mixer has both, and a delta rule beside them a triangular solve; what ends in the same product with weights
-is one mixer.
+and reads from one another is one mixer.
 
 Source: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule", arXiv:2406.06484, section 3.
 """
@@ -14,10 +14,13 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from attnc.expr import var
+from attnc.op_recurrence import RECURRENCE
 from attnc.passes.found import Found, missed
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, op_name, tensor_of
+from attnc.passes.recurrence.asking import whole
+from attnc.passes.recurrence.chunks import Chunks, chunked
 from attnc.passes.recurrence.cumulative import cumulatives
-from attnc.passes.recurrence.decay import Parallel, parallels
+from attnc.passes.recurrence.decay import Parallel, bent, parallels
 from attnc.passes.recurrence.loops import Loop, loops
 from attnc.passes.recurrence.quadratic import quadratic
 from attnc.passes.recurrence.reroll import reroll
@@ -31,10 +34,12 @@ from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
 WEIGHTED = ("linear", "addmm", "conv1d", "conv2d", "embedding", "grouped_mm_fallback", "_grouped_mm")
 SOLVES = ("linalg_solve_triangular", "triangular_solve", "linalg_inv", "linalg_inv_ex")
 ZEROS = ("zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full")
+INITIAL = 7  # place of the initial state among the operator's arguments
 FEWEST = 4  # steps over single tokens; fewer are chance
 DECAYS = {"none": "none", "constant": "head", "head": "token", "key": "channel", "value": "channel", "state": "state"}
 AS_ONE = "chunked"  # until a form is chosen, any one says that the operator takes the place of what is written
-PLACES = {"products": "a matrix of all pairs of tokens", "sums": "the states of all tokens", "scan": "a scan"}
+PLACES = {"products": "a matrix of all pairs of tokens", "sums": "the states of all tokens", "scan": "a scan",
+          "chunks": "chunks and what they carry on"}
 WHY = "written out in the graph: "
 MIXED = "its loops and products are parts of one algorithm, which no rewrite takes together"
 
@@ -44,6 +49,8 @@ class Mixer:
     """Loops and products of one linear mixer, and the products with weights that it ends in."""
 
     ends: set[fx.Node]
+    parts: set[fx.Node] = field(default_factory=set)
+    behind: set[fx.Node] = field(default_factory=set)  # what its parts are made of
     rolled: list[tuple[Loop, Step]] = field(default_factory=list)
     products: list[Parallel] = field(default_factory=list)
     solves: bool = False  # a triangular system on the way into its products, by an operator or by substitution
@@ -61,25 +68,30 @@ def rolled(facts: GraphFacts, taken: Collection[fx.Node]) -> Iterator[Found | Un
     """
     mixers: list[Mixer] = []
     refused: list[tuple[Loop, NoMatch]] = []
+    whole, why_not = _of_chunks(facts, taken)
+    yield from whole
+    taken = {*taken, *(node for found in whole for node in found.nodes)}
     for loop in loops(facts.graph, taken):
         step = _step(loop, mixers)
         if isinstance(step, Step):
-            _enter(mixers, _ends(loop.nodes)).rolled.append((loop, step))
+            _enter(mixers, _ends(loop.nodes), loop.nodes).rolled.append((loop, step))
         elif step is not None and loop.steps >= FEWEST:
             refused.append((loop, step))
     for found in parallels(facts, taken):
         around = next((m for m in mixers if any(found.node in loop.nodes for loop, _ in m.rolled)), None)
         around = around or next((m for m in mixers if any(found.shares(p) for p in m.products)), None)
-        (around or _enter(mixers, _ends([found.node]))).products.append(found)
+        (around or _enter(mixers, _ends([found.node]), [found.node])).products.append(found)
     behind = {id(mixer): _behind(facts, mixer) for mixer in mixers}
     for mixer in mixers:
         mixer.solves |= any(behind[id(mixer)].intersection(loop.nodes) for loop, _ in refused)
         mixer.solves |= any(op_name(node) in SOLVES for node in behind[id(mixer)])
-        yield _found(facts, mixer)
+        yield _found(facts, mixer, why_not)
     for loop, why in refused:
         if not any(nodes.intersection(loop.nodes) for nodes in behind.values()):
             yield missed(why.node, why)
     inside = {node for mixer in mixers for loop, _ in mixer.rolled for node in loop.nodes}
+    for why in bent(facts, {*taken, *inside}):
+        yield missed(why.node, why)
     for total, read, match in cumulatives(facts, {*taken, *inside}):
         yield _one(facts, read, match, "sums", frozenset([total, read]))
     for node, match in scans(facts, taken):
@@ -134,17 +146,49 @@ def _ends(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return ends
 
 
-def _enter(mixers: list[Mixer], ends: set[fx.Node]) -> Mixer:
-    """The mixer that ends like this, made if there is none."""
+def _enter(mixers: list[Mixer], ends: set[fx.Node], nodes: Sequence[fx.Node]) -> Mixer:
+    """The mixer that ends like this and has what these nodes read, or reads them; made if there is none."""
+    behind = _sources(nodes)
     for mixer in mixers:
-        if mixer.ends & ends:
-            mixer.ends |= ends
-            return mixer
-    mixers.append(Mixer(ends))
-    return mixers[-1]
+        if mixer.ends & ends and (behind & mixer.parts or mixer.behind.intersection(nodes)):
+            break
+    else:
+        mixer = Mixer(ends)
+        mixers.append(mixer)
+    mixer.ends |= ends
+    mixer.parts |= set(nodes)
+    mixer.behind |= behind
+    return mixer
 
 
-def _found(facts: GraphFacts, mixer: Mixer) -> Found:
+def _sources(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """What `nodes` are made of, back to products with weights."""
+    seen, stack = set(nodes), list(nodes)
+    while stack:
+        fresh = [x for x in stack.pop().all_input_nodes if x not in seen and op_name(x) not in WEIGHTED]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return seen
+
+
+def _of_chunks(facts: GraphFacts, taken: Collection[fx.Node]) -> tuple[list[Found], list[tuple[Chunks, NoMatch]]]:
+    """The mixers that are written in chunks and are proved to be one operator; the others, with the reason."""
+    found: list[Found] = []
+    left: list[tuple[Chunks, NoMatch]] = []
+    for chunks in chunked(facts, taken):
+        match = whole(facts, chunks)
+        if isinstance(match, NoMatch):
+            left.append((chunks, match))
+            continue
+        one = _one(facts, chunks.out, match, "chunks", frozenset(chunks.inside))
+        assert isinstance(one, Found)
+        given = any(n.target is RECURRENCE and n.args[INITIAL] is not None for n in match.graph.nodes)
+        rule = replace(one.region.rule, chunk=chunks.size, state_in=given, state_out=len(match.outs) > 1)
+        found.append(replace(one, region=replace(one.region, rule=rule)))
+    return found, left
+
+
+def _found(facts: GraphFacts, mixer: Mixer, why_not: Sequence[tuple[Chunks, NoMatch]]) -> Found:
     rule, shape = _of_products(mixer.main) if mixer.products else (RecurrenceRule(), None)
     anchor = mixer.main.node if mixer.products else None
     nodes = {found.node for found in mixer.products}
@@ -154,7 +198,7 @@ def _found(facts: GraphFacts, mixer: Mixer) -> Found:
         nodes |= set(loop.nodes)
     assert anchor is not None and shape is not None
     rule = replace(rule, delta=rule.delta or mixer.solves)
-    match, written = _rewriting(facts, mixer), "loop" if mixer.rolled else "products"
+    match, written = _rewriting(facts, mixer, why_not), "loop" if mixer.rolled else "products"
     choice = Choice(AS_WRITTEN, WHY + match.reason) if isinstance(match, NoMatch) else _chosen(match, written)
     if isinstance(match, Rewriting):
         rule, shape = replace(match.rule, state_in=rule.state_in, state_out=rule.state_out), match.shape
@@ -169,12 +213,15 @@ def _found(facts: GraphFacts, mixer: Mixer) -> Found:
     return Found(region, match if taken else None, facts if taken else None, nodes=frozenset(nodes))
 
 
-def _rewriting(facts: GraphFacts, mixer: Mixer) -> Rewriting | NoMatch:
+def _rewriting(facts: GraphFacts, mixer: Mixer, why_not: Sequence[tuple[Chunks, NoMatch]]) -> Rewriting | NoMatch:
     """What may take the place of a mixer; why nothing may."""
     if mixer.rolled and not mixer.products and not mixer.solves and len(mixer.rolled) == 1:
         return reroll(facts, mixer.rolled[0][0])
     if mixer.products and not mixer.rolled and not mixer.solves:
         return quadratic(facts, mixer.products)
+    for chunks, why in why_not:
+        if mixer.parts.intersection(chunks.inside):
+            return NoMatch(f"{MIXED}: {why.reason}", why.node)
     return NoMatch(MIXED, mixer.main.node if mixer.products else mixer.rolled[0][0].blocks[-1][0])
 
 
