@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -70,9 +70,9 @@ def check(
     smaller = _substitution(match, leaves, exact)
     if isinstance(smaller, str):
         return Verdict(False, 0.0, smaller)
-    written, inputs = _instance(inside(match, leaves), match.out, leaves, smaller)
-    for node, data in zip(written.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node.meta["requires_grad"] = training and data.is_floating_point()
+    written = _instance(inside(match, leaves), match.out, leaves, smaller)
+    for node in written.graph.find_nodes(op="placeholder"):
+        node.meta["requires_grad"] = training and node.meta["val"].is_floating_point()
     facts = GraphFacts(written.graph)
     found = [lift(facts, anchor) for anchor in anchors(written.graph)]
     again = [m for m in found if isinstance(m, Match)]
@@ -84,7 +84,8 @@ def check(
     rewrite(twin, lift_again(twin, renamed[again[0].anchor]), spelling, weights)
     changed.graph.eliminate_dead_code()
     changed.recompile()
-    verdict = _compare(written, changed, inputs, training, None if exact else torch.finfo(torch.float32).max)
+    limit = None if exact else torch.finfo(torch.float32).max
+    verdict = _compare(written, changed, _drawn(written), training, limit)
     if exact or not verdict.passed:
         return verdict
     size = "" if not smaller else f" of length {max(smaller.values())}"
@@ -109,6 +110,7 @@ class Change:
     out, leaves: where the subgraph ends and begins. flops: of one run of both at the written lengths.
     lengths: which may be replaced by smaller ones, larger than `apart`. kept: sizes that are none of these.
     make: changes the subgraph alone that ends in the given node; False where it does not find what to change.
+    narrower: smaller numbers of heads and channels, and of their products, in the same proportions; tried first.
     placed: whether the lengths are the sizes of leaves[0] before its last, and no sizes of the other leaves.
     """
 
@@ -121,6 +123,7 @@ class Change:
     make: Callable[[fx.Graph, fx.Node], bool]
     apart: int = 0
     placed: bool = False
+    narrower: Mapping[int, int] = field(default_factory=dict)
 
 
 Trial = Callable[[GraphFacts, Change], Verdict]
@@ -152,21 +155,41 @@ def trial_of(store: Store | None) -> Trial:
 
 def _tried(facts: GraphFacts, change: Change, store: Store) -> Verdict:
     nodes = _behind(facts, change)
+    narrow = {} if change.flops <= QUICK or set(change.lengths) & change.narrower.keys() else change.narrower
+    if narrow:
+        kept = {*narrow, *change.kept}
+        tight = replace(change, kept=tuple(kept), apart=max(narrow.get(n, n) for n in change.kept))
+        try:
+            found = _tried_at(facts, tight, nodes, narrow, store)
+        except Exception:  # a size outside of these proportions: as wide as written, it is said what is wrong
+            log.debug("check of %s at narrower heads failed", change.name, exc_info=True)
+            found = None
+        if found is not None and not found.unknown:
+            return found
+    found = _tried_at(facts, change, nodes, {}, store)
+    return found or Verdict(False, 0.0, "the region at a smaller size is not recognised again")
+
+
+def _tried_at(
+    facts: GraphFacts, change: Change, nodes: Sequence[fx.Node], narrow: Mapping[int, int], store: Store
+) -> Verdict | None:
+    """The verdict of the subgraph with smaller lengths and `narrow` sizes; None where it is not recognised again."""
     smaller = _shorter(change, nodes)
     if isinstance(smaller, str):
         return Verdict(False, 0.0, smaller, unknown=True)
+    smaller = {**narrow, **smaller}
     training = facts.needs_grad(change.out)
-    written, inputs = _instance(nodes, change.out, change.leaves, smaller, _placed(change, smaller))
+    written = _instance(nodes, change.out, change.leaves, smaller, _placed(change, smaller))
     key = f"{change.name} {training} {_text_of(written.graph)}"
     known = store.get(key)
     if known is not None:
         return Verdict(bool(known["passed"]), float(known["error"]), str(known["reason"]))  # type: ignore[arg-type]
     changed, renamed = _twin(written)
     if not change.make(changed.graph, renamed[written.graph.output_node().args[0]]):
-        return Verdict(False, 0.0, "the region at a smaller size is not recognised again")
+        return None
     changed.graph.eliminate_dead_code()
     changed.recompile()
-    verdict = _compare(written, changed, inputs, training, None)
+    verdict = _compare(written, changed, _drawn(written), training, None)
     store.put(key, {"passed": verdict.passed, "error": verdict.error, "reason": verdict.reason})
     return verdict
 
@@ -271,16 +294,14 @@ def _instance(
     leaves: Sequence[fx.Node],
     smaller: dict[int, int],
     sizes: Mapping[fx.Node, list[int]] | None = None,
-) -> tuple[fx.GraphModule, list[Any]]:
-    """The region alone as a graph over its leaves, at the smaller size, with data to run it on.
+) -> fx.GraphModule:
+    """The region alone as a graph over its leaves, at the smaller size.
 
     sizes: of leaves whose smaller sizes do not follow from their values.
     """
     graph, root = fx.Graph(), torch.nn.Module()
     env: dict[fx.Node, Any] = {}
-    inputs: list[Any] = []
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    generator = torch.Generator().manual_seed(0)
 
     def small(x: Any) -> Any:
         if isinstance(x, torch.SymInt):
@@ -302,11 +323,10 @@ def _instance(
                 env[node].meta["val"] = mode.from_tensor(number)
             continue
         if node in leaves or node.op in ("placeholder", "get_attr"):
-            data = _data(value, (sizes or {}).get(node) or [small(s) for s in value.shape], generator)
+            shape = (sizes or {}).get(node) or [small(s) for s in value.shape]
             env[node] = graph.placeholder(node.name)
             with mode:
-                env[node].meta["val"] = mode.from_tensor(data)
-            inputs.append(data)
+                env[node].meta["val"] = torch.empty(shape, dtype=value.dtype, device=_run_on(value.device))
             continue
         args = _mapped(node.args, env, small)
         kwargs = _mapped(node.kwargs, env, small)
@@ -315,7 +335,7 @@ def _instance(
             plain_args, plain_kwargs = _fakes(args), _fakes(kwargs)
             env[node].meta["val"] = node.target(*plain_args, **plain_kwargs)
     graph.output(env[out])
-    return fx.GraphModule(root, graph), inputs
+    return fx.GraphModule(root, graph)
 
 
 def _number(node: fx.Node) -> torch.Tensor | None:
@@ -334,14 +354,21 @@ def _fakes(tree: Any) -> Any:
     return fx.node.map_arg(tree, lambda n: n.meta["val"])
 
 
-def _data(value: torch.Tensor, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+def _drawn(written: fx.GraphModule) -> list[torch.Tensor]:
+    """Data to run an instance on; the same for the same graph."""
+    generator = torch.Generator().manual_seed(0)
+    return [_data(node.meta["val"], generator) for node in written.graph.find_nodes(op="placeholder")]
+
+
+def _data(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    shape = tuple(value.shape)
     if value.dtype == torch.bool:
         drawn = torch.rand(shape, generator=generator) < 0.7
     elif value.dtype.is_floating_point:
         drawn = torch.randn(shape, generator=generator).to(value.dtype)
     else:
-        drawn = torch.randint(0, 2, tuple(shape), generator=generator, dtype=torch.int64).to(value.dtype)
-    return drawn.to(_run_on(value.device))
+        drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int64).to(value.dtype)
+    return drawn.to(value.device)
 
 
 def _run_on(device: torch.device) -> torch.device:

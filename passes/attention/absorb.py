@@ -25,6 +25,7 @@ from attnc.passes.attention.absorbed import Absorbed, Axes, Channels, Matrix, ab
 from attnc.passes.attention.latent import (
     Expansion,
     Latent,
+    LatentShape,
     absorbed_work,
     expanded_work,
     has_few_rows,
@@ -36,6 +37,7 @@ from attnc.passes.check import Change, Orders, Trial
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
 
 aten = torch.ops.aten
+LEAST = 4  # heads and channels that a check keeps
 
 
 def keep_latent(graph: fx.Graph, device_of: Callable[[str], Device], trial: Trial) -> Orders:
@@ -108,7 +110,7 @@ def _change(facts: GraphFacts, found: Latent | Absorbed) -> Change:
     s = found.shape
     work = sum(flops for flops, _ in (absorbed_work(s), expanded_work(s)))
     kept = (s.B, s.H, s.nope, s.rope, s.rank, s.width, s.rank + s.rope, s.nope + s.rope)
-    make = partial(Change, "latent order", lengths=(s.L, s.S), flops=work, make=_again)
+    make = partial(Change, "latent order", lengths=(s.L, s.S), flops=work, make=_again, narrower=narrower(s))
     if isinstance(found, Absorbed):
         joined = s.rank if found.match.key.more else 0  # products over as many channels as keys are not joined
         return make(found.out[0], found.leaves, kept=kept, apart=max(s.H, joined))
@@ -117,6 +119,20 @@ def _change(facts: GraphFacts, found: Latent | Absorbed) -> Change:
     leaves = tuple(dict.fromkeys([*found.match.query.sources, *held, *shared, *found.match.captured]))
     rows = [hint(n) for node in held[1:] for n in tensor_of(node).shape]  # type: ignore[union-attr]
     return make(found.match.out, leaves, kept=(*kept, *rows))
+
+
+def narrower(s: LatentShape) -> dict[int, int]:
+    """Fewer heads and channels in the same proportions, none below LEAST, with the numbers made of them.
+
+    {} where a sum could be taken for a product, or the batch for either.
+    """
+    sizes = (s.H, s.nope, s.rope, s.rank, s.width)
+    by = max(d for d in range(1, max(1, min(sizes) // LEAST) + 1) if all(n % d == 0 for n in sizes))
+    sums = {*sizes, s.rank + s.rope, s.nope + s.rope, s.nope + s.width}
+    small = {n: n // by for n in sums}
+    products = {s.H * n: s.H * n // by**2 for n in sums}
+    mixed = sums & products.keys() or s.B in small or s.B in products
+    return {} if by == 1 or mixed else small | products
 
 
 def _again(graph: fx.Graph, out: fx.Node) -> bool:

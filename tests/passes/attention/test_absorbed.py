@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 import attnc
+from attnc.passes import check
 from attnc.passes.attention import absorb, folded
+from attnc.passes.attention.latent import LatentShape
 from tests.gallery_family_a import KnockingHeads
 from tests.gallery_run import assert_same, attention, attnc_compiled, run
 
@@ -30,7 +35,7 @@ class Absorbed(nn.Module):
         return *self.q(x).view(*x.shape[:2], HEADS, -1).split([NOPE, ROPE], -1), w[:, :NOPE], w[:, NOPE:]
 
     def mask(self, L: int, S: int) -> Tensor:
-        return torch.full((L, S), -torch.inf).triu(S - L + 1)
+        return torch.full((L, S), -torch.inf, device=self.up.weight.device).triu(S - L + 1)
 
     def forward(self, x: Tensor, latent: Tensor, rope: Tensor) -> Tensor:
         nope, rotary, up_k, up_v = self.parts(x)
@@ -263,6 +268,55 @@ def test_a_wrong_expansion_is_caught_and_left_as_written(monkeypatch, tmp_path) 
     (region,) = attention(report)
     assert region.shape.H == 1 and not report.notes
     assert any("its output differs by" in problem and "left as written" in problem for problem in report.problems)
+
+
+@pytest.fixture
+def deepseek_v3(monkeypatch, tmp_path):
+    """Explains a prefill of 4,096 tokens at DeepSeek-V3's widths, on meta: the report, and how large what is run is."""
+    drawn, sizes = check._drawn, []
+
+    def watched(written):
+        data = drawn(written)
+        sizes.extend(x.numel() for x in data)
+        return data
+
+    monkeypatch.setattr(check, "_drawn", watched)
+    for name, size in (("HEADS", 128), ("NOPE", 128), ("ROPE", 64), ("RANK", 512), ("WIDTH", 128)):
+        monkeypatch.setattr(sys.modules[__name__], name, size)
+
+    def explain(model: type[nn.Module]) -> tuple[attnc.Report, list[int]]:
+        with torch.device("meta"), torch.no_grad():
+            args = [torch.randn(1, 4096, width) for width in (20, 512, 64)]
+            return attnc.explain(model(), *args, device="h200", options={"store": str(tmp_path)}), sizes
+
+    return explain
+
+
+@pytest.mark.parametrize("name", ["einsum", "deepseek", "bmm"])
+def test_a_prefill_of_deepseek_v3_is_tried_at_few_heads_of_few_channels(deepseek_v3, name: str) -> None:
+    report, sizes = deepseek_v3(WRITTEN[name])
+    (region,) = attention(report)
+    assert (region.shape.H, region.shape.L) == (128, 4096) and not report.problems
+    assert "over keys and values of 128 heads made from its latents, not as written" in report.notes[0]
+    assert sizes and max(sizes) < 1 << 16
+
+
+def test_a_wrong_expansion_is_caught_at_few_heads_too(deepseek_v3, monkeypatch) -> None:
+    per_head = absorb._per_head_of
+    wrong = lambda emit, matrix: emit(torch.ops.aten.mul.Tensor, per_head(emit, matrix), 1.01)  # noqa: E731
+    monkeypatch.setattr(absorb, "_per_head_of", wrong)
+    report, sizes = deepseek_v3(Absorbed)
+    (problem,) = report.problems
+    assert "its output differs by" in problem and not report.notes and max(sizes) < 1 << 16
+
+
+def test_fewer_heads_keep_proportions_and_are_given_up_where_numbers_mix() -> None:
+    v3 = LatentShape(B=1, H=128, L=4096, S=4096, nope=128, rope=64, rank=512, width=128)
+    small = absorb.narrower(v3)
+    assert [small[n] for n in (128, 64, 512, 192, 576, 256)] == [8, 4, 32, 12, 36, 16]
+    assert small[128 * 256] == small[128] * small[256] == 128
+    assert not absorb.narrower(replace(v3, B=128)) and not absorb.narrower(replace(v3, rope=5))
+    assert not absorb.narrower(replace(v3, H=8, rank=1024))  # 8 heads of 128 channels are as many as the latents
 
 
 def test_a_wrong_fold_is_caught_and_left_as_written(monkeypatch, tmp_path) -> None:
