@@ -260,6 +260,6 @@ def _add_sink_grads(x: Operands, sink: Expr, buffers: dict[int, Tensor], delta: 
         given = given.sum(over, keepdim=True) if over else given
         at = [_held(over_rows(e), table.shape[d]).expand(given.shape) for d, e in enumerate(load.args[1:])]
         if at:
-            table.index_put_(at, given, accumulate=True)
+            table.index_put_(tuple(at), given, accumulate=True)
         else:
             table.add_(given.sum())

@@ -142,7 +142,8 @@ class Chunked(RecurrentForm):
         run: Any = gpu_recurrence_backward.backward if plain else normalised_backward
         found = run(kernels, given, grads, rule, self.kernels)
         # Laid out as the inputs, as the operator says under compilers.
-        return [torch.empty_like(x).copy_(grad) for x, grad, need in zip(given, found, needs, strict=True) if need]
+        pairs = ((x, grad) for x, grad, need in zip(given, found, needs, strict=True) if need)
+        return [torch.empty_like(x).copy_(grad) for x, grad in pairs if x is not None]
 
     def space(self, region: Region, device: Device) -> tuple[Form, ...]:
         if self.refuse(region) is not None or self.untargeted(device) is not None:
