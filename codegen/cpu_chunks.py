@@ -95,10 +95,10 @@ class Chunks:
     """Operands (n, N, C, ...), in the dtype of the state (N, K, V). correct: rows p; low_rank: rows p and columns b.
 
     q and k may be those of the keys, N a multiple, unless there is p or a decay by channel. v is overwritten under p.
-    earlier: q reads the state before its token. silent: the outputs are not wanted.
+    earlier: q reads the state before its token. silent: the outputs are not wanted, and there is no q.
     """
 
-    q: Tensor
+    q: Any
     k: Tensor
     v: Tensor
     p: Any
@@ -123,7 +123,7 @@ class InChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
         done, ctx.done = ctx.done, None
-        q, k, v, p, b, g, state = done.gradients(grad_out, grad_state)
+        q, k, v, p, b, g, state = done.gradients(grad_out, grad_state, ctx.needs_input_grad[5])
         if g is not None:
             g = g.view(*v.shape[:2], *ctx.like.shape[2:]).sum_to_size(ctx.like.shape)
         return q, k, v, p, b, g, state, None, None
@@ -253,7 +253,7 @@ class _Done:
 
     # The gradient.
 
-    def gradients(self, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(self, grad_out: Tensor, grad_state: Tensor, decaying: bool) -> tuple[Tensor | None, ...]:
         x, do = self.x, _flat(grad_out.contiguous())
         shape = x.v.shape
         dS, of_right = self._back(do, grad_state)
@@ -275,7 +275,7 @@ class _Done:
             of_scores[-1].diagonal(0, -2, -1).zero_()
         of_scores = [g.unflatten(0, shape[:2]) for g in of_scores]
         of_scores = [_sooner(g) if self._is_sooner(i) else g for i, g in enumerate(of_scores)]
-        rows, columns, sums = self.decay.gradients(self.rows, self.columns, of_scores, self.raw)
+        rows, columns, sums = self.decay.gradients(self.rows, self.columns, of_scores, self.raw if decaying else None)
         dq, dp = self._of_rows(rows, dq_hat, dp_hat)
         dk = _with(columns[0], dk_hat, self.decay.leave)
         db = None if x.b is None else _with(columns[1], db_hat, self.decay.leave)

@@ -152,7 +152,7 @@ class NoDecay:
                 yield for_heads(_product(r, c).tril_(), self.heads)
 
     def gradients(
-        self, rows: list[Tensor], columns: list[Tensor], grads: list[Tensor], _: list[Tensor]
+        self, rows: list[Tensor], columns: list[Tensor], grads: list[Tensor], scores: list[Tensor] | None
     ) -> tuple[list[Tensor], list[Tensor], None]:
         each = [of_keys(g.tril_(), rows[0].shape[1]) for g in grads]
         return *_through_products(rows, columns, each), None
@@ -189,16 +189,19 @@ class ByToken:
                 yield self._decayed(_product(r, c))
 
     def gradients(
-        self, rows: list[Tensor], columns: list[Tensor], grads: list[Tensor], scores: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Of the rows, of the columns, and of the sum of logarithms up to each token; `grads` are overwritten."""
-        of_sums = torch.zeros_like(grads[0][..., 0])
-        for g, a in zip(grads, scores, strict=True):
+        self, rows: list[Tensor], columns: list[Tensor], grads: list[Tensor], scores: list[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Of the rows, of the columns, and, given the scores, of the sum of logarithms up to each token.
+
+        `grads` are overwritten.
+        """
+        of_sums = None if scores is None else torch.zeros_like(grads[0][..., :1])
+        for g, a in zip(grads, scores or [], strict=False):
             both = g * a
             both.diagonal(0, -2, -1).zero_()
-            of_sums = of_sums + both.sum(-1) - both.sum(-2)
+            of_sums = of_sums + both.sum(-1, keepdim=True) - both.sum(-2)[..., None]
         each = [of_keys(g.mul_(self.pair), rows[0].shape[1]) for g in grads]
-        return *_through_products(rows, columns, each), of_sums[..., None]
+        return *_through_products(rows, columns, each), of_sums
 
 
 class ByChannel:
@@ -224,8 +227,8 @@ class ByChannel:
         yield from (x.unflatten(0, shape[:2]) for x in found)
 
     def gradients(
-        self, rows: list[Tensor], columns: list[Tensor], grads: list[Tensor], _: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        self, rows: list[Tensor], columns: list[Tensor], grads: list[Tensor], scores: list[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """As by token; the sum of logarithms moves what its rows and columns move."""
         shape = rows[0].shape
         rows, columns = ([_flat(x) for x in group] for group in (rows, columns))
@@ -243,18 +246,23 @@ class ByChannel:
                 for i, r in enumerate(rows_there):
                     found = torch.bmm(blocks[i * len(columns) + j].mT, r).view_as(right)
                     halves(into, s)[0].addcmul_(found, right)
-        of_sums = torch.zeros_like(rows[0])
-        for x, d in zip(rows, of_rows, strict=True):
-            of_sums.addcmul_(x, d)
-        for x, d in zip(columns, of_columns, strict=True):
-            of_sums.addcmul_(x, d, value=-1)
+        of_sums = None if scores is None else _summed(rows, of_rows, columns, of_columns).view(shape)
         for i, r in enumerate(rows):
             for j, c in enumerate(columns):
                 own = grads[i * len(columns) + j].diagonal(0, -2, -1)[..., None]
                 of_rows[i].addcmul_(own, c)
                 of_columns[j].addcmul_(own, r)
         of_rows, of_columns = ([x.view(shape) for x in group] for group in (of_rows, of_columns))
-        return of_rows, of_columns, of_sums.view(shape)
+        return of_rows, of_columns, of_sums
+
+
+def _summed(rows: list[Tensor], of_rows: list[Tensor], columns: list[Tensor], of_columns: list[Tensor]) -> Tensor:
+    found = torch.zeros_like(rows[0])
+    for x, d in zip(rows, of_rows, strict=True):
+        found.addcmul_(x, d)
+    for x, d in zip(columns, of_columns, strict=True):
+        found.addcmul_(x, d, value=-1)
+    return found
 
 
 Decay = NoDecay | ByToken | ByChannel

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attnc.codegen.cpu_chunks import InChunks, cut
 from attnc.codegen.cpu_gates import NEVER, divided, running_maximum, starts_of, stopped
-from attnc.codegen.cpu_scan import scanned
+from attnc.codegen.cpu_scan import scanned, stepped
 from attnc.rule_recurrence import RecurrenceRule
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -202,7 +202,7 @@ def _segment(
     q, k, v, decay, rates, beta, bonus, _, a, b = (None if t is None else t.to(acc) for t in x[:10])
     assert v is not None
     state = _first_state(x, rule) if state is None else state.expand(*_state_shape(x, rule))
-    if rule.gate == "exp" or bonus is not None or _is_scan(x, rule):  # else where they are cut into chunks
+    if rule.gate == "exp" or bonus is not None or v.shape[2] == 1 or _is_scan(x, rule):  # else where they are cut
         q, k = _normed(q, rule.qk_norm, rule.scale), _normed(k, rule.qk_norm, 1.0)
         rule = replace(rule, qk_norm=None, scale=1.0)
     x = Given(q, k, v, decay, rates, beta, bonus, None, a, b, starts)
@@ -254,10 +254,12 @@ def _linear(
     x: Given, state: Tensor, rule: RecurrenceRule, chunk: int, silent: bool, apart: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The linear core; apart: the outputs token by token, not in chunks."""
-    q, k, v, decay, rates, beta, bonus, _, _, _, starts = x
-    if starts is not None:
+    q, k, v, decay, rates, beta, bonus, _, a, b, starts = x
+    if starts is not None and v.shape[2] > 1:
         decay, rule = stopped(decay, starts, v, rule)
-    if _is_scan(x, rule):
+    if v.shape[2] == 1:
+        out, last = stepped(q, k, v, decay, rates, beta, a, b, state, starts, rule)
+    elif _is_scan(x, rule):
         out, last = scanned(q, k, v, decay, rates, beta, state, starts, rule)
     else:
         out, last = _in_chunks(x._replace(decay=decay), state, rule, chunk, silent)
@@ -285,11 +287,11 @@ def _in_chunks(x: Given, state: Tensor, rule: RecurrenceRule, chunk: int, silent
     w = None if x.beta is None else x.beta[..., None]
     v = cut(x.value, chunk, B * H, w)
     k = cut(key, chunk, alike, None, rule.qk_norm)
-    q = cut(query, chunk, alike, None, rule.qk_norm, rule.scale)
+    q = None if silent else cut(query, chunk, alike, None, rule.qk_norm, rule.scale)
     a, b = (None if t is None else cut(t, chunk, B * H) for t in (x.a, x.b))
     if x.documents is not None:
         keep = cut((~x.documents)[:, None, :, None].to(v), chunk, B)
-        if rule.read == "before":
+        if rule.read == "before" and q is not None:
             q = (q.unflatten(1, (B, -1)) * keep[:, :, None]).flatten(1, 2)
         if a is not None:
             a = (a.unflatten(1, (B, -1)) * keep[:, :, None]).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Linear recurrences element by element of the state, all tokens of a segment at once: blocks of a scan.
+"""Linear recurrences element by element of the state: one token, or all of a segment at once, as blocks of a scan.
 
 Source: Gu and Dao 2023, arXiv:2312.00752 (selective scan); Blelloch 1990, "Prefix sums and their applications".
 """
@@ -28,6 +28,28 @@ def scanned(q, k, v, decay, rates, write, state, starts, rule: RecurrenceRule) -
         read = read.masked_fill(starts[:, None, :, None, None], 0.0)
     out = read.sum(3) if q is None else (read * q[..., None]).sum(3)
     return out, states[:, :, -1]
+
+
+def stepped(q, k, v, decay, rates, write, a, b, state, starts, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, 1, V) and the state after one token; operands as `scanned` has them, a and b as q and k."""
+    H = v.shape[1]
+    q, k, a, b = (None if x is None else _for_heads(x, H) for x in (q, k, a, b))
+    before = state if starts is None else state.masked_fill(starts[:, None, :, None], 0.0)
+    factors = _factors(decay, rates, rule)
+    left = before if factors is None else before * factors.squeeze(2)
+    if rule.delta:
+        v = v - k @ left
+    if write is not None:
+        v = v * write[..., None]
+    last = left + v if k is None else torch.addcmul(left, k.mT, v)
+    if a is not None:
+        last = last + b.mT * (a @ before)
+    read = before if rule.read == "before" else last
+    return read.sum(2, keepdim=True) if q is None else q @ read, last
+
+
+def _for_heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def _factors(decay: Tensor | None, rates: Tensor | None, rule: RecurrenceRule) -> Tensor | None:
