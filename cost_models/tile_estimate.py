@@ -7,9 +7,9 @@ Bounds lie in tile_model.json by kind of call and size; benchmarks/fit_tiles.py 
 (a backward, other types than bf16 and fp16 in memory or in products, tcgen05, mfma) gets the widest of all and an
 allowance on either side.
 
-Bounds of what was compiled are the closed form's, lower on the low side by the allowance: the tables hold Triton kernels
-(SGLang's on the RTX PRO 6000; a few on the H100) but not the tiles, warps and stages that they ran with, so that none of
-their rows is compiled as it was timed. A GPU that measures our own settings will calibrate them.
+Bounds of what was compiled are the closed form's, lower on the low side by the allowance: the tables hold Triton
+kernels (SGLang's on the RTX PRO 6000; a few on the H100) but not the tiles, warps and stages that they ran with, so
+that none of their rows is compiled as it was timed. A GPU that measures our own settings will calibrate them.
 
 Source: as `attnc.cost_models.tile_model`.
 """
