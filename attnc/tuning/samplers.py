@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from attnc.forms.base import Form
-from attnc.tuning.surrogate import Array, Tried, propose
+from attnc.tuning.surrogate import Array, Features, Tried, propose
 from attnc.tuning.tree import Branch, Value, params_of, walk
 
 START = 6  # settings spread over the space before the first model, where no cheaper fidelity gives one
@@ -36,7 +36,7 @@ class Known:
 
     rows: Mapping[Form, int]
     tree: Branch | Form
-    points: Array
+    points: Features
     prior: Array | None
     logs: dict[int, float]
     failed: frozenset[int]
@@ -73,7 +73,8 @@ def _far(known: Known) -> int:
     taken = np.setdiff1d(np.arange(len(known.rows)), known.free)
     if not len(taken):
         return int(drawn[0])
-    gaps = ((known.points[drawn][:, None] - known.points[taken][None]) ** 2).sum(-1).min(1)
+    points = known.points.columns
+    gaps = ((points[drawn][:, None] - points[taken][None]) ** 2).sum(-1).min(1)
     return int(drawn[int(gaps.argmax())])
 
 
