@@ -75,8 +75,8 @@ def selected_backward(
     given = Operands(query, key, value, captured, sizes, rule)
     laid, lists = form.laid(chosen, given)
     needs = [*needs, *[False] * (len(laid.captured) - len(needs))]  # what the choice captures has no gradient
-    *grads, learned = cpu_key_lists.backward(grad_out, laid, lists, out, lse, needs)
-    return [*grads, *learned]
+    dq, dk, dv, learned = cpu_key_lists.backward(grad_out, laid, lists, out, lse, needs)
+    return [dq, form.folded(dk, key), form.folded(dv, value), *learned]
 
 
 @selected_backward.register_fake

@@ -154,11 +154,11 @@ def _at(operands: Operands, tile: KeyLists, e: Expr, score: Tensor | None = None
 
 def _keep(operands: Operands, tile: KeyLists) -> Tensor | None:
     """Pairs of the tiles that the rule keeps, broadcastable to (T, 1, m, n * width); None where it is all of them."""
-    if tile.keeps != "rule":
+    if tile.keeps == "diagonal" or (tile.keeps == "all" and not bool((tile.blocks < 0).any())):
         return None
     keys, S = tile.keys.view(len(tile), 1, 1, -1), operands.key.shape[2]
     there = (keys >= 0) & (keys < S)
-    if operands.rule.keep == TRUE:
+    if operands.rule.keep == TRUE or tile.keeps == "all":
         return there
     return there & _at(operands, tile, operands.rule.keep)
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 NONE = -1  # in place of a row or a block that a tile does not have
 CHUNK = 16  # a tile of rows sorted by block is a multiple of it
+CLASSES = 16  # lists of different lengths are run in about as many kinds
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class KeyLists:
     blocks: (T, n) int64, blocks of `width` keys, NONE where a tile has fewer; no block twice in a tile.
     place:  (T,) int64, position of the tile's key head in (B, H) laid flat.
     width:  keys of a block.
-    keeps:  "all": every row keeps every key of its tile, all of which are there; "diagonal": row n of a tile keeps its
-            first n + 1 keys; "rule": the rule is read. Only the last takes a mask.
+    keeps:  "all": every row keeps every key of the blocks of its tile; "diagonal": row n of a tile keeps its first
+            n + 1 keys; "rule": the rule is read. Only the last takes a mask, and "all" one of the blocks where a tile
+            has fewer.
     added:  (T, n * width), added to the score of each key, or None.
     """
 
@@ -137,6 +139,58 @@ def of_rows(chosen: Tensor, shape: tuple[int, int, int, int], blocks: int, width
             part = torch.where(which, one, NONE)
             if bool((part >= 0).any()):
                 found.append(sorted_by_block(part, shape, blocks, width, keeps=kind))
+    return found
+
+
+def of_tiles(chosen: Tensor, shape: tuple[int, int, int, int], tile_m: int, width: int, keeps: str) -> list[KeyLists]:
+    """Tiles of `tile_m` rows with lists of their own, those of like length together.
+
+    chosen: (B, Hq or H or 1, tiles, n). keeps: "all", "causal" (row i keeps j <= i, as many keys as rows) or "rule".
+    """
+    if keeps != "causal":
+        return ragged(listed(chosen, shape, tile_m, width, keeps=keeps))
+    first = torch.arange(chosen.shape[2], device=chosen.device).unsqueeze(-1) * tile_m
+    before = (chosen + 1) * width <= first + 1  # every row of the tile keeps every key of the block
+    parts = (("all", before), ("rule", ~before))
+    return [
+        lists
+        for kind, which in parts
+        for lists in ragged(listed(torch.where(which, chosen, NONE), shape, tile_m, width, keeps=kind))
+    ]
+
+
+def near_rows(
+    shape: tuple[int, int, int, int], width: int, near: int, first: int, device: torch.device
+) -> list[KeyLists]:
+    """What every row keeps of its own block, of the `near` before it and of the `first` ones, row i keeping j <= i.
+
+    shape: B, Hq, H, L, as many keys as rows. No list takes a mask.
+    """
+    own = torch.arange(-(-shape[3] // width), device=device).view(1, 1, -1, 1)
+    start = torch.arange(first, device=device)
+    before = torch.cat(
+        [own - torch.arange(1, near + 1, device=device), torch.where(start < own - near, start, NONE)], -1
+    )
+    return [
+        listed(own, shape, width, width, keeps="diagonal"),
+        *ragged(listed(before.clamp(min=NONE), shape, width, width, keeps="all")),
+    ]
+
+
+def ragged(lists: KeyLists) -> list[KeyLists]:
+    """The same tiles with few places that no block fills: those with like numbers of blocks together."""
+    blocks = lists.blocks.sort(-1, descending=True).values
+    counts = (blocks >= 0).sum(-1)
+    step = max(1, blocks.shape[-1] // CLASSES)
+    classes = -(-counts // step)
+    found = []
+    for one in classes.unique().tolist():
+        if one:
+            at = (classes == one).nonzero().squeeze(-1)
+            most = int(counts[at].max())
+            found.append(
+                replace(lists, rows=lists.rows[at], blocks=blocks[at, :most].contiguous(), place=lists.place[at])
+            )
     return found
 
 

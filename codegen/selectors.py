@@ -67,19 +67,78 @@ def block_means(key: Tensor, block: int) -> Tensor:
     return filled.sum(3) / (S - first).clamp(max=block).unsqueeze(-1)
 
 
-def top_blocks(
-    score: Tensor, own: Tensor, last: Tensor, block: int, count: int, *, sinks: int = 0, window: int = 1
-) -> Tensor:
-    """The `count` best blocks of each row, those always kept among them, NONE where fewer may be kept.
+def allowed_blocks(blocks: int, last: Tensor, block: int) -> Tensor:
+    """Which blocks begin at or before `last`: (..., blocks)."""
+    return torch.arange(blocks, device=last.device) * block <= last.unsqueeze(-1)
 
-    score: (B, heads, T, blocks). own, last: positions of the row and of the last key it may keep, broadcastable to
-    (B, heads, T). sinks, window: keys from the start, and up to `own`, whose blocks are always kept.
+
+def always_kept(blocks: int, own: Tensor, block: int, *, sinks: int, window: int) -> Tensor:
+    """Which blocks each row keeps whatever they score, (..., blocks): those of the first `sinks` keys, its own, and as
+    many before it as `window` - 1 keys may reach into; window 0: not its own either."""
+    place, at = torch.arange(blocks, device=own.device), own.unsqueeze(-1) // block
+    near = (place >= at - near_blocks(window, block)) & (place <= at) & (window > 0)
+    return (place * block < sinks) | near
+
+
+def near_blocks(window: int, block: int) -> int:
+    """Blocks before a row's own that a window is rounded up to."""
+    return -(-(window - 1) // block) if window else 0
+
+
+def block_shares(score: Tensor, last: Tensor, block: int, whole: int = 0) -> Tensor:
+    """Softmax of the scores (B, heads, T, blocks) over the blocks that each row may keep; 0 elsewhere.
+
+    whole: number of keys; only blocks of which a row may keep every key then count, 0: those that begin in time. What is
+    formed of all keys of a block says something about keys behind a row that ends in it.
+    """
+    if whole:
+        last = torch.where(last >= whole - 1, whole + block, last) - block + 1
+    allowed = allowed_blocks(score.shape[-1], last, block)
+    return score.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+def top_blocks(
+    score: Tensor,
+    own: Tensor,
+    last: Tensor,
+    block: int,
+    count: int,
+    *,
+    sinks: int = 0,
+    window: int = 1,
+    mass: int = 0,
+    least: int = 0,
+    together: bool = False,
+) -> Tensor:
+    """The `count` best blocks of each row, those always kept among them and first, NONE where fewer are kept, last.
+
+    score: (B, heads, T, blocks), shares of blocks where there is a mass or a least one. own, last: positions of the row
+    and of the last key it may keep, broadcastable to (B, heads, T). sinks, window: as `always_kept`.
+    mass: percent of a row's shares; once the blocks hold it, no further one is kept. together: of those of all rows of
+    a head, the largest first. least: share of a block in 1/10000 below which it is not kept. 0: no bound.
     """
     blocks = score.shape[-1]
-    place = torch.arange(blocks, device=score.device)
-    own, last = own.unsqueeze(-1), last.unsqueeze(-1)
-    forced = (place * block < sinks) | ((place >= (own - window + 1).clamp(min=0) // block) & (place <= own // block))
-    score = torch.where(forced, torch.inf, score.nan_to_num(0.0)).masked_fill(place * block > last, -torch.inf)
-    best, at = score.topk(min(count, blocks), -1)
-    at = at.masked_fill(best == -torch.inf, NONE)
+    allowed = allowed_blocks(blocks, last, block)
+    forced = always_kept(blocks, own, block, sinks=sinks, window=window)
+    score = score.nan_to_num(0.0).masked_fill(~allowed, -torch.inf)
+    best, at = torch.where(forced & allowed, torch.inf, score).topk(min(count, blocks), -1)
+    kept = best > -torch.inf
+    if least or 0 < mass < 100:
+        share, free = score.clamp(min=0.0).gather(-1, at), best == torch.inf
+        if least:
+            kept &= free | (share >= least / 10000)
+        if 0 < mass < 100:
+            whole = score.clamp(min=0.0).sum((2, 3) if together else -1, keepdim=True)
+            kept &= free | (_held(share, free, together) < mass / 100 * whole)
+    at = at.masked_fill(~kept, NONE)
     return at if count <= blocks else F.pad(at, (0, count - blocks), value=NONE)
+
+
+def _held(share: Tensor, free: Tensor, together: bool) -> Tensor:
+    """What the places before each one hold, (B, heads, T, n): those of its row, or all larger ones of its head."""
+    if not together:
+        return share.cumsum(-1) - share
+    ranked = torch.where(free, 1.0 + share, share).flatten(2)
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    flat = share.flatten(2).gather(-1, order).double()
+    return torch.zeros_like(flat).scatter(-1, order, flat.cumsum(-1) - flat).view_as(share)

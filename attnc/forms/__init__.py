@@ -9,15 +9,21 @@ from typing import TypeVar
 from attnc.errors import UsageError, did_you_mean
 from attnc.forms.base import AttentionForm, Form
 from attnc.forms.block_mixture import BlockMixture
+from attnc.forms.block_scores import BlockScores
 from attnc.forms.block_sparse import BlockSparse
 from attnc.forms.chunked import Chunked
+from attnc.forms.compressed_selection import CompressedSelection
 from attnc.forms.dense import Dense
 from attnc.forms.flash import Flash
 from attnc.forms.flash_decode import FlashDecode
+from attnc.forms.gated_blocks import GatedBlocks
 from attnc.forms.generated import BAR, IN
 from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.linear import LinearAttention
 from attnc.forms.low_rank import LowRank
+from attnc.forms.memory_blocks import MemoryBlocks
+from attnc.forms.page_bounds import PageBounds
+from attnc.forms.rectified import Rectified
 from attnc.forms.recurrent import RecurrentForm
 from attnc.forms.scan import Scan
 from attnc.forms.step import Step
@@ -36,6 +42,12 @@ FORMS: tuple[type[Form], ...] = (
     Hierarchical,
     LinearAttention,
     BlockMixture,
+    BlockScores,
+    GatedBlocks,
+    Rectified,
+    PageBounds,
+    MemoryBlocks,
+    CompressedSelection,
     Chunked,
     Scan,
     Step,

@@ -3,10 +3,15 @@
     g_ic = q_i . mean_{j in block c} k_j;   I_i = the blocks with the top_k largest g_ic among those before its own,
     its own block included in the count;    o_i = softmax_{j in I_i, kept}(score_ij) v_j
 
+With `mass` a row stops earlier (VMoBA): at the first blocks, the best before the others, that hold `mass` percent of
+softmax_c(scale g_ic) over the blocks that it may keep whole; with pick=head, of all rows of a head together, the
+largest pairs of a row and a block first. That looks at later rows: the choice of a causal model is then not causal.
+
 Rows are sorted by the block they chose, so that neighbouring rows may choose as they like; parts are merged by the
 log-sum-exp.
 
-Source: Lu et al. 2025, "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv:2502.13189, equations 1 to 8.
+Source: Lu et al. 2025, "MoBA: Mixture of Block Attention for Long-Context LLMs", arXiv:2502.13189, equations 1 to 8;
+mass and pick: Wu et al. 2025, "VMoBA", arXiv:2506.23858, section 3.
 Exact:  where top_k blocks are all there are.
 """
 
@@ -17,19 +22,21 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnc.codegen.selectors import block_means, last_keys, positions_of, top_blocks
+from attnc.codegen.selectors import block_means, block_shares, last_keys, positions_of, top_blocks
+from attnc.codegen.selectors_blocks import products
 from attnc.cost_models.cost import Work
 from attnc.forms.base import knob
-from attnc.forms.selected import BlockSelected, always_blocks
+from attnc.forms.selected import BlockSelected, always_blocks, always_of, scale_of
 from attnc.operands import Operands
 from attnc.region import ITEM_BYTES, AttentionRegion
 
 
 @dataclass(frozen=True)
 class BlockMixture(BlockSelected):
-    """block: keys averaged; top_k: blocks of a row, its own among them; sinks, window: keys whose blocks stay.
+    """block: keys averaged; top_k: blocks of a row at most, its own among them; sinks, window: keys whose blocks stay.
 
     share: whether each query head chooses ("head"), or those of a key head together, by the sum of their scores.
+    mass: percent of the softmax over blocks at which a row, or a head, has enough; 0: all of top_k.
     """
 
     name: ClassVar[str] = "block_mixture"
@@ -38,31 +45,45 @@ class BlockMixture(BlockSelected):
     sinks: int = knob(0, 64, role="semantic", unit="keys")
     window: int = knob(1, 512, role="semantic", unit="keys")
     share: str = knob("head", "group", role="semantic")
+    mass: int = knob(0, role="semantic", unit="percent")
+    pick: str = knob("row", "head", role="semantic")
+
+    @property
+    def is_distinct(self) -> bool:
+        return self.mass > 0 or self.pick == "row"
 
     @property
     def block_keys(self) -> int:
         return self.block
 
+    @property
+    def always(self) -> tuple[int, int]:
+        return always_of(self.sinks, self.window, self.block)
+
     def kept_blocks(self, S: int) -> int:
-        always = always_blocks(self.sinks, self.window, self.block)
-        return min(max(self.top_k, always), -(-S // self.block))
+        return min(max(self.top_k, always_blocks(self.sinks, self.window, self.block)), -(-S // self.block))
+
+    def keeps_all(self, region: AttentionRegion) -> bool:
+        return super().keeps_all(region) and (self.mass in (0, 100) or self.kept_blocks(region.shape.S) == 1)
 
     def choice_heads(self, given: Operands) -> int:
         return given.key.shape[1] if self.share == "group" else given.query.shape[1]
 
     def choose(self, given: Operands) -> Tensor:
-        query, mean = given.query, block_means(given.key, self.block)
-        B, _, L, _ = query.shape
-        score = query.to(mean.dtype).reshape(B, mean.shape[1], -1, query.shape[-1]) @ mean.mT
-        score = score.view(B, mean.shape[1], given.group, L, -1)
-        score = score.sum(2) if self.share == "group" else score.flatten(1, 2)
-        last = last_keys(given)
+        mean = block_means(given.key, self.block)
+        score, last = products(given.query.to(mean.dtype), mean), last_keys(given)
         own = positions_of(given, last)
-        if self.share == "group" and last.shape[1] > 1:
-            last, own = (x.unflatten(1, (-1, given.group)).amax(2) for x in (last, own))
+        if self.share == "group":
+            score = score.unflatten(1, (-1, given.group)).sum(2)
+            if last.shape[1] > 1:
+                last, own = (x.unflatten(1, (-1, given.group)).amax(2) for x in (last, own))
+        if self.mass:
+            score = score * (scale_of(given) * score.shape[1] / given.query.shape[1])
+            score = block_shares(score, last, self.block, given.key.shape[2])
         return top_blocks(
-            score, own, last, self.block, self.kept_blocks(given.key.shape[2]), sinks=self.sinks, window=self.window
-        )
+            score, own, last, self.block, self.kept_blocks(given.key.shape[2]),
+            sinks=self.sinks, window=self.window, mass=self.mass, together=self.pick == "head",
+        )  # fmt: skip
 
     def choosing(self, region: AttentionRegion) -> Work:
         s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)

@@ -24,7 +24,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnc.codegen.key_lists import KeyLists, listed, of_rows
+from attnc.codegen.key_lists import NONE, KeyLists, listed, near_rows, of_rows, of_tiles
+from attnc.codegen.selectors import near_blocks
 from attnc.cost_models.cost import Cost, Work
 from attnc.cost_models.device import Device
 from attnc.cost_models.roofline import BACKWARD
@@ -34,7 +35,7 @@ from attnc.forms.base import AttentionForm, Form
 from attnc.forms.flash import Flash
 from attnc.forms.masked import SETTLED, reference, settle_empty
 from attnc.operands import Operands
-from attnc.predicate import conjunction
+from attnc.predicate import conjunction, distances
 from attnc.region import ITEM_BYTES, AttentionRegion
 
 CAUSAL = parse("j <= i")
@@ -69,7 +70,11 @@ class Selected(AttentionForm):
 
     @abstractmethod
     def narrowed(self, chosen: Tensor, given: Operands) -> Operands:
-        """The same attention with the choice as part of the mask, and as a captured tensor."""
+        """The same attention with the choice as part of the mask, and as a captured tensor; keys may be added."""
+
+    def folded(self, gradient: Tensor, given: Tensor) -> Tensor:
+        """The gradient of a key or value, from that of the one that `laid` gives in its place."""
+        return gradient
 
     @abstractmethod
     def pairs(self, region: AttentionRegion) -> float:
@@ -165,6 +170,11 @@ class BlockSelected(Selected):
     def kept_blocks(self, S: int) -> int:
         """Blocks of each list, the forced ones among them, at most."""
 
+    @property
+    def always(self) -> tuple[int, int]:
+        """Blocks at the start that every row keeps, and blocks before its own; -1: its own neither."""
+        return 0, -1
+
     def choice_heads(self, given: Operands) -> int:
         """Heads that choose: Hq, H or 1."""
         return given.query.shape[1]
@@ -176,21 +186,34 @@ class BlockSelected(Selected):
     def laid(self, chosen: Tensor, given: Operands) -> tuple[Operands, Sequence[KeyLists]]:
         B, Hq, L, _ = given.query.shape
         H, S = given.key.shape[1:3]
-        shape, blocks = (B, Hq, H, L), -(-S // self.block_keys)
-        if self.tile_rows > 1 or L < FEW:
-            return given, [listed(chosen, shape, self.tile_rows, self.block_keys)]
-        is_causal = given.rule.keep == CAUSAL and L == S and S % self.block_keys == 0
-        return given, of_rows(chosen, shape, blocks, self.block_keys, "causal" if is_causal else "rule")
+        shape, width = (B, Hq, H, L), self.block_keys
+        blocks, is_causal = -(-S // width), given.rule.keep == CAUSAL and L == S
+        if self.tile_rows > 1:
+            return given, of_tiles(chosen, shape, self.tile_rows, width, "causal" if is_causal else "rule")
+        if L < FEW:
+            return given, [listed(chosen, shape, 1, width)]
+        first, near = self.always
+        if not is_causal or near < 0:
+            return given, of_rows(chosen, shape, blocks, width, "causal" if is_causal else "rule")
+        own = torch.arange(L, device=chosen.device).unsqueeze(-1) // width
+        rest = torch.where((chosen < first) | (chosen >= own - near), NONE, chosen).sort(-1, descending=True).values
+        rest = rest[..., : int((rest >= 0).sum(-1).max())]
+        return given, [
+            *near_rows(shape, width, near, first, chosen.device),
+            *of_rows(rest, shape, blocks, width, "all"),
+        ]
 
     def narrowed(self, chosen: Tensor, given: Operands) -> Operands:
-        blocks = -(-given.key.shape[2] // self.block_keys)
-        table = torch.zeros((*chosen.shape[:-1], blocks + 1), dtype=torch.bool, device=chosen.device)
-        table = table.scatter(-1, torch.where(chosen < 0, blocks, chosen), True)[..., :blocks]
-        heads, Hq = chosen.shape[1], given.query.shape[1]
-        head = const(0) if heads == 1 else H if heads == Hq else floordiv(H, const(given.group))
-        at = (B, head, divided(I, self.tile_rows), divided(J, self.block_keys))
+        table = marked(chosen, -(-given.key.shape[2] // self.block_keys))
+        at = (*self.place(chosen, given), divided(J, self.block_keys))
         keep = conjunction(given.rule.keep, load(len(given.captured), at, BOOL))
         return given._replace(captured=[*given.captured, table], rule=replace(given.rule, keep=keep))
+
+    def place(self, chosen: Tensor, given: Operands) -> tuple[Expr, Expr, Expr]:
+        """Where a row finds its list in `chosen`."""
+        heads = chosen.shape[1]
+        head = const(0) if heads == 1 else H if heads == given.query.shape[1] else floordiv(H, const(given.group))
+        return B, head, divided(I, self.tile_rows)
 
     def pairs(self, region: AttentionRegion) -> float:
         s = region.shape
@@ -200,11 +223,33 @@ class BlockSelected(Selected):
         return self.kept_blocks(region.shape.S) >= -(-region.shape.S // self.block_keys)
 
 
+def marked(chosen: Tensor, blocks: int) -> Tensor:
+    """Which of `blocks` blocks are in each list: (..., n) -> (..., blocks) boolean."""
+    table = torch.zeros((*chosen.shape[:-1], blocks + 1), dtype=torch.bool, device=chosen.device)
+    return table.scatter(-1, torch.where(chosen < 0, blocks, chosen), True)[..., :blocks]
+
+
+def scale_of(given: Operands) -> float:
+    """The factor of the product in the scores; 1 / sqrt(E) where they are no multiple of it."""
+    return given.rule.scale or given.query.shape[-1] ** -0.5
+
+
+def is_prefix(keep: Expr) -> bool:
+    """Whether `keep` is `j <= i + a constant` and no more."""
+    least = distances(keep)[0]
+    return least is not None and keep == parse(f"j - i <= {-least}")
+
+
 def divided(e: Expr, by: int) -> Expr:
     """`e // by`."""
     return e if by == 1 else floordiv(e, const(by))
 
 
-def always_blocks(sinks: int, window: int, block: int) -> int:
-    """Blocks that hold the first `sinks` keys or one of the `window` up to a row, at most."""
-    return -(-sinks // block) + -(-(window - 1) // block) + 1
+def always_of(sinks: int, window: int, block: int, rows: int = 1) -> tuple[int, int]:
+    """Blocks that hold the first `sinks` keys, and blocks before the last one of `rows` rows that `window` reaches."""
+    return -(-sinks // block), near_blocks(window + rows - 1 if window else 0, block) if window else -1
+
+
+def always_blocks(sinks: int, window: int, block: int, rows: int = 1) -> int:
+    """Blocks that each list keeps whatever it scores, at most."""
+    return sum(always_of(sinks, window, block, rows)) + 1

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from tests.forms.rules import Dims
+
+
+def _none(dims: Dims) -> dict[str, tuple[int, ...]]:
+    return {}
+
+
+def _gate(dims: Dims) -> dict[str, tuple[int, ...]]:
+    return {"gate_query": (dims.Hq, dims.E, 4), "gate_key": (dims.H, 3 * dims.E, 4)}
 
 
 @dataclass(frozen=True)
@@ -18,9 +29,83 @@ class Setting:
     wider: str = ""
     rules: tuple[str, ...] = ("plain", "causal", "softcap", "sink", "documents")
     trains: bool = True
+    looks_ahead: bool = False  # whether the published choice reads later rows: earlier outputs then depend on them
+    weights: Callable[[Dims], dict[str, tuple[int, ...]]] = _none  # what the user supplies: names and shapes
 
 
 SETTINGS = (
     Setting("block_mixture{block=16,top_k=3}", "block_mixture{block=16,top_k=16}", "block_mixture{block=16,top_k=4}"),
     Setting("block_mixture{block=8,top_k=4,sinks=8,window=12,share=group}", "block_mixture{block=64,top_k=4}"),
+    Setting(
+        "block_mixture{block=8,top_k=99,mass=40}",
+        "block_mixture{block=8,top_k=99,mass=100}",
+        "block_mixture{block=8,top_k=99,mass=60}",
+    ),
+    Setting(
+        "block_mixture{block=16,top_k=99,mass=40,pick=head}",
+        "block_mixture{block=16,top_k=99,mass=100,pick=head}",
+        "block_mixture{block=16,top_k=99,mass=70,pick=head}",
+        looks_ahead=True,
+    ),
+    *(
+        Setting(
+            f"block_scores{{rows=16,block=8,top_k=5,{more}}}",
+            f"block_scores{{rows=16,block=8,top_k=99,{more}}}",
+            f"block_scores{{rows=16,block=8,top_k=6,{more}}}",
+            looks_ahead=True,
+        )
+        for more in ("share=head", "pool=antidiagonal,stride=4,share=group", "pool=last,sinks=8,window=9,share=all")
+    ),
+    *(
+        Setting(
+            f"block_scores{{rows=16,block=8,top_k=99,mass=50,{more}}}",
+            f"block_scores{{rows=16,block=8,top_k=99,mass=100,{more}}}",
+            f"block_scores{{rows=16,block=8,top_k=99,mass=80,{more}}}",
+            looks_ahead=True,
+        )
+        for more in ("pick=head,share=group", "pool=antidiagonal,stride=8", "pool=last,share=all")
+    ),
+    Setting("block_scores{rows=8,block=8,top_k=3,sinks=0,window=0}", rules=("plain",)),  # regions of BiFormer
+    *(
+        Setting(
+            f"gated_blocks{{rows={rows},block=16,top_k=99,floor={floor},share={share}}}",
+            f"gated_blocks{{rows={rows},block=16,top_k=99,share={share}}}",
+            f"gated_blocks{{rows={rows},block=16,top_k=99,floor={floor // 4},share={share}}}",
+            looks_ahead=rows > 1,
+            weights=_gate,
+        )
+        for rows, floor, share in ((16, 2500, "head"), (1, 1500, "group"))
+    ),
+    Setting(
+        "rectified{rows=16,block=8,top_k=4}",
+        "rectified{rows=16,block=8,top_k=99}",
+        "rectified{rows=16,block=8,top_k=6}",
+        rules=("plain", "causal"),
+        looks_ahead=True,
+    ),
+    Setting("rectified{rows=1,block=8,top_k=3,share=group}", "rectified{rows=1,block=8,top_k=99}", rules=("causal",)),
+    *(
+        Setting(
+            f"page_bounds{{block=8,{more}}}",
+            "page_bounds{block=8,top_k=9}",
+            rules=("plain", "causal"),
+            trains=False,
+        )
+        for more in ("top_k=3", "top_k=4,sinks=4,window=5,share=group")
+    ),
+    *(
+        Setting(
+            f"memory_blocks{{block=8,keys=2,sinks=8,window=16,{more}}}",
+            "memory_blocks{block=8,keys=2,sinks=8,window=16,top_k=99}",
+        )
+        for more in ("top_k=6", "top_k=5,share=group")
+    ),
+    *(
+        Setting(
+            f"compressed_selection{{block=8,window=17,{more}top_k=5}}",
+            f"compressed_selection{{block=8,window=17,{more}top_k=99}}",
+            f"compressed_selection{{block=8,window=17,{more}top_k=6}}",
+        )
+        for more in ("", "sinks=0,", "length=4,stride=2,")
+    ),
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnc.codegen import feature_maps, linear_attention
 from attnc.mixers import linear, log_linear, test_time
+from attnc.mixers.native_sparse import native_sparse, selected_blocks
 from tests.conftest import Golden
 
 T = Mapping[str, Tensor]
@@ -111,6 +112,13 @@ def _memory(t: T, o: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"out": out.squeeze(1)}
 
 
+def _native_sparse(t: T, o: Mapping[str, Any]) -> dict[str, Tensor]:
+    knobs = {"block": o["block_size"], "top_k": o["block_counts"], "scale": o["scale"]}
+    gates = (t["g_cmp"], t["g_slc"], t["g_swa"])
+    out = native_sparse(t["q"], t["k"], t["v"], gates, window=o["window"], **knobs)
+    return {"out": out, "block_indices": selected_blocks(t["q"], t["k"], **knobs)}
+
+
 FILES: dict[str, Run] = {
     "linear_attention/n70_norm_state_grad": _linear,
     "linear_attention/n200_norm": _linear,
@@ -135,6 +143,8 @@ FILES: dict[str, Run] = {
     "titans_linear/n48_c16_grad": _titans,
     "titans_neural_memory/n32_chunk1_grad": _memory,
     "titans_neural_memory/n48_chunk4_batch4": _memory,
+    "nsa/n64_g2_grad": _native_sparse,
+    "nsa/n200_g2": _native_sparse,
 }
 
 
@@ -147,6 +157,8 @@ def test_golden_vectors_are_reproduced(name: str, golden: Callable[[str], Golden
         given[key].requires_grad_()
     found = FILES[name](given, file.options)
     for key, want in file.outputs.items():
+        if not want.is_floating_point() and key in found:  # a choice, in any order
+            want, found[key] = (x.long().sort(-1).values for x in (want, found[key]))
         assert key not in found or off(found[key], want) < 2e-6, key
     assert "out" in found
     reached = [(found[key], file.tensors[f"cot_{key}"].double()) for key in found if f"cot_{key}" in file.tensors]
