@@ -48,8 +48,8 @@ def explain(
     device:  the device that choices are made for, as "h100"; it need not be present. None: the one the model is on.
     options: as for torch.compile(backend="attnc").
 
-    Lengths are those of the inputs; a dimension marked with torch._dynamo.mark_dynamic stays symbolic. A model on meta
-    (`with torch.device("meta")`, its inputs too) takes no memory and nothing is run, however large: name a device then.
+    Lengths are those of the inputs; a dimension marked with torch._dynamo.mark_dynamic stays symbolic. A model that
+    is built under `torch.device("meta")`, and its inputs, take no memory and nothing is run: name a device then.
     Raises: UsageError if the model cannot be called like this or an option or device does not exist.
     """
     chosen = _options(options)
