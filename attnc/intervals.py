@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from attnc.expr import BOOL, INT, Expr
+from attnc.expr import BOOL, INT, Expr, combination
 
 Bound = tuple[Any, Any]
 Lookup = Callable[[Expr], "Bound | None"]
@@ -117,10 +117,11 @@ def _floordiv(x: Expr, go) -> Bound | None:
 
 
 def _mod(x: Expr, go) -> Bound | None:
-    bound, divisor = go(x.args[0]), x.args[1]
+    divisor = x.args[1]
     if not divisor.is_const or divisor.value <= 0 or x.kind != INT:
         return None
     c = divisor.value
+    bound = go(_congruent(x.args[0], c))
     if bound is None:
         return 0, c - 1
     low, high = bound
@@ -128,6 +129,14 @@ def _mod(x: Expr, go) -> Bound | None:
     if isinstance(same, torch.Tensor):
         return torch.where(same, low % c, 0), torch.where(same, high % c, c - 1)
     return (low % c, high % c) if same else (0, c - 1)
+
+
+def _congruent(e: Expr, c: int) -> Expr:
+    """`e` but for multiples of `c`, its coefficients as small as they get: `i - j` for `i + 3 * j` and 4."""
+    if e.op != "lin" or e.kind != INT:
+        return e
+    constant, terms = e.args
+    return combination(constant, {atom: (coef + c // 2) % c - c // 2 for atom, coef in terms}, INT)
 
 
 def _extreme(op):

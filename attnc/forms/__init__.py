@@ -7,26 +7,36 @@ from functools import lru_cache
 from typing import TypeVar
 
 from attnc.errors import UsageError, did_you_mean
+from attnc.forms.axial import Axial
 from attnc.forms.base import AttentionForm, Form
+from attnc.forms.bigbird import BigBird
+from attnc.forms.block_local import BlockLocal
 from attnc.forms.block_mixture import BlockMixture
 from attnc.forms.block_scores import BlockScores
 from attnc.forms.block_sparse import BlockSparse
 from attnc.forms.chunked import Chunked
 from attnc.forms.compressed_selection import CompressedSelection
 from attnc.forms.dense import Dense
+from attnc.forms.dilated_segments import DilatedSegments
 from attnc.forms.flash import Flash
 from attnc.forms.flash_decode import FlashDecode
 from attnc.forms.gated_blocks import GatedBlocks
 from attnc.forms.generated import BAR, IN
 from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.linear import LinearAttention
+from attnc.forms.longformer import Longformer
 from attnc.forms.low_rank import LowRank
 from attnc.forms.memory_blocks import MemoryBlocks
+from attnc.forms.neighborhood import Neighborhood
 from attnc.forms.page_bounds import PageBounds
 from attnc.forms.rectified import Rectified
 from attnc.forms.recurrent import RecurrentForm
 from attnc.forms.scan import Scan
+from attnc.forms.sinks_window import SinksWindow
+from attnc.forms.sliding_window import SlidingWindow
+from attnc.forms.spans import Spans
 from attnc.forms.step import Step
+from attnc.forms.strided import Strided
 from attnc.region import form_name
 from attnc.rule_attention import AttentionRule
 from attnc.rule_recurrence import RecurrenceRule
@@ -41,6 +51,16 @@ FORMS: tuple[type[Form], ...] = (
     LowRank,
     Hierarchical,
     LinearAttention,
+    SlidingWindow,
+    SinksWindow,
+    Strided,
+    BigBird,
+    Longformer,
+    DilatedSegments,
+    Axial,
+    BlockLocal,
+    Neighborhood,
+    Spans,
     BlockMixture,
     BlockScores,
     GatedBlocks,

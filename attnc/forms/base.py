@@ -28,16 +28,20 @@ Knobs = TypeVar("Knobs", bound="Form")
 
 @dataclass(frozen=True)
 class Knob:
-    """What a knob may be. role: "schedule" never changes results, "semantic" does."""
+    """What a knob may be. role: "schedule" never changes results, "semantic" does.
+
+    pattern: regular expression of the texts that are allowed beside the choices, "" for none; unit says what they are.
+    """
 
     choices: tuple
     role: str
     unit: str
+    pattern: str = ""
 
 
-def knob(*choices: Any, role: str = "schedule", unit: str = "") -> Any:
+def knob(*choices: Any, role: str = "schedule", unit: str = "", pattern: str = "") -> Any:
     """A field of a form; the first choice is its default."""
-    return field(default=choices[0], metadata={"knob": Knob(choices, role, unit)})
+    return field(default=choices[0], metadata={"knob": Knob(choices, role, unit, pattern)})
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,9 @@ def _value(form: str, key: str, text: str, allowed: Knob) -> Any:
     kind = type(allowed.choices[0])
     if kind is int and (re.fullmatch(r"[1-9][0-9]{0,8}", text) or (text == "0" and 0 in allowed.choices)):
         return int(text)
-    if kind is str and text in allowed.choices:
+    if kind is str and (text in allowed.choices or (allowed.pattern and re.fullmatch(allowed.pattern, text))):
         return text
     number = f"{'0 or ' if 0 in allowed.choices else ''}a positive integer in {allowed.unit or 'counts'}"
-    found = ", ".join(map(str, allowed.choices)) if kind is str else number
+    texts = ", ".join(map(str, allowed.choices)) + (f", or {allowed.unit}" if allowed.pattern else "")
+    found = texts if kind is str else number
     raise UsageError(f"knob {key}={text!r:.80} of form {form}: allowed is {found}. Leave {key} out for the default.")
