@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,6 +13,7 @@ from attnc.codegen.float8 import FLOAT8, wide_type, widest_type
 from attnc.expr import Expr, size
 from attnc.ops import parse_attention, spell_attention
 from attnc.passes.attention.lift import Match, sizes_of
+from attnc.passes.attention.operands import batch_of
 from attnc.passes.graph import GraphFacts, hint, tensor_of
 from attnc.predicate import rebuild
 from attnc.rule_attention import AttentionRule, AttentionShape
@@ -63,11 +65,14 @@ def _text(e: Expr) -> str:
 
 def _hint(match: Match, name: str) -> int:
     """The compile-time value of a symbolic size, read off the tensor that has it."""
-    operand, role = {"B": (match.query, "b"), "L": (match.query, "n"), "S": (match.key, "n")}[name]
-    value = tensor_of(operand.source)
-    kinds = [kind for kind, _ in operand.roles]
-    assert value is not None
-    return hint(value.shape[kinds.index(role)]) if role in kinds else 1
+    sides = {"B": (match.query, match.key, match.value), "L": (match.query,), "S": (match.key,)}[name]
+    role = "b" if name == "B" else "n"
+    for operand in sides:
+        kinds = [kind for kind, _ in operand.roles]
+        value = tensor_of(operand.source)
+        if role in kinds and value is not None:
+            return hint(value.shape[kinds.index(role)])
+    return 1
 
 
 def rewrite(
@@ -81,7 +86,7 @@ def rewrite(
     value = tensor_of(out)
     assert value is not None
     with graph.inserting_before(out):
-        batch = _batch(match)
+        batch = batch_of(graph, (match.query, match.key, match.value), match.batch)
         query = match.query.emit(graph, batch, match.q_heads)
         key = match.key.emit(graph, batch, match.q_heads)
         val = match.value.emit(graph, batch, match.q_heads)
@@ -115,15 +120,6 @@ def _kept(graph: fx.Graph, tensor: torch.Tensor) -> fx.Node:
     return graph.get_attr(name)
 
 
-def _batch(match: Match):
-    value = tensor_of(match.query.source)
-    kinds = [kind for kind, _ in match.query.roles]
-    if match.batch.is_const:
-        return int(match.batch.value)
-    assert value is not None
-    return value.shape[kinds.index("b")] if "b" in kinds else 1
-
-
 def _emit(graph: fx.Graph, target, *args) -> fx.Node:
     node = graph.call_function(target, args)
     node.meta["val"] = target(*fx.node.map_arg(args, lambda n: n.meta["val"]))
@@ -153,11 +149,11 @@ def _restore(graph: fx.Graph, match: Match, result: fx.Node, value: torch.Tensor
     labels = match.layout
     batch = [d for d, name in enumerate(labels) if name not in ("i", "e")]
     order = [*batch, labels.index("i"), labels.index("e")]
-    shape = [_size(value, d) for d in order]
+    shape = [value.shape[d] for d in order]
     current = tensor_of(result)
     assert current is not None
     if list(current.shape) != shape:
-        result = _emit(graph, aten.reshape.default, result, shape)
+        result = _emit(graph, aten.reshape.default, result, _sizes(graph, result, shape))
     inverse = [order.index(d) for d in range(len(order))]
     if inverse != list(range(len(order))):
         result = _emit(graph, aten.permute.default, result, inverse)
@@ -166,7 +162,17 @@ def _restore(graph: fx.Graph, match: Match, result: fx.Node, value: torch.Tensor
     return result
 
 
-def _size(value: torch.Tensor, dim: int):
-    return value.shape[dim]
-
-
+def _sizes(graph: fx.Graph, node: fx.Node, shape: Sequence[Any]) -> list[Any]:
+    """`shape` with what is known at run time only as nodes, read off `node`; one of them may be what is left."""
+    have = list(tensor_of(node).shape)  # type: ignore[union-attr]
+    found: list[Any] = []
+    for extent in shape:
+        if isinstance(extent, int):
+            found.append(extent)
+            continue
+        same = (d for d, own in enumerate(have) if not isinstance(own, int) and own.node.expr == extent.node.expr)
+        dim = next(same, None)
+        if dim is None and -1 in found:
+            return list(shape)
+        found.append(-1 if dim is None else _emit(graph, aten.sym_size.int, node, dim))
+    return found

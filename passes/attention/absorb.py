@@ -33,6 +33,7 @@ from attnc.passes.attention.latent import (
     seconds_of,
 )
 from attnc.passes.attention.lift import Match, anchors
+from attnc.passes.attention.operands import batch_of
 from attnc.passes.check import Change, Orders, Trial
 from attnc.passes.graph import GraphFacts, NoMatch, hint, module_path, tensor_of
 
@@ -177,8 +178,8 @@ def absorb(graph: fx.Graph, found: Latent) -> None:
     match, sdpa = found.match, found.match.written.startswith("sdpa")
     before = match.anchor if sdpa else match.products[0].node  # type: ignore[index]
     emit = Emitter(graph, match.out)
-    batch = int(match.batch.value) if match.batch.is_const else tensor_of(match.out).shape[0]  # type: ignore[union-attr]
     with graph.inserting_before(before):
+        batch = batch_of(graph, (match.query, match.key), match.batch)
         query = match.query.emit(graph, batch, match.q_heads)
         factor = match.query.factor * match.key.factor
         held = found.latents.emit(graph, batch, match.q_heads)
@@ -211,9 +212,9 @@ def expand(graph: fx.Graph, found: Absorbed) -> None:
     """Write the region of `found` over keys and values of every head."""
     match, node = found.match, found.out[0]
     emit = Emitter(graph, node)
-    batch = int(match.batch.value) if match.batch.is_const else tensor_of(match.out).shape[0]  # type: ignore[union-attr]
     first = match.anchor if found.scores is None else found.scores[0]
     with graph.inserting_before(first):
+        batch = batch_of(graph, [x for part in found.channels for x in (part.key, part.rows)], match.batch)
         held = next(part for part in found.channels if part.up is not None)
         latent = emit(aten.select.int, _column(emit, held, batch, match.q_heads), 1, 0)
         rows, columns = _columns(emit, found, latent, batch)

@@ -7,8 +7,9 @@ that bring that tensor to (B, heads, length, width).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import floordiv as floor_divide
 from typing import Any
 
 import torch
@@ -145,6 +146,21 @@ def _call(call: Any, target: Any, *args: Any) -> fx.Node:
     plain = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
     node.meta["val"] = target(*plain)
     return node
+
+
+def batch_of(graph: fx.Graph, operands: Sequence[Operand], extent: Expr) -> Any:
+    """The number of batches: an integer, or the node of one that is known at run time, read off an operand."""
+    if extent.is_const:
+        return int(extent.value)
+    call, size = graph.call_function, torch.ops.aten.sym_size.int
+    for operand in operands:
+        kinds = [kind for kind, _ in operand.roles]
+        if "b" in kinds:
+            return _call(call, size, operand.source, kinds.index("b"))
+        if "bh" in kinds:
+            joined = _call(call, size, operand.source, kinds.index("bh"))
+            return _call(call, floor_divide, joined, dict(operand.roles)["bh"])
+    return 1
 
 
 def trace_operand(

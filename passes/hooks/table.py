@@ -103,6 +103,7 @@ HOOKS: tuple[Hook, ...] = (
     *_library("retention", library.retention, "chunk", "fused_chunk", "fused_recurrent", "parallel"),
     *_library("lightning_attn", library.lightning, "chunk", "fused_recurrent"),
     *_library("gla", library.gated, "chunk", "fused_chunk", "fused_recurrent"),
+    *_library("gsa", library.slots, "chunk", "fused_recurrent"),
     *_library("delta_rule", library.delta, "chunk", "fused_chunk", "fused_recurrent"),
     *_library("gated_delta_rule", library.delta, "chunk", "fused_recurrent"),
     *_library("kda", library.delta, "chunk", "fused_recurrent"),
