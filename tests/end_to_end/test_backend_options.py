@@ -55,7 +55,7 @@ def test_wrong_options_are_named(options, says):
 def test_kernels_lie_in_the_store_that_the_options_name(inner, tmp_path, monkeypatch):
     for asked in ("refuse", "misfit"):  # a CPU will do: Triton's interpreter runs the kernels
         monkeypatch.setattr(Flash, asked, lambda *_: None)
-    model, x, own = Net(1), tokens(33), listing(kernel_folder(Options().store))
+    model, x, own = Net(1), tokens(17, 1), listing(kernel_folder(Options().store))
     tiles = {f"{kernel}block_{axis}": 16 for kernel in ("", "dq_", "dkv_") for axis in "mn"}
     force = Flash(**tiles, precision="ieee").spell()
     fast = compiled(model, inner=inner, force=force, options={"store": str(tmp_path / "a | b @ c")})
