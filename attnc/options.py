@@ -18,7 +18,8 @@ import torch
 from attnc.errors import UsageError, did_you_mean
 
 INNER = ("inductor", "aot_eager", "eager")
-WEIGHTS = ("query_map", "key_map", "window_factor", "linear_factor")  # what a user may supply for a region
+# What a user may supply for a region.
+WEIGHTS = ("query_map", "key_map", "window_factor", "linear_factor", "gate_query", "gate_key")
 LOG_LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
