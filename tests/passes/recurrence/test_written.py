@@ -74,7 +74,7 @@ def chunks_and_products(q, k, v, g, b):
         (delta_by_solve, {"decay": "token", "delta": True, "chunk": L, "written": "products"}),
         (delta_by_substitution, {"decay": "token", "delta": True, "chunk": L, "written": "products"}),
         (delta_by_token, {"decay": "token", "delta": True, "chunk": 1, "written": "loop"}),
-        (chunks_and_products, {"decay": "none", "delta": False, "chunk": 4, "written": "loop"}),
+        (chunks_and_products, {"decay": "none", "delta": False, "chunk": 4, "written": "chunks"}),
     ],
 )
 @pytest.mark.parametrize("exported", [False, True])
