@@ -15,7 +15,6 @@ Blelloch 1990, "Prefix sums and their applications" (sums by halves).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from torch import Tensor
 BASE = 16  # rows of the blocks whose inverse comes from substitution
 LEAST = -1e4  # a logarithm whose exponential is 0
 FAINT = {torch.float32: 1e-32, torch.float64: 1e-290}
+NOTHING = {torch.float32: -80.0, torch.float64: -700.0}  # its exponential is faint, but not subnormal: that is slow
 Both = tuple[Tensor, Tensor]
 
 
@@ -106,7 +106,7 @@ def by_halves(g: Tensor) -> tuple[list[Level], Tensor, Tensor]:
 
 
 class Sums(NamedTuple):
-    """Which logarithms a product sums, and minus infinity where a sum stands for nothing.
+    """Which logarithms a product sums, and what is added where a sum stands for nothing.
 
     inner: of pairs within a block of s tokens, (s, s s). outer: for each block, from every token before to its start,
     (C, C / s C); from each block's start to its tokens, from the chunk's start, to its end, (C, C) each.
@@ -131,7 +131,7 @@ def _sums(C: int, dtype: torch.dtype, device: torch.device) -> Sums:
     found = [
         x
         for sums, none in ((inner.flatten(1), (column > row).flatten()), (outer, without))
-        for x in (sums.to(dtype), torch.zeros(none.shape, dtype=dtype).masked_fill_(none, -math.inf))
+        for x in (sums.to(dtype), torch.zeros(none.shape, dtype=dtype).masked_fill_(none, NOTHING[dtype]))
     ]
     return Sums(s, *(x.to(device) for x in found))
 
@@ -165,9 +165,10 @@ class ByToken:
         C, faint = g.shape[-1], FAINT[g.dtype]
         sums, g = _sums(C, g.dtype, g.device), g.clamp(min=LEAST)
         s, blocks = sums.s, C // sums.s
-        left = torch.addmm(sums.no_outer, g.view(-1, C), sums.outer).exp_()
+        least = NOTHING[g.dtype]
+        left = torch.addmm(sums.no_outer, g.view(-1, C), sums.outer).clamp_(min=least).exp_()
         before, within, enter, leave = F.threshold_(left, faint, 0.0).split([blocks * C, C, C, C], 1)
-        own = torch.addmm(sums.no_inner, g.view(-1, s), sums.inner).exp_()
+        own = torch.addmm(sums.no_inner, g.view(-1, s), sums.inner).clamp_(min=least).exp_()
         if blocks > 1:
             pair = torch.mul(within.unflatten(1, (blocks, s, 1)), before.unflatten(1, (blocks, 1, C)))
             pair.unflatten(3, (blocks, s)).diagonal(0, 1, 3).copy_(own.view(-1, blocks, s, s).movedim(1, 3))

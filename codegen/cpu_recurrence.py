@@ -26,8 +26,8 @@ from attnc.codegen.cpu_scan import scanned, stepped
 from attnc.rule_recurrence import RecurrenceRule
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-CHUNK = 64  # tokens per chunk at most, unless asked for
-MATRICES = 64  # chunks times heads of a segment
+CHUNK = 32  # tokens per chunk at most, unless asked for
+MATRICES = 128  # chunks times heads of a segment
 ELEMENTS = 1 << 20  # elements of the states that a scan holds at once, and at least
 FEWEST = 64  # tokens
 
