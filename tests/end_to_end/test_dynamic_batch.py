@@ -84,10 +84,9 @@ def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.tanh(q @ k.mT * 0.02).mul(20).softmax(-1) @ v
 
 
-SPELLINGS = (
-    sdpa, by_hand, heads_in_the_batch, rows_before_heads, grouped, grouped_rows, one_key_for_all, windowed, padded,
-    sunk, capped,
-)  # fmt: skip
+QUICK = (sdpa, by_hand, heads_in_the_batch, grouped_rows, one_key_for_all, padded)
+SWEPT = (rows_before_heads, grouped, windowed, sunk, capped)
+SPELLINGS = [pytest.param(f, id=f.__name__, marks=() if f in QUICK else pytest.mark.slow) for f in (*QUICK, *SWEPT)]
 
 
 class Layer(nn.Module):
@@ -115,7 +114,7 @@ def graphs(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda spelling: spelling.__name__)
+@pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_batch_is_neither_baked_nor_guarded_on(spelling, graphs) -> None:
     model, dynamo = Layer(spelling), CompileCounterWithBackend("eager")
     fast, plain = compiled(model, inner="eager", dynamic=True), torch.compile(model, backend=dynamo, dynamic=True)
