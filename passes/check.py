@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from attnc.passes.attention.extent import inside, is_computed, leaves_of
 from attnc.passes.attention.lift import Match, anchors, lift
 from attnc.passes.attention.within import finished
+from attnc.passes.drawn import drawn, run_on
 from attnc.passes.graph import GraphFacts, NoMatch, hint, tensor_of
 from attnc.passes.rewrite import rewrite
 from attnc.store import Store
@@ -85,7 +86,7 @@ def check(
     changed.graph.eliminate_dead_code()
     changed.recompile()
     limit = None if exact else torch.finfo(torch.float32).max
-    verdict = _compare(written, changed, _drawn(written), training, limit)
+    verdict = _compare(written, changed, drawn(written), training, limit)
     if exact or not verdict.passed:
         return verdict
     size = "" if not smaller else f" of length {max(smaller.values())}"
@@ -189,7 +190,7 @@ def _tried_at(
         return None
     changed.graph.eliminate_dead_code()
     changed.recompile()
-    verdict = _compare(written, changed, _drawn(written), training, None)
+    verdict = _compare(written, changed, drawn(written), training, None)
     store.put(key, {"passed": verdict.passed, "error": verdict.error, "reason": verdict.reason})
     return verdict
 
@@ -307,7 +308,7 @@ def _instance(
         if isinstance(x, torch.SymInt):
             x = hint(x)
         if isinstance(x, torch.device):
-            return _run_on(x)
+            return run_on(x)
         return smaller.get(x, x) if isinstance(x, int) and not isinstance(x, bool) else x
 
     for node in nodes:
@@ -326,7 +327,7 @@ def _instance(
             shape = (sizes or {}).get(node) or [small(s) for s in value.shape]
             env[node] = graph.placeholder(node.name)
             with mode:
-                env[node].meta["val"] = torch.empty(shape, dtype=value.dtype, device=_run_on(value.device))
+                env[node].meta["val"] = torch.empty(shape, dtype=value.dtype, device=run_on(value.device))
             continue
         args = _mapped(node.args, env, small)
         kwargs = _mapped(node.kwargs, env, small)
@@ -352,28 +353,6 @@ def _mapped(tree: Any, env: dict[fx.Node, Any], small: Callable[[Any], Any]) -> 
 
 def _fakes(tree: Any) -> Any:
     return fx.node.map_arg(tree, lambda n: n.meta["val"])
-
-
-def _drawn(written: fx.GraphModule) -> list[torch.Tensor]:
-    """Data to run an instance on; the same for the same graph."""
-    generator = torch.Generator().manual_seed(0)
-    return [_data(node.meta["val"], generator) for node in written.graph.find_nodes(op="placeholder")]
-
-
-def _data(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    shape = tuple(value.shape)
-    if value.dtype == torch.bool:
-        drawn = torch.rand(shape, generator=generator) < 0.7
-    elif value.dtype.is_floating_point:
-        drawn = torch.randn(shape, generator=generator).to(value.dtype)
-    else:
-        drawn = torch.randint(0, 2, shape, generator=generator, dtype=torch.int64).to(value.dtype)
-    return drawn.to(value.device)
-
-
-def _run_on(device: torch.device) -> torch.device:
-    """Where a check runs: on the region's device, so that what runs there is what is checked; of meta, on the CPU."""
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _compare(

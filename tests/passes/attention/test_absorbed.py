@@ -273,14 +273,14 @@ def test_a_wrong_expansion_is_caught_and_left_as_written(monkeypatch, tmp_path) 
 @pytest.fixture
 def deepseek_v3(monkeypatch, tmp_path):
     """Explains a prefill of 4,096 tokens at DeepSeek-V3's widths, on meta: the report, and how large what is run is."""
-    drawn, sizes = check._drawn, []
+    drawn, sizes = check.drawn, []
 
     def watched(written):
         data = drawn(written)
         sizes.extend(x.numel() for x in data)
         return data
 
-    monkeypatch.setattr(check, "_drawn", watched)
+    monkeypatch.setattr(check, "drawn", watched)
     for name, size in (("HEADS", 128), ("NOPE", 128), ("ROPE", 64), ("RANK", 512), ("WIDTH", 128)):
         monkeypatch.setattr(sys.modules[__name__], name, size)
 
