@@ -88,8 +88,8 @@ def near_blocks(window: int, block: int) -> int:
 def block_shares(score: Tensor, last: Tensor, block: int, whole: int = 0) -> Tensor:
     """Softmax of the scores (B, heads, T, blocks) over the blocks that each row may keep; 0 elsewhere.
 
-    whole: number of keys; only blocks of which a row may keep every key then count, 0: those that begin in time. What is
-    formed of all keys of a block says something about keys behind a row that ends in it.
+    whole: number of keys; only blocks of which a row may keep every key then count. 0: those that begin in time. What
+    is formed of all keys of a block says something about keys behind a row that ends in it.
     """
     if whole:
         last = torch.where(last >= whole - 1, whole + block, last) - block + 1

@@ -7,8 +7,8 @@ keep every key. Both parts are merged by the log-sum-exp, so that what is chosen
 not: the paper's rescaling of critical blocks and its return of the others in one. Each row keeps its own query, where
 the paper pools queries too and asks, block by block, whether the gain exceeds the error of pooling.
 
-Source: Liu et al. 2025, "Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation", section 3
-(authors' code BienLuky/Rectified-SpaAttn); Zhu et al. 2021, "H-Transformer-1D", arXiv:2107.11906 (pooled blocks).
+Source: Liu et al. 2025, "Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation",
+arXiv:2511.19835; Zhu et al. 2021, "H-Transformer-1D", arXiv:2107.11906 (pooled blocks).
 Exact:  where top_k blocks are all there are, and no mass ends the list.
 """
 
