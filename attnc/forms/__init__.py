@@ -37,6 +37,7 @@ from attnc.forms.sliding_window import SlidingWindow
 from attnc.forms.spans import Spans
 from attnc.forms.step import Step
 from attnc.forms.strided import Strided
+from attnc.forms.vertical_slash import VerticalSlash
 from attnc.region import form_name
 from attnc.rule_attention import AttentionRule
 from attnc.rule_recurrence import RecurrenceRule
@@ -68,6 +69,7 @@ FORMS: tuple[type[Form], ...] = (
     PageBounds,
     MemoryBlocks,
     CompressedSelection,
+    VerticalSlash,
     Chunked,
     Scan,
     Step,

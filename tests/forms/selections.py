@@ -108,4 +108,13 @@ SETTINGS = (
         )
         for more in ("", "sinks=0,", "length=4,stride=2,")
     ),
+    *(
+        Setting(
+            f"vertical_slash{{columns=9,diagonals=12,last=16,sinks=2,window=4,share={share}}}",
+            f"vertical_slash{{columns={whole},diagonals={400 - whole},share={share}}}",
+            f"vertical_slash{{columns=12,diagonals=20,last=16,sinks=2,window=4,share={share}}}",
+            looks_ahead=True,
+        )
+        for share, whole in (("head", 200), ("group", 1))
+    ),
 )

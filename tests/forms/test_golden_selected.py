@@ -35,6 +35,11 @@ def _pages(options: Mapping[str, Any]) -> str:
     return f"page_bounds{{block={options['chunk_size']},top_k={pages}}}"
 
 
+def _lines(options: Mapping[str, Any]) -> str:
+    columns, diagonals = max(30, options["vertical_size"]), max(50, options["slash_size"])
+    return f"vertical_slash{{columns={columns},diagonals={diagonals},last={options['last_q']}}}"
+
+
 # file -> (spelling from the options, rule, names of captured tensors)
 FILES: dict[str, tuple[Callable[[Mapping[str, Any]], str], Callable[..., str], tuple[str, ...]]] = {
     **dict.fromkeys(
@@ -42,6 +47,9 @@ FILES: dict[str, tuple[Callable[[Mapping[str, Any]], str], Callable[..., str], t
         (lambda o: f"block_mixture{{block={o['chunk']},top_k={o['topk']}}}", _plain, ()),
     ),
     **dict.fromkeys(("quest_decode/n128_c16_b64", "quest_decode/n200_gqa_c8_b40"), (_pages, _decoded, ())),
+    **dict.fromkeys(
+        ("minference_vertical_slash/n160_v40_s60", "minference_vertical_slash/n200_v30_s50"), (_lines, _plain, ())
+    ),
 }
 
 
