@@ -116,7 +116,10 @@ def _joins(graph: fx.Graph) -> Iterator[Chunks]:
                     yield Chunks(node.args[0], (c, place), source[c] * source[place], source[place])
         if op_name(node) == "cat" and len(node.args[0]) > 1:
             dim = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % value.dim()
-            widths = [sizes(x)[dim] for x in node.args[0]]
+            shapes = [sizes(x) for x in node.args[0]]
+            if any(len(shape) != value.dim() for shape in shapes):
+                continue  # a cache that is still empty is joined as a tensor of no elements and one axis
+            widths = [shape[dim] for shape in shapes]
             if len(set(widths[:-1])) == 1 and widths[0] > 1 and widths[-1] <= widths[0]:
                 yield Chunks(node, (dim,), sum(widths), widths[0])
 

@@ -69,3 +69,13 @@ def test_axes_of_two_shapes_are_matched_by_their_elements() -> None:
     assert groups([2, 12, 3], [2, 3, 4, 3]) == [([0], [0]), ([1], [1, 2]), ([2], [3])]
     assert groups([2, 3, 4, 1, 5], [2, 12, 1, 5]) == [([0], [0]), ([1, 2], [1]), ([3], [2]), ([4], [3])]
     assert groups([4, 3], [6, 2]) == [([0, 1], [0, 1])]
+
+
+def test_a_cache_that_is_still_empty_is_no_chunk() -> None:
+    def grown(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        key, value = (torch.cat([torch.empty(0), x], -2) for x in (key, value))
+        return torch.nn.functional.scaled_dot_product_attention(key, key, value, is_causal=True)
+
+    compiled = torch.compile(grown, backend="attnc", options={"strict": True, "inner": "eager"})
+    key, value = torch.randn(1, 2, 33, 8), torch.randn(1, 2, 33, 8)
+    torch.testing.assert_close(compiled(key, value), grown(key, value))
