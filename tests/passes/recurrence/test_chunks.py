@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import attnc
 from attnc.passes.graph import GraphFacts, NoMatch
