@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import attnc
 from attnc import ops
 from attnc.cost_models.device import device_named, gpu_named
 from attnc.errors import UsageError
@@ -172,6 +173,23 @@ def test_it_runs_compiled_with_gradients(setting: Setting) -> None:
     torch.testing.assert_close(out, expected)
     one, other = (torch.autograd.grad(x.sum(), given.query)[0] for x in (out, expected))
     torch.testing.assert_close(one, other)
+
+
+def test_through_the_backend_a_pattern_is_taken_where_its_name_is_allowed() -> None:
+    q, k, v = (torch.randn(1, heads, 96, 16) for heads in (4, 2, 2))
+
+    def attend(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    spelling = "sinks_window{sinks=2,window=8}"
+    options = {"allow": [spelling], "force": spelling, "inner": "aot_eager", "strict": True}
+    fast = torch.compile(attend, backend="attnc", options=options)
+    with torch.no_grad():
+        out = fast(q, k, v)
+    choice = attnc.last_report(fast).regions[0].choice
+    assert choice.form == spelling and "approximate: error" in choice.reason
+    rule = AttentionRule.parse("score=0.25 * s; keep=j <= i and (j < 2 or i - j < 8)")
+    torch.testing.assert_close(out.double(), reference(Operands(q, k, v, [], [], rule).double())[0], rtol=0, atol=1e-5)
 
 
 # Golden files.
