@@ -27,12 +27,13 @@ from torch import Tensor
 from attnc.codegen.key_lists import NONE, KeyLists, listed, near_rows, of_rows, of_tiles
 from attnc.codegen.selectors import near_blocks
 from attnc.cost_models.cost import Cost, Work
-from attnc.cost_models.device import Device
-from attnc.cost_models.roofline import BACKWARD
+from attnc.cost_models.device import Device, Gpu
+from attnc.cost_models.roofline import BACKWARD, seconds
+from attnc.cost_models.tile_model import FlashWork, TileCount, fits, flash_seconds
 from attnc.expr import BOOL, B, Expr, H, I, J, const, floordiv, load
 from attnc.expr_text import parse
 from attnc.forms.base import AttentionForm, Form
-from attnc.forms.flash import Flash
+from attnc.forms.flash import Flash, work_of
 from attnc.forms.masked import SETTLED, reference, settle_empty
 from attnc.operands import Operands
 from attnc.predicate import conjunction, distances
@@ -41,6 +42,8 @@ from attnc.region import ITEM_BYTES, AttentionRegion
 CAUSAL = parse("j <= i")
 FEW = 32  # query rows below which each has its own list; from it on, rows are sorted by the blocks that they chose
 BAR = " | "
+# The choice is a table of the mask: tiles of keys that none of a tile of rows chose are skipped.
+ON_GPU = Flash(skip="table")
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Selected(AttentionForm):
 
     @abstractmethod
     def laid(self, chosen: Tensor, given: Operands) -> tuple[Operands, Sequence[KeyLists]]:
-        """The tiles of a choice, no pair of a row and a key in two of them, and the operands that they are of.
+        """The tiles of a choice and the operands that they are of; no pair of a row and a key is in two tiles, but where
+        the score of those operands takes back what counts it more often than it was chosen.
 
         The operands are `given`, or those of `narrowed` where the tiles hold more keys than were chosen.
         """
@@ -127,6 +131,18 @@ class Selected(AttentionForm):
             works += [Work(w.engine, more * w.flops, more * w.exps, more * w.bytes, 2 * w.launches) for w in works[:2]]
         return Cost(tuple(works))
 
+    @property
+    def tile_rows(self) -> int:
+        """Query rows that share a list; 1: each row has its own."""
+        return 1
+
+    def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
+        whole, tiles = work_of(region, "table"), ON_GPU.tiles
+        work = replace(whole, counts=_United(whole, self.pairs(region), self.tile_rows))
+        if fits(work, tiles, gpu) is not None:
+            return float("inf")
+        return flash_seconds(work, tiles, gpu) + seconds(Cost((self.choosing(region),)), gpu, region.dtype)
+
     def gathered(self, region: AttentionRegion) -> float:
         """Keys written once more beside the products, of one query head."""
         return self.pairs(region) / 256  # each tile of as many rows takes a copy of its block
@@ -141,7 +157,7 @@ class Selected(AttentionForm):
     def gpu(self, given: Operands) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             chosen = self.choose(given)
-        return Flash(skip="table").gpu(self.narrowed(chosen, given))
+        return ON_GPU.gpu(self.narrowed(chosen, given))
 
     def reference(self, given: Operands) -> tuple[Tensor, Tensor]:
         """The formula in float64, every pair in memory."""
@@ -160,11 +176,6 @@ class BlockSelected(Selected):
     @abstractmethod
     def block_keys(self) -> int:
         """Keys of a block."""
-
-    @property
-    def tile_rows(self) -> int:
-        """Query rows that share a list; 1: each row has its own."""
-        return 1
 
     @abstractmethod
     def kept_blocks(self, S: int) -> int:
@@ -238,6 +249,24 @@ def is_prefix(keep: Expr) -> bool:
     """Whether `keep` is `j <= i + a constant` and no more."""
     least = distances(keep)[0]
     return least is not None and keep == parse(f"j - i <= {-least}")
+
+
+@dataclass(frozen=True)
+class _United:
+    """Tiles of a kernel that some of their rows chose, if rows with lists of their own choose independently.
+
+    pairs: chosen by one head. rows: with one list.
+    """
+
+    whole: FlashWork
+    pairs: float
+    rows: int
+
+    def __call__(self, block_m: int, block_n: int) -> TileCount:
+        found = self.whole.tile_count(block_m, block_n)
+        share = min(1.0, self.pairs / max(found.visited * block_m * block_n, 1.0))
+        united = 1.0 - (1.0 - share) ** -(-block_m // self.rows)
+        return TileCount(found.visited * united, found.visited * united, found.longest * united)
 
 
 def divided(e: Expr, by: int) -> Expr:
