@@ -22,6 +22,7 @@ from attnc.forms.flash import Flash
 from attnc.forms.flash_decode import FlashDecode
 from attnc.forms.gated_blocks import GatedBlocks
 from attnc.forms.generated import BAR, IN
+from attnc.forms.hash_buckets import HashBuckets
 from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.linear import LinearAttention
 from attnc.forms.longformer import Longformer
@@ -35,6 +36,7 @@ from attnc.forms.scan import Scan
 from attnc.forms.sinks_window import SinksWindow
 from attnc.forms.sliding_window import SlidingWindow
 from attnc.forms.spans import Spans
+from attnc.forms.spans_search import SpansSearch
 from attnc.forms.step import Step
 from attnc.forms.strided import Strided
 from attnc.forms.vertical_slash import VerticalSlash
@@ -70,6 +72,8 @@ FORMS: tuple[type[Form], ...] = (
     MemoryBlocks,
     CompressedSelection,
     VerticalSlash,
+    HashBuckets,
+    SpansSearch,
     Chunked,
     Scan,
     Step,

@@ -69,8 +69,12 @@ class BlockMixture(BlockSelected):
     def choice_heads(self, given: Operands) -> int:
         return given.key.shape[1] if self.share == "group" else given.query.shape[1]
 
+    def summaries(self, key: Tensor) -> Tensor:
+        """What stands for the keys of each block, (B, H, blocks, E), float32 or float64."""
+        return block_means(key, self.block)
+
     def choose(self, given: Operands) -> Tensor:
-        mean = block_means(given.key, self.block)
+        mean = self.summaries(given.key)
         score, last = products(given.query.to(mean.dtype), mean), last_keys(given)
         own = positions_of(given, last)
         if self.share == "group":

@@ -30,6 +30,7 @@ class Setting:
     rules: tuple[str, ...] = ("plain", "causal", "softcap", "sink", "documents")
     trains: bool = True
     looks_ahead: bool = False  # whether the published choice reads later rows: earlier outputs then depend on them
+    repeats: bool = False  # whether a pair may be in several tiles, its weight divided among them
     weights: Callable[[Dims], dict[str, tuple[int, ...]]] = _none  # what the user supplies: names and shapes
 
 
@@ -107,6 +108,25 @@ SETTINGS = (
             f"compressed_selection{{block=8,window=17,{more}top_k=6}}",
         )
         for more in ("", "sinks=0,", "length=4,stride=2,")
+    ),
+    Setting(
+        "spans_search{block=8,top_k=4,window=9}",
+        "spans_search{block=16,top_k=13}",
+        "spans_search{block=8,top_k=6,window=9}",
+    ),
+    Setting("hash_buckets{buckets=4,chunk=16}", "hash_buckets{buckets=4,chunk=256}", looks_ahead=True, repeats=True),
+    Setting(
+        "hash_buckets{buckets=4,chunk=8,rounds=2,samples=7,sinks=2,window=21}",
+        "hash_buckets{buckets=4,chunk=256,rounds=2,sinks=2,window=21}",
+        looks_ahead=True,
+        repeats=True,
+    ),
+    Setting(
+        "hash_buckets{hash=bits,buckets=16,chunk=16,before=0,samples=9,window=0}",
+        "hash_buckets{hash=bits,buckets=16,chunk=16,before=0,samples=256,window=0}",
+        "hash_buckets{hash=bits,buckets=16,chunk=16,before=0,samples=20,window=0}",
+        rules=("plain",),
+        looks_ahead=True,
     ),
     *(
         Setting(

@@ -75,6 +75,20 @@ def test_golden_vectors_are_reproduced(name: str, golden) -> None:
             assert off(grad, file.tensors[f"grad_{given_name}"]) < 2e-7, given_name
 
 
+@pytest.mark.parametrize("name", ["n64_1hash_causal_grad", "n96_2hash"])
+def test_buckets_of_reformer_are_reproduced(name: str, golden) -> None:
+    file = golden(f"reformer_lsh/{name}")
+    shared, value = (file.tensors[n].double().requires_grad_() for n in ("qk", "v"))
+    key = shared * (shared.square().mean(-1, keepdim=True) + 1e-6).rsqrt() / shared.shape[-1] ** 0.5
+    form = f"hash_buckets{{hash=given,chunk={file.options['chunk_length']},rounds={file.options['num_hashes']},window=0}}"
+    rule = "score=where(i == j, -100000.0, s)" + ("; keep=j - i <= 0" if file.options["causal"] else "")
+    out, _ = ops.attention(shared, key, value, [file.tensors["buckets"]], [], f"{form} | {rule}")
+    assert off(out, file.outputs["out"]) < 1e-8
+    if "cot_out" in file.tensors:
+        grads = torch.autograd.grad(out, [shared, value], file.tensors["cot_out"].double())
+        assert off(grads[0], file.tensors["grad_qk"]) < 1e-8 and off(grads[1], file.tensors["grad_v"]) < 1e-8
+
+
 def wide(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 

@@ -114,7 +114,7 @@ def test_tiles_hold_the_chosen_pairs_once(setting: Setting) -> None:
         shape = (dims.B, dims.Hq, dims.H, dims.L)
         pieces = [kept_by(lists, shape, dims.S) for lists in every]
         keep = laid.tensor(laid.rule.keep)[..., : dims.S]
-        assert int(sum(p.long() for p in pieces).max()) <= 1
+        assert setting.repeats or int(sum(p.long() for p in pieces).max()) <= 1
         assert torch.equal(sum(pieces).bool() & keep, kept(form, given))
         assert all(int(lists.rows[lists.rows >= 0].bincount().max()) == 1 for lists in every if len(lists))
 

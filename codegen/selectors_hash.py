@@ -1,0 +1,43 @@
+"""Buckets of vectors by locality-sensitive hashing, and the order that sorts them.
+
+    rotation  argmax of [x R, -x R], R a random (E, buckets / 2)
+    bits      the place in Gray order of the signs of x R, R a random (E, log2 buckets): neighbours differ in one sign
+
+Source: Kitaev et al. 2020, "Reformer", arXiv:2001.04451, section 2 (rotation); Han et al. 2023, "HyperAttention",
+arXiv:2310.05869, definition 1 (bits).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnc.codegen.selectors_blocks import wide
+
+
+def buckets_of(x: Tensor, kind: str, buckets: int, rounds: int, seed: int) -> Tensor:
+    """Bucket of each vector in each round, (B, heads, n, E) -> (B, heads, rounds, n); the same numbers for a seed."""
+    columns = buckets // 2 if kind == "rotation" else buckets.bit_length() - 1
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(rounds, x.shape[-1], columns, generator=generator, dtype=torch.float64)
+    x = wide(x)
+    turned = x.unsqueeze(2) @ drawn.to(x.device, x.dtype)
+    if kind == "rotation":
+        return torch.cat([turned, -turned], -1).argmax(-1)
+    binary = (turned > 0).long().cumsum(-1) % 2  # a Gray code read as the number of its place
+    return (binary << torch.arange(columns - 1, -1, -1, device=x.device)).sum(-1)
+
+
+def ranks(bucket: Tensor) -> Tensor:
+    """Place of each element of the last axis when sorted by bucket, then by position."""
+    order = bucket.argsort(dim=-1, stable=True)
+    place = torch.arange(bucket.shape[-1], device=bucket.device).expand_as(order)
+    return torch.empty_like(order).scatter(-1, order, place)
+
+
+def sampled_columns(S: int, count: int, seed: int, device: torch.device) -> Tensor:
+    """Which of S keys are a sample of `count`, (S,) boolean; a larger sample holds a smaller one."""
+    order = torch.randperm(S, generator=torch.Generator().manual_seed(seed))
+    chosen = torch.zeros(S, dtype=torch.bool)
+    chosen[order[:count]] = True
+    return chosen.to(device)
