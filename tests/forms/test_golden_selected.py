@@ -80,7 +80,9 @@ def test_buckets_of_reformer_are_reproduced(name: str, golden) -> None:
     file = golden(f"reformer_lsh/{name}")
     shared, value = (file.tensors[n].double().requires_grad_() for n in ("qk", "v"))
     key = shared * (shared.square().mean(-1, keepdim=True) + 1e-6).rsqrt() / shared.shape[-1] ** 0.5
-    form = f"hash_buckets{{hash=given,chunk={file.options['chunk_length']},rounds={file.options['num_hashes']},window=0}}"
+    form = (
+        f"hash_buckets{{hash=given,chunk={file.options['chunk_length']},rounds={file.options['num_hashes']},window=0}}"
+    )
     rule = "score=where(i == j, -100000.0, s)" + ("; keep=j - i <= 0" if file.options["causal"] else "")
     out, _ = ops.attention(shared, key, value, [file.tensors["buckets"]], [], f"{form} | {rule}")
     assert off(out, file.outputs["out"]) < 1e-8
