@@ -116,7 +116,9 @@ class VerticalSlash(Selected):
 
     def pairs(self, region: AttentionRegion) -> float:
         s = region.shape
-        return float(s.L) * min(s.S, sum(self.counts(s.L, s.S)))
+        columns, diagonals = self.counts(s.L, s.S)
+        # A tile takes every block of keys that a diagonal crosses: two, where no other diagonal shares them.
+        return float(s.L) * min(s.S, columns + 2 * diagonals * TILE)
 
     def choosing(self, region: AttentionRegion) -> Work:
         s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)
