@@ -14,6 +14,7 @@ from attnc.forms.block_local import BlockLocal
 from attnc.forms.block_mixture import BlockMixture
 from attnc.forms.block_scores import BlockScores
 from attnc.forms.block_sparse import BlockSparse
+from attnc.forms.cache_eviction import CacheEviction
 from attnc.forms.chunked import Chunked
 from attnc.forms.compressed_selection import CompressedSelection
 from attnc.forms.dense import Dense
@@ -24,6 +25,7 @@ from attnc.forms.gated_blocks import GatedBlocks
 from attnc.forms.generated import BAR, IN
 from attnc.forms.hash_buckets import HashBuckets
 from attnc.forms.hierarchical import Hierarchical
+from attnc.forms.key_importance import KeyImportance
 from attnc.forms.linear import LinearAttention
 from attnc.forms.longformer import Longformer
 from attnc.forms.low_rank import LowRank
@@ -39,6 +41,7 @@ from attnc.forms.spans import Spans
 from attnc.forms.spans_search import SpansSearch
 from attnc.forms.step import Step
 from attnc.forms.strided import Strided
+from attnc.forms.token_top_k import TokenTopK
 from attnc.forms.vertical_slash import VerticalSlash
 from attnc.region import form_name
 from attnc.rule_attention import AttentionRule
@@ -72,6 +75,9 @@ FORMS: tuple[type[Form], ...] = (
     MemoryBlocks,
     CompressedSelection,
     VerticalSlash,
+    TokenTopK,
+    CacheEviction,
+    KeyImportance,
     HashBuckets,
     SpansSearch,
     Chunked,

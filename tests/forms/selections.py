@@ -16,6 +16,15 @@ def _gate(dims: Dims) -> dict[str, tuple[int, ...]]:
     return {"gate_query": (dims.Hq, dims.E, 4), "gate_key": (dims.H, 3 * dims.E, 4)}
 
 
+def _indexer(dims: Dims) -> dict[str, tuple[int, ...]]:
+    """An indexer of three heads of width 4."""
+    return {
+        "index_query": (dims.B, 3, dims.L, 4),
+        "index_key": (dims.B, dims.S, 4),
+        "index_weight": (dims.B, dims.L, 3),
+    }
+
+
 @dataclass(frozen=True)
 class Setting:
     """A spelling; whole: the same form with knobs that keep all keys of up to 200, "" where none do.
@@ -136,5 +145,41 @@ SETTINGS = (
             looks_ahead=True,
         )
         for share, whole in (("head", 200), ("group", 1))
+    ),
+    *(
+        Setting(
+            f"token_top_k{{top_k=24,{more}}}", f"token_top_k{{top_k=256,{more}}}", f"token_top_k{{top_k=32,{more}}}"
+        )
+        for more in ("share=head", "sinks=3,window=5,share=group", "share=all")
+    ),
+    *(
+        Setting(
+            f"token_top_k{{scorer=indexer,top_k=24,{more}}}",
+            f"token_top_k{{scorer=indexer,top_k=256,{whole}}}",
+            f"token_top_k{{scorer=indexer,top_k=32,{more}}}",
+            weights=_indexer,
+        )
+        for more, whole in (
+            ("sinks=2,window=4", ""),
+            ("blocks=5,block=8,window=9", "blocks=25,block=8"),
+            ("heads=2,block=8", "heads=1,block=8"),
+        )
+    ),
+    *(
+        Setting(
+            f"cache_eviction{{policy={policy},heavy=8,recent=7}}",
+            f"cache_eviction{{policy={policy},heavy=150,recent=50}}",
+            rules=("causal", "softcap", "sink", "documents"),
+        )
+        for policy in ("h2o", "tova", "h2o_local")
+    ),
+    *(
+        Setting(
+            f"key_importance{{top_k=12,{more}}}",
+            "key_importance{top_k=256}",
+            f"key_importance{{top_k=20,{more}}}",
+            rules,
+        )
+        for more, rules in (("", ("bias", "alibi")), ("sinks=2,window=5,share=head", ("bias",)))
     ),
 )

@@ -37,7 +37,7 @@ def test_every_setting_spells_and_parses(form, device) -> None:
         assert parse_form(setting.spell()) == setting
     for setting in form().space(where, device):
         assert setting.refuse(where) is None and (form.approximates or setting.is_exact(where))
-        assert 0 < setting.seconds(where, device) < 1
+        assert 0 < setting.seconds(where, device) < (60 if form.approximates else 1)  # single keys of a prompt are slow
 
 
 def test_each_device_has_forms_that_apply() -> None:
