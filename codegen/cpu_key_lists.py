@@ -33,7 +33,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True)
 class Tables:
-    """The operands laid flat: rows of queries, blocks of keys and values; one width for all, as the kernel wants it."""
+    """The operands laid flat: rows of queries, blocks of keys and values."""
 
     query: Tensor
     key: Tensor
@@ -43,15 +43,17 @@ class Tables:
     @classmethod
     def of(cls, operands: Operands, width: int) -> Tables:
         query, key, value = operands[:3]
-        most = max(key.shape[-1], value.shape[-1])
-        query, key, value = (t if t.shape[-1] == most else _widened(t, most) for t in (query, key, value))
-        return cls(
-            query.reshape(-1, most), in_blocks(key, width), in_blocks(value, width), -(-key.shape[2] // width)
-        )  # fmt: skip
+        rows = query.reshape(-1, query.shape[-1])
+        return cls(rows, in_blocks(key, width), in_blocks(value, width), -(-key.shape[2] // width))
+
+    @property
+    def width(self) -> int:
+        """Of heads, as the kernel takes them: one for keys and values."""
+        return max(self.key.shape[-1], self.value.shape[-1])
 
 
 def _widened(t: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(t, (0, width - t.shape[-1]))
+    return t if t.shape[-1] == width else torch.nn.functional.pad(t, (0, width - t.shape[-1]))
 
 
 def forward(operands: Operands, every: Sequence[KeyLists]) -> tuple[Tensor, Tensor]:
@@ -87,19 +89,19 @@ def _sink(operands: Operands) -> Tensor:
 def _pieces(lists: KeyLists, tables: Tables) -> Iterator[KeyLists]:
     m, n = lists.rows.shape[1], lists.blocks.shape[1] * lists.width
     item = tables.query.element_size()
-    each = (2 * (m + n) * tables.query.shape[-1] + (m * n if lists.keeps == "rule" else 0)) * item
+    each = (2 * (m + n) * tables.width + (m * n if lists.keeps == "rule" else 0)) * item
     step = max(1, PIECE // max(each, 1))
     for first in range(0, len(lists), step):
         yield lists.part(first, first + step)
 
 
 def _gathered(tables: Tables, tile: KeyLists) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows (T, 1, m, E), keys and values (T, 1, n * width, E), and which blocks they are, (T * n,)."""
+    """Rows (T, 1, m, E), keys and values (T, 1, n * width, E), of one E, and which blocks they are, (T * n,)."""
     at = (tile.place.unsqueeze(-1) * tables.blocks + tile.blocks.clamp(min=0)).flatten()
     T, m = tile.rows.shape
     query = tables.query.index_select(0, tile.rows.clamp(min=0).flatten()).view(T, 1, m, -1)
     key, value = (t.index_select(0, at).view(T, 1, -1, t.shape[-1]) for t in (tables.key, tables.value))
-    return query, key, value, at
+    return _widened(query, tables.width), _widened(key, tables.width), _widened(value, tables.width), at
 
 
 def _run(operands: Operands, tables: Tables, tile: KeyLists) -> tuple[Tensor, Tensor]:
@@ -220,13 +222,13 @@ def backward(
             parts = _run_backward(operands, tables, tile, given, flat_out[rows], height, needs)
             dq.index_add_(0, rows.flatten(), parts[0].to(wide))
             at = (tile.place.unsqueeze(-1) * tables.blocks + tile.blocks.clamp(min=0)).flatten()
-            dk.index_add_(0, at, parts[1].reshape(-1, *dk.shape[1:]).to(wide))
-            dv.index_add_(0, at, parts[2].reshape(-1, *dv.shape[1:]).to(wide))
+            for total, more in zip((dk, dv), parts[1:3], strict=True):
+                total.index_add_(0, at, more[..., : total.shape[-1]].reshape(-1, *total.shape[1:]).to(wide))
             for total, more in zip(learned, parts[3], strict=True):
                 total += more
         for n, found in enumerate((dk, dv)):
             shape = totals[n].shape
-            totals[n] += found.view(shape[0], shape[1], -1, most)[:, :, : shape[2], : shape[3]]
+            totals[n] += found.view(shape[0], shape[1], -1, shape[3])[:, :, : shape[2]]
     learned = _sink_backward(grad, operands, out, lse, needs, learned)
     dq = dq.view(*query.shape[:3], most)[..., : query.shape[-1]]
     captured = [t for t, need in zip(operands.captured, needs, strict=True) if need]

@@ -224,4 +224,39 @@ SPARSE_SYSTEMS: tuple[SparseSystem, ...] = (
         "Wu et al. 2025, arXiv:2506.23858",
         around="blocks of one axis",
     ),
+    SparseSystem(
+        "DSA",
+        "C3",
+        "token_top_k{scorer=indexer,top_k=2048}",
+        "training",
+        "DeepSeek-AI 2025, arXiv:2512.02556",
+        "dsa",
+        around="keys of one score may be others",
+    ),
+    SparseSystem(
+        "MISA",
+        "C4",
+        "token_top_k{scorer=indexer,heads=8}",
+        "drop-in",
+        "Zhou et al. 2026, arXiv:2605.07363",
+        around="statistic of the heads is ours",
+    ),
+    SparseSystem(
+        "HISA", "C5", "token_top_k{scorer=indexer,blocks=64,block=128}", "drop-in", "Xu et al. 2026, arXiv:2603.28458"
+    ),
+    SparseSystem(
+        "exact top keys",
+        "C17",
+        "token_top_k{scorer=exact}",
+        "drop-in",
+        "systems.md, C17",
+        around="the oracle of selectors",
+    ),
+    SparseSystem(
+        "H2O", "C18", "cache_eviction{policy=h2o}", "drop-in", "Zhang et al. 2023, arXiv:2306.14048", "h2o_decode"
+    ),
+    SparseSystem("TOVA", "C19", "cache_eviction{policy=tova}", "drop-in", "Oren et al. 2024, arXiv:2401.06104"),
+    SparseSystem(
+        "DMA", "C32", "key_importance", "training", "Shi et al. 2025, arXiv:2508.02124", "dynamic_mask_attention"
+    ),
 )
