@@ -66,8 +66,10 @@ class Selected(AttentionForm):
 
     @abstractmethod
     def laid(self, chosen: Tensor, given: Operands) -> tuple[Operands, Sequence[KeyLists]]:
-        """The tiles of a choice and the operands that they are of; no pair of a row and a key is in two tiles, but where
-        the score of those operands takes back what counts it more often than it was chosen.
+        """The tiles of a choice and the operands that they are of.
+
+        No pair of a row and a key is in two tiles, but where the score of those operands takes back what counts it more
+        often than it was chosen.
 
         The operands are `given`, or those of `narrowed` where the tiles hold more keys than were chosen.
         """
