@@ -40,6 +40,7 @@ from attnc.tuning.workers import Workers, raised
 
 log = logging.getLogger("attnc.tuning")
 
+LEARNT = 20  # compiled settings from which on the closed form decides which others are worth a compile
 PROMOTED = 3.0  # a sampler without a prior draws from settings predicted within this factor of the best
 FEWEST = 64  # and from so many at least
 IN_RACE = 1.3  # a compiled setting is measured where this factor of the best measured time is within its reach
@@ -255,8 +256,8 @@ class Search:
             if trial.timing is None:
                 continue
             seconds = trial.timing.at(self.settings.fidelity)
-            if seconds is None and not trial.timing.failure and trial.timing.compiled_s is not None:
-                seconds = trial.timing.compiled_s * bias  # was not worth measuring
+            if seconds is None and not trial.timing.failure:
+                seconds = self._supposed(trial.timing, bias)  # was not worth its fidelity
             if seconds is None:
                 failed.add(self.rows[trial.form])
             else:
@@ -266,6 +267,18 @@ class Search:
             self.rows, self.tree, self.points, self.prior, logs, frozenset(failed),
             frozenset(taken - logs.keys() - failed), free, self.settings.seed, len(standing),
         )  # fmt: skip
+
+    def _supposed(self, timing: Timing, bias: float) -> float | None:
+        """The time that a setting would have been found to take, from a cheaper fidelity than the search's."""
+        if timing.compiled_s is not None:
+            return timing.compiled_s * bias
+        ratios = self._ratios()
+        return timing.predicted_s * statistics.median(ratios) * bias if timing.predicted_s and ratios else None
+
+    def _ratios(self) -> list[float]:
+        """Compiled times over those by closed form."""
+        pairs = [(t.compiled_s, t.predicted_s) for t in self.timings.values()]
+        return [c / p for c, p in pairs if c is not None and p is not None]
 
     def _bias(self) -> float:
         """How measured times compare with compiled ones."""
@@ -281,6 +294,9 @@ class Search:
             for trial in batch:
                 self._tell(trials, trial, self._predict(trial.form))
             return
+        for trial in [trial for trial in batch if not self._may_win(trial.form)]:
+            batch.remove(trial)
+            self._tell(trials, trial, self._timing(trial.form))
         byform = {trial.form: trial for trial in batch}
         timings = {form: self._timing(form) for form in byform}
         for form, timing in timings.items():
@@ -301,6 +317,14 @@ class Search:
         if measured and self._in_race(trial.form, timing):
             timing = self._measure(trial.form, timing)
         self._tell(trials, trial, timing)
+
+    def _may_win(self, form: Form) -> bool:
+        """Whether a setting is worth a compile: whether it wins if it beats its closed form as far as any one has."""
+        timing, ratios = self._timing(form), self._ratios()
+        if timing.compiled_s is not None or timing.predicted_s is None or len(ratios) < LEARNT:
+            return True
+        times = [t.compiled_s for t in self.timings.values() if t.compiled_s is not None and not t.failure]
+        return form == self.forms[0] or timing.predicted_s * min(ratios) <= min(times)
 
     def _in_race(self, form: Form, timing: Timing) -> bool:
         times = [t.measured_s for t in self.timings.values() if t.measured_s is not None]

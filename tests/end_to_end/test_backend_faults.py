@@ -99,9 +99,9 @@ def test_strict_raises_naming_the_region(plant, change):
 
 
 def test_a_fault_in_one_region_leaves_the_others_rewritten(plant):
-    def wrong_for_wide(right, form, query, *rest):
-        out, lse = right(form, query, *rest)
-        return (out * 2 if query.shape[1] == 8 else out), lse
+    def wrong_for_wide(right, form, given):
+        out, lse = right(form, given)
+        return (out * 2 if given.query.shape[1] == 8 else out), lse
 
     plant(wrong_for_wide)
 

@@ -165,8 +165,8 @@ def test_right_numbers_pass_the_check_of_a_measurement(rule: RecurrenceRule) -> 
 
 
 def test_wrong_numbers_are_a_failure(monkeypatch) -> None:
-    def wrong(self, given, rule):
-        out, state = right(self, given, rule)
+    def wrong(self, given, rule, **kept):
+        out, state = right(self, given, rule, **kept)
         return out * 1.01, state
 
     right = Chunked.run
