@@ -48,8 +48,8 @@ class _Cut(torch.autograd.Function):
         if norm is not None:
             factor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().add_(norm).rsqrt_().mul_(scale)
         if x.shape[2] % chunk:
-            x, factor = (None if t is None else F.pad(t, (0, 0, 0, -x.shape[2] % chunk)) for t in (x, factor))
-        assert x is not None
+            spare = (0, 0, 0, -x.shape[2] % chunk)
+            x, factor = F.pad(x, spare), None if factor is None else F.pad(factor, spare)
         parts = _parts(x, chunk)
         out = x.new_empty(parts.shape[0], heads, chunk, x.shape[3])
         into = out.view(*parts.shape[:3], -1, *out.shape[2:])
@@ -335,6 +335,7 @@ class _Done:
         here[:, :-1].add_(next_[:, 1:])
         leaving = _narrow(self.k_hat * dk_hat, width)
         if x.b is not None:
+            assert self.b_hat is not None and db_hat is not None
             leaving = leaving + _narrow(self.b_hat * db_hat, width)
         state = (self.states[:-1] * dS[1:]).sum(-1)[..., None]
         state = (state * self.decay.total).flatten(0, 1).mT

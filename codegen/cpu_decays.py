@@ -20,7 +20,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 BASE = 16  # rows of the blocks whose inverse comes from substitution
@@ -167,13 +166,13 @@ class ByToken:
         s, blocks = sums.s, C // sums.s
         least = NOTHING[g.dtype]
         left = torch.addmm(sums.no_outer, g.view(-1, C), sums.outer).clamp_(min=least).exp_()
-        before, within, enter, leave = F.threshold_(left, faint, 0.0).split([blocks * C, C, C, C], 1)
+        before, within, enter, leave = torch.threshold_(left, faint, 0.0).split([blocks * C, C, C, C], 1)
         own = torch.addmm(sums.no_inner, g.view(-1, s), sums.inner).clamp_(min=least).exp_()
         if blocks > 1:
             pair = torch.mul(within.unflatten(1, (blocks, s, 1)), before.unflatten(1, (blocks, 1, C)))
             pair.unflatten(3, (blocks, s)).diagonal(0, 1, 3).copy_(own.view(-1, blocks, s, s).movedim(1, 3))
             own = pair
-        self.pair = F.threshold_(own, faint, 0.0).view(*g.shape, C)
+        self.pair = torch.threshold_(own, faint, 0.0).view(*g.shape, C)
         self.enter, self.leave = (x.view(*g.shape, 1) for x in (enter, leave))
         self.total = self.enter[:, :, -1:]
 
@@ -200,7 +199,7 @@ class ByToken:
         for g, a in zip(grads, scores or [], strict=False):
             both = g * a
             both.diagonal(0, -2, -1).zero_()
-            of_sums = of_sums + both.sum(-1, keepdim=True) - both.sum(-2)[..., None]
+            of_sums = both.sum(-1, keepdim=True) - both.sum(-2)[..., None] + (0.0 if of_sums is None else of_sums)
         each = [of_keys(g.mul_(self.pair), rows[0].shape[1]) for g in grads]
         return *_through_products(rows, columns, each), of_sums
 

@@ -260,7 +260,7 @@ def _keeps_all(pattern: Expr, keep: Expr, B: int, Hq: int, L: int, S: int, sizes
 @lru_cache(maxsize=1024)
 def _fastest(region: AttentionRegion, device: Device) -> AttentionForm | None:
     """The exact form of least predicted time, the earlier one where two are alike."""
-    offers = []
+    offers: list[tuple[float, int, Form]] = []
     for start in EXACT[region.device]:
         for form in start.space(region, device)[:1]:
             offers.append((form.seconds(region, device), len(offers), form))

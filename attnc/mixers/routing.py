@@ -44,10 +44,8 @@ def routing(
         place = F.pad(columns, (memory[0].shape[2], 0), value=-1)
     keep = "keep=t0[b, h, j] <= t1[b, h, i]; " if is_causal else ""
     form = "dense" if query.device.type == "cpu" else "flash"
-    part, _ = attention(
-        *(x.flatten(1, 2) for x in (q, k, v)), [x.flatten(1, 2) for x in (place, rows)], [],
-        f"{form} | score={scale!r} * s; {keep}empty=zero",
-    )  # fmt: skip
+    q, k, v, place, of_rows = (x.flatten(1, 2) for x in (q, k, v, place, rows))
+    part, _ = attention(q, k, v, [place, of_rows], [], f"{form} | score={scale!r} * s; {keep}empty=zero")
     at = rows.flatten(2).unsqueeze(-1)
     part = part.reshape(B, H, C * rows.shape[-1], -1)
     total = part.new_zeros(B, H, L, part.shape[-1]).scatter_add(2, at.expand_as(part), part)

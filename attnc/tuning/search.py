@@ -321,8 +321,9 @@ class Search:
     def _may_win(self, form: Form) -> bool:
         """Whether a setting is worth a compile: whether it wins if it beats its closed form as far as any one has."""
         timing, ratios = self._timing(form), self._ratios()
-        known = timing.compiled_s is not None or timing.predicted_s is None
-        if known or len(ratios) < LEARNT or self.settings.sampler == "exhaustive":
+        if timing.compiled_s is not None or timing.predicted_s is None:
+            return True
+        if len(ratios) < LEARNT or self.settings.sampler == "exhaustive":
             return True
         times = [t.compiled_s for t in self.timings.values() if t.compiled_s is not None and not t.failure]
         return form == self.forms[0] or timing.predicted_s * min(ratios) <= min(times)

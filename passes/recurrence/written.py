@@ -182,6 +182,7 @@ def _of_chunks(facts: GraphFacts, taken: Collection[fx.Node]) -> tuple[list[Foun
             continue
         one = _one(facts, chunks.out, match, "chunks", frozenset(chunks.inside))
         assert isinstance(one, Found)
+        assert isinstance(one.region.rule, RecurrenceRule)
         given = any(n.target is RECURRENCE and n.args[INITIAL] is not None for n in match.graph.nodes)
         rule = replace(one.region.rule, chunk=chunks.size, state_in=given, state_out=len(match.outs) > 1)
         found.append(replace(one, region=replace(one.region, rule=rule)))
