@@ -338,6 +338,7 @@ class _Done:
             assert self.b_hat is not None and db_hat is not None
             leaving = leaving + _narrow(self.b_hat * db_hat, width)
         state = (self.states[:-1] * dS[1:]).sum(-1)[..., None]
+        assert self.decay.total is not None
         state = (state * self.decay.total).flatten(0, 1).mT
         state = state.sum(-1, keepdim=True) if width == 1 else state
         later = here.flip(1).cumsum(1).flip(1)
