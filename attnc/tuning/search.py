@@ -251,13 +251,14 @@ class Search:
 
     def _known(self, standing: list[Trial]) -> Known:
         taken = {self.rows[t.form] for t in standing}
-        logs, failed, bias = {}, set(), self._bias()
+        logs, failed, bias, ratios = {}, set(), self._bias(), self._ratios()
+        ratio = statistics.median(ratios) if ratios else None
         for trial in standing:
             if trial.timing is None:
                 continue
             seconds = trial.timing.at(self.settings.fidelity)
             if seconds is None and not trial.timing.failure:
-                seconds = self._supposed(trial.timing, bias)  # was not worth its fidelity
+                seconds = _supposed(trial.timing, ratio, bias)  # was not worth its fidelity
             if seconds is None:
                 failed.add(self.rows[trial.form])
             else:
@@ -267,13 +268,6 @@ class Search:
             self.rows, self.tree, self.points, self.prior, logs, frozenset(failed),
             frozenset(taken - logs.keys() - failed), free, self.settings.seed, len(standing),
         )  # fmt: skip
-
-    def _supposed(self, timing: Timing, bias: float) -> float | None:
-        """The time that a setting would have been found to take, from a cheaper fidelity than the search's."""
-        if timing.compiled_s is not None:
-            return timing.compiled_s * bias
-        ratios = self._ratios()
-        return timing.predicted_s * statistics.median(ratios) * bias if timing.predicted_s and ratios else None
 
     def _ratios(self) -> list[float]:
         """Compiled times over those by closed form."""
@@ -385,6 +379,13 @@ class Search:
         failures = sum(t.failure is not None for t in self.tried.values())
         left = min(budget, pace * max(0, total - done))
         return Progress(self.problem, done, total, best, seconds[0], seconds[1], failures, elapsed, left)
+
+
+def _supposed(timing: Timing, ratio: float | None, bias: float) -> float | None:
+    """The time by a dearer fidelity. ratio: compiled times to closed forms; bias: measured times to compiled ones."""
+    if timing.compiled_s is not None:
+        return timing.compiled_s * bias
+    return timing.predicted_s * ratio * bias if timing.predicted_s and ratio else None
 
 
 def _with(timing: Timing, part: str, form: Form, outcome: Outcome) -> Timing:
