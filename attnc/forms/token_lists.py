@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from attnc.codegen.key_lists import KeyLists, listed
-from attnc.cost_models.cost import Cost, Work
+from attnc.cost_models.cost import Cost
 from attnc.cost_models.device import Device
 from attnc.forms.selected import BlockSelected
 from attnc.operands import Operands
@@ -47,9 +47,7 @@ class TokenLists(BlockSelected):
         s, item, cost = region.shape, ITEM_BYTES.get(region.dtype, 4), super().cost(region, device)
         read = s.B * s.Hq * (s.L + self.pairs(region) / self.sharing(region)) * (s.E + s.Ev) * item
         first = replace(cost.works[0], bytes=float(read))  # of keys those that were gathered, not all
-        wide = max(s.E, s.Ev) if s.E - s.Ev else 0  # the kernel takes one width: the other is filled up
-        widened = 2.0 * s.B * s.H * s.S * wide * item
-        return Cost((first, *cost.works[1:], Work("memory", bytes=widened)))
+        return Cost((first, *cost.works[1:]))
 
     def gathered(self, region: AttentionRegion) -> float:
         return SINGLE * self.pairs(region) / self.sharing(region)

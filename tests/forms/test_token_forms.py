@@ -162,7 +162,7 @@ def test_on_a_cpu_it_pays_for_decoding_with_one_key_head_and_not_for_prompts() -
     form = parse_form("token_top_k{top_k=1024}")
     assert form.seconds(prompt, CPU) > 2 * Dense().seconds(prompt, CPU)
     index = (("index_query", (1, 4, 1, 32)), ("index_key", (1, 32768, 32)), ("index_weight", (1, 1, 4)))
-    shape = AttentionShape(1, 16, 1, 1, 32768, 512, 512)
+    shape = AttentionShape(1, 16, 1, 1, 32768, 576, 512)
     step = replace(region("plain", 1, 32768, weights=index), shape=shape)
     form = parse_form("token_top_k{scorer=indexer,top_k=2048}")
     assert form.refuse(step) is None and form.seconds(step, CPU) < 0.5 * Dense().seconds(step, CPU)
