@@ -20,23 +20,17 @@ import torch
 from torch import Tensor
 
 from attnc.codegen import cpu_key_lists
-from attnc.errors import UsageError
-from attnc.forms import parse_attention
+from attnc.forms import parse_generated
 from attnc.forms.selected import Selected
 from attnc.operands import Operands
+from attnc.rule_attention import AttentionRule
 
 library = torch.library.Library("attnc", "FRAGMENT")
 
 
-def parse_selected(spelling: str) -> tuple[Selected, Any]:
+def parse_selected(spelling: str) -> tuple[Selected, AttentionRule]:
     """The form and the rule of a spelling. Raises: UsageError if the form chooses no keys."""
-    form, rule = parse_attention(spelling)
-    if not isinstance(form, Selected):
-        raise UsageError(
-            f"parse the operator spelling {spelling!r:.200}: found the form {form.name}, allowed is one that chooses "
-            "keys. Use attnc::attention for any form."
-        )
-    return form, rule
+    return parse_generated(spelling, Selected, "one that chooses keys")
 
 
 @torch.library.custom_op("attnc::selected", mutates_args=())

@@ -58,6 +58,11 @@ def positions_of(given: Operands, last: Tensor) -> Tensor:
     return torch.minimum(rows, last)
 
 
+def joined(x: Tensor, heads: int, how: str) -> Tensor:
+    """(B, 1 or Hq, ...) for `heads` heads that choose; how: "sum", "mean", "amax" or "any" of those in one."""
+    return x if x.shape[1] <= heads else getattr(x.unflatten(1, (heads, -1)), how)(2)
+
+
 def block_means(key: Tensor, block: int) -> Tensor:
     """Mean of the keys of each block: (B, H, S, E) -> (B, H, blocks, E), float32 or float64; the last may be short."""
     key = key if key.dtype == torch.float64 else key.float()

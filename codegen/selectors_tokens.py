@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnc.codegen.key_lists import NONE
-from attnc.codegen.selectors import block_means, top_blocks
+from attnc.codegen.selectors import block_means, joined, top_blocks
 from attnc.codegen.selectors_blocks import SCORES, products, wide
 from attnc.expr import Expr
 from attnc.operands import Operands
@@ -40,11 +40,6 @@ def at_pairs(
     axes["j"] = span("j", 0, given.key.shape[2], device) if keys is None else picked("j", keys)
     found = read(e, axes, given.captured, given.sizes, score=score)
     return as_tensor(found, given.query if score is None else score)
-
-
-def joined(x: Tensor, heads: int, how: str) -> Tensor:
-    """(B, 1 or Hq, ...) for `heads` heads that choose; how: "sum", "amax" or "any" of those that choose together."""
-    return x if x.shape[1] <= heads else getattr(x.unflatten(1, (heads, -1)), how)(2)
 
 
 def exact_scores(given: Operands, first: int, last: int, heads: int) -> tuple[Tensor, Tensor]:

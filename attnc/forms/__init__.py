@@ -156,13 +156,13 @@ def parse_attention(spelling: str) -> tuple[AttentionForm, AttentionRule]:
     return made, AttentionRule.parse(rule)
 
 
-def parse_generated(spelling: str, kind: type[Made]) -> tuple[Made, AttentionRule]:
-    """The same for an operator of one form alone. Raises: UsageError if the form is another one."""
+def parse_generated(spelling: str, kind: type[Made], allowed: str = "") -> tuple[Made, AttentionRule]:
+    """The same for an operator of one sort of forms, in words `allowed`. Raises: UsageError if the form is another."""
     form, rule = parse_attention(spelling)
     if not isinstance(form, kind):
         raise UsageError(
-            f"parse the operator spelling {spelling!r:.200}: found the form {form.name}, allowed is {kind.name}. Use "
-            "attnc::attention for any form."
+            f"parse the operator spelling {spelling!r:.200}: found the form {form.name}, allowed is "
+            f"{allowed or kind.name}. Use attnc::attention for any form."
         )
     return form, rule
 

@@ -145,6 +145,21 @@ class AttentionForm(Form):
     """One way to compute a softmax attention."""
 
     kind: ClassVar[str] = "attention"
+    phases: ClassVar[tuple[str, ...]] = ("prefill", "decode", "training")
+
+    def unserved(self, region: Any) -> str | None:
+        """Why a form without a random stream, which serves `phases` alone, leaves `region` as written."""
+        if region.kind != self.kind:
+            return f"{self.name} computes attention, found a region of kind {region.kind}; leave it as written."
+        if region.rule.dropout:
+            return (
+                f"{self.name} keeps no random stream, found dropout {region.rule.dropout:g} active; use model.eval() "
+                "or dropout 0."
+            )
+        phase = "training" if region.training else "decode" if region.shape.L == 1 else "prefill"
+        if phase not in self.phases:
+            return f"{self.name} serves {' and '.join(self.phases)}, found {phase}; leave it as written there."
+        return None
 
     @abstractmethod
     def cpu(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,17 +22,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnc.codegen.selectors import block_means, block_shares, last_keys, positions_of, top_blocks
+from attnc.codegen.selectors import block_means, block_shares, joined, last_keys, positions_of
 from attnc.codegen.selectors_blocks import products
 from attnc.cost_models.cost import Work
 from attnc.forms.base import knob
-from attnc.forms.selected import BlockSelected, always_blocks, always_of, scale_of
+from attnc.forms.selected import ScoredBlocks, scale_of
 from attnc.operands import Operands
 from attnc.region import ITEM_BYTES, AttentionRegion
 
 
 @dataclass(frozen=True)
-class BlockMixture(BlockSelected):
+class BlockMixture(ScoredBlocks):
     """block: keys averaged; top_k: blocks of a row at most, its own among them; sinks, window: keys whose blocks stay.
 
     share: whether each query head chooses ("head"), or those of a key head together, by the sum of their scores.
@@ -52,22 +52,8 @@ class BlockMixture(BlockSelected):
     def is_distinct(self) -> bool:
         return self.mass > 0 or self.pick == "row"
 
-    @property
-    def block_keys(self) -> int:
-        return self.block
-
-    @property
-    def always(self) -> tuple[int, int]:
-        return always_of(self.sinks, self.window, self.block)
-
-    def kept_blocks(self, S: int) -> int:
-        return min(max(self.top_k, always_blocks(self.sinks, self.window, self.block)), -(-S // self.block))
-
     def keeps_all(self, region: AttentionRegion) -> bool:
         return super().keeps_all(region) and (self.mass in (0, 100) or self.kept_blocks(region.shape.S) == 1)
-
-    def choice_heads(self, given: Operands) -> int:
-        return given.key.shape[1] if self.share == "group" else given.query.shape[1]
 
     def summaries(self, key: Tensor) -> Tensor:
         """What stands for the keys of each block, (B, H, blocks, E), float32 or float64."""
@@ -76,18 +62,11 @@ class BlockMixture(BlockSelected):
     def choose(self, given: Operands) -> Tensor:
         mean = self.summaries(given.key)
         score, last = products(given.query.to(mean.dtype), mean), last_keys(given)
-        own = positions_of(given, last)
-        if self.share == "group":
-            score = score.unflatten(1, (-1, given.group)).sum(2)
-            if last.shape[1] > 1:
-                last, own = (x.unflatten(1, (-1, given.group)).amax(2) for x in (last, own))
+        own, score = positions_of(given, last), joined(score, self.choice_heads(given), "sum")
         if self.mass:
             score = score * (scale_of(given) * score.shape[1] / given.query.shape[1])
-            score = block_shares(score, last, self.block, given.key.shape[2])
-        return top_blocks(
-            score, own, last, self.block, self.kept_blocks(given.key.shape[2]),
-            sinks=self.sinks, window=self.window, mass=self.mass, together=self.pick == "head",
-        )  # fmt: skip
+            score = block_shares(score, joined(last, score.shape[1], "amax"), self.block, given.key.shape[2])
+        return self.best(score, own, last, given, mass=self.mass, together=self.pick == "head")
 
     def choosing(self, region: AttentionRegion) -> Work:
         s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)

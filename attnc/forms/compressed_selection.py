@@ -21,17 +21,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnc.codegen.selectors import last_keys, positions_of, top_blocks
+from attnc.codegen.selectors import last_keys, positions_of
 from attnc.codegen.selectors_blocks import compressed_shares
 from attnc.cost_models.cost import Work
 from attnc.forms.base import knob
-from attnc.forms.selected import BlockSelected, always_blocks, always_of, scale_of
+from attnc.forms.selected import ScoredBlocks, scale_of
 from attnc.operands import Operands
 from attnc.region import ITEM_BYTES, AttentionRegion
 
 
 @dataclass(frozen=True)
-class CompressedSelection(BlockSelected):
+class CompressedSelection(ScoredBlocks):
     """block: keys of a block; top_k: blocks of a row, those that stay among them.
 
     sinks, window: keys whose blocks stay.
@@ -45,17 +45,6 @@ class CompressedSelection(BlockSelected):
     window: int = knob(512, 1, 65, role="semantic", unit="keys")
     length: int = knob(0, role="semantic", unit="keys")
     stride: int = knob(0, role="semantic", unit="keys")
-
-    @property
-    def block_keys(self) -> int:
-        return self.block
-
-    @property
-    def always(self) -> tuple[int, int]:
-        return always_of(self.sinks, self.window, self.block)
-
-    def kept_blocks(self, S: int) -> int:
-        return min(max(self.top_k, always_blocks(self.sinks, self.window, self.block)), -(-S // self.block))
 
     def unfit(self, region: AttentionRegion) -> str | None:
         length = self.length or self.block
@@ -72,14 +61,10 @@ class CompressedSelection(BlockSelected):
 
     def choose(self, given: Operands) -> Tensor:
         last = last_keys(given)
-        own = positions_of(given, last)
         share = compressed_shares(
             given.query, given.key, last, self.block, self.length, self.stride, scale_of(given)
         )  # fmt: skip
-        if last.shape[1] > 1:
-            last, own = (x.unflatten(1, (-1, given.group)).amax(2) for x in (last, own))
-        count = self.kept_blocks(given.key.shape[2])
-        return top_blocks(share, own, last, self.block, count, sinks=self.sinks, window=self.window)
+        return self.best(share, positions_of(given, last), last, given)
 
     def choosing(self, region: AttentionRegion) -> Work:
         s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)

@@ -17,8 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnc.codegen.selectors import last_keys, positions_of
-from attnc.codegen.selectors_tokens import at_pairs, best_keys, joined, pieces
+from attnc.codegen.selectors import joined, last_keys, positions_of
+from attnc.codegen.selectors_tokens import at_pairs, best_keys, pieces
 from attnc.cost_models.cost import Work
 from attnc.expr import const
 from attnc.expr_text import spell

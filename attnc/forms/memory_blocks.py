@@ -20,17 +20,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnc.codegen.selectors import last_keys, positions_of, top_blocks
+from attnc.codegen.selectors import joined, last_keys, positions_of
 from attnc.codegen.selectors_blocks import products, representatives
 from attnc.cost_models.cost import Work
 from attnc.forms.base import knob
-from attnc.forms.selected import BlockSelected, always_blocks, always_of
+from attnc.forms.selected import ScoredBlocks
 from attnc.operands import Operands
 from attnc.region import ITEM_BYTES, AttentionRegion
 
 
 @dataclass(frozen=True)
-class MemoryBlocks(BlockSelected):
+class MemoryBlocks(ScoredBlocks):
     """block: keys of a block; keys: those that represent it; top_k: blocks of a row, those that stay among them.
 
     share: whether each query head chooses, or those of a key head together, by the sum of their scores.
@@ -45,17 +45,6 @@ class MemoryBlocks(BlockSelected):
     window: int = knob(4096, 1024, role="semantic", unit="keys")
     share: str = knob("head", "group", role="semantic")
 
-    @property
-    def block_keys(self) -> int:
-        return self.block
-
-    @property
-    def always(self) -> tuple[int, int]:
-        return always_of(self.sinks, self.window, self.block)
-
-    def kept_blocks(self, S: int) -> int:
-        return min(max(self.top_k, always_blocks(self.sinks, self.window, self.block)), -(-S // self.block))
-
     def unfit(self, region: AttentionRegion) -> str | None:
         s = region.shape
         if s.L != s.S:
@@ -65,20 +54,11 @@ class MemoryBlocks(BlockSelected):
             )
         return None
 
-    def choice_heads(self, given: Operands) -> int:
-        return given.key.shape[1] if self.share == "group" else given.query.shape[1]
-
     def choose(self, given: Operands) -> Tensor:
         last = last_keys(given)
-        own = positions_of(given, last)
         few = representatives(given.query, given.key, self.block, self.keys, self.window)
-        score = products(given.query.to(few.dtype), few)
-        if self.share == "group":
-            score = score.unflatten(1, (-1, given.group)).sum(2)
-            if last.shape[1] > 1:
-                last, own = (x.unflatten(1, (-1, given.group)).amax(2) for x in (last, own))
-        count = self.kept_blocks(given.key.shape[2])
-        return top_blocks(score, own, last, self.block, count, sinks=self.sinks, window=self.window)
+        score = joined(products(given.query.to(few.dtype), few), self.choice_heads(given), "sum")
+        return self.best(score, positions_of(given, last), last, given)
 
     def choosing(self, region: AttentionRegion) -> Work:
         s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)

@@ -88,7 +88,6 @@ class Narrowed(AttentionForm):
     """
 
     approximates: ClassVar[bool] = True
-    phases: ClassVar[tuple[str, ...]] = ("prefill", "decode", "training")
 
     @abstractmethod
     def pattern(self, at: Frame) -> Expr:
@@ -107,18 +106,10 @@ class Narrowed(AttentionForm):
         return None
 
     def refuse(self, region: AttentionRegion) -> str | None:
-        if region.kind != "attention":
-            return f"{self.name} computes attention, found a region of kind {region.kind}; leave it as written."
+        if reason := self.unserved(region):
+            return reason
         if region.device not in EXACT:
             return f"{self.name} is lowered for CPU and GPU, found a region on {region.device}; leave it as written."
-        if region.rule.dropout:
-            return (
-                f"{self.name} keeps no random stream, found dropout {region.rule.dropout:g} active; use model.eval() "
-                "or dropout 0."
-            )
-        phase = "training" if region.training else "decode" if region.shape.L == 1 else "prefill"
-        if phase not in self.phases:
-            return f"{self.name} serves {' and '.join(self.phases)}, found {phase}; leave it as written there."
         if not region.shape.is_static:
             return (
                 f"{self.name} is laid on lengths that are known at compile time, found {region.shape.text('L')} x "

@@ -17,19 +17,19 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attnc.codegen.selectors import last_keys, positions_of, top_blocks
+from attnc.codegen.selectors import joined, last_keys, positions_of
 from attnc.codegen.selectors_blocks import bounds
 from attnc.cost_models.cost import Work
 from attnc.expr import TRUE
 from attnc.expr_text import spell
 from attnc.forms.base import knob
-from attnc.forms.selected import BlockSelected, always_blocks, always_of, is_prefix
+from attnc.forms.selected import ScoredBlocks, is_prefix
 from attnc.operands import Operands
 from attnc.region import ITEM_BYTES, AttentionRegion
 
 
 @dataclass(frozen=True)
-class PageBounds(BlockSelected):
+class PageBounds(ScoredBlocks):
     """block: keys of a page; top_k: pages of a row; sinks, window: keys whose pages stay; 0: none, as published.
 
     share: whether each query head chooses, or those of a key head together, by the largest of their bounds.
@@ -43,17 +43,6 @@ class PageBounds(BlockSelected):
     window: int = knob(0, 1, role="semantic", unit="keys")
     share: str = knob("head", "group", role="semantic")
 
-    @property
-    def block_keys(self) -> int:
-        return self.block
-
-    @property
-    def always(self) -> tuple[int, int]:
-        return always_of(self.sinks, self.window, self.block)
-
-    def kept_blocks(self, S: int) -> int:
-        return min(max(self.top_k, always_blocks(self.sinks, self.window, self.block)), -(-S // self.block))
-
     def unfit(self, region: AttentionRegion) -> str | None:
         if self.window == 0 and region.rule.keep != TRUE and not is_prefix(region.rule.keep):
             return (
@@ -62,18 +51,10 @@ class PageBounds(BlockSelected):
             )
         return None
 
-    def choice_heads(self, given: Operands) -> int:
-        return given.key.shape[1] if self.share == "group" else given.query.shape[1]
-
     def choose(self, given: Operands) -> Tensor:
         last = last_keys(given)
-        own, score = positions_of(given, last), bounds(given.query, given.key, last, self.block)
-        if self.share == "group":
-            score = score.unflatten(1, (-1, given.group)).amax(2)
-            if last.shape[1] > 1:
-                last, own = (x.unflatten(1, (-1, given.group)).amax(2) for x in (last, own))
-        count = self.kept_blocks(given.key.shape[2])
-        return top_blocks(score, own, last, self.block, count, sinks=self.sinks, window=self.window)
+        score = joined(bounds(given.query, given.key, last, self.block), self.choice_heads(given), "amax")
+        return self.best(score, positions_of(given, last), last, given)
 
     def choosing(self, region: AttentionRegion) -> Work:
         s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)

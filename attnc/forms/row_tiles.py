@@ -17,18 +17,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from attnc.codegen.selectors import last_keys, positions_of, top_blocks
+from attnc.codegen.selectors import joined, last_keys, positions_of
 from attnc.codegen.selectors_blocks import of_tiles
 from attnc.expr import TRUE
 from attnc.expr_text import spell
 from attnc.forms.base import knob
-from attnc.forms.selected import BlockSelected, always_blocks, always_of
+from attnc.forms.selected import ScoredBlocks
 from attnc.operands import Operands
 from attnc.region import AttentionRegion
 
 
 @dataclass(frozen=True)
-class RowTiles(BlockSelected):
+class RowTiles(ScoredBlocks):
     """rows: query rows of a tile; block: keys of a block; top_k: blocks of a tile at most; mass: percent; 0: no bound.
 
     sinks, window: keys whose blocks stay; window 0: not even the tile's own. share: whether each query head chooses,
@@ -58,26 +58,11 @@ class RowTiles(BlockSelected):
         return False
 
     @property
-    def block_keys(self) -> int:
-        return self.block
-
-    @property
     def tile_rows(self) -> int:
         return self.rows
 
-    @property
-    def always(self) -> tuple[int, int]:
-        return always_of(self.sinks, self.window, self.block, self.rows)
-
-    def kept_blocks(self, S: int) -> int:
-        always = always_blocks(self.sinks, self.window, self.block, self.rows)
-        return min(max(self.top_k, always), -(-S // self.block))
-
     def keeps_all(self, region: AttentionRegion) -> bool:
         return super().keeps_all(region) and self.mass in (0, 100) and not self.least
-
-    def choice_heads(self, given: Operands) -> int:
-        return {"head": given.query.shape[1], "group": given.key.shape[1], "all": 1}[self.share]
 
     def unfit(self, region: AttentionRegion) -> str | None:
         if self.window == 0 and region.rule.keep != TRUE:
@@ -88,15 +73,8 @@ class RowTiles(BlockSelected):
         return None
 
     def choose(self, given: Operands) -> Tensor:
-        rows, heads = last_keys(given), self.choice_heads(given)
+        rows = last_keys(given)
         last, own = (of_tiles(x, self.rows) for x in (rows, positions_of(given, rows)))
-        share = self.shares(given, rows, last)
-        if share.shape[1] > heads:
-            share = share.unflatten(1, (heads, -1)).mean(2)
-        if last.shape[1] > heads:
-            last, own = (x.unflatten(1, (heads, -1)).amax(2) for x in (last, own))
-        window = self.window + self.rows - 1 if self.window else 0
-        return top_blocks(
-            share.expand(-1, -1, last.shape[-1], -1), own, last, self.block, self.kept_blocks(given.key.shape[2]),
-            sinks=self.sinks, window=window, mass=self.mass, least=self.least, together=self.together,
-        )  # fmt: skip
+        share = joined(self.shares(given, rows, last), self.choice_heads(given), "mean")
+        share = share.expand(-1, -1, last.shape[-1], -1)
+        return self.best(share, own, last, given, mass=self.mass, least=self.least, together=self.together)

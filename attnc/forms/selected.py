@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from attnc.codegen.key_lists import NONE, KeyLists, listed, near_rows, of_rows, of_tiles
-from attnc.codegen.selectors import near_blocks
+from attnc.codegen.selectors import joined, near_blocks, top_blocks
 from attnc.cost_models.cost import Cost, Work
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.roofline import BACKWARD, seconds
@@ -54,7 +54,6 @@ class Selected(AttentionForm):
     """
 
     approximates: ClassVar[bool] = True
-    phases: ClassVar[tuple[str, ...]] = ("prefill", "decode", "training")
 
     @abstractmethod
     def choose(self, given: Operands) -> Tensor:
@@ -95,16 +94,8 @@ class Selected(AttentionForm):
         """Whether these knobs keep every key of `region`."""
 
     def refuse(self, region: AttentionRegion) -> str | None:
-        if region.kind != "attention":
-            return f"{self.name} computes attention, found a region of kind {region.kind}; leave it as written."
-        if region.rule.dropout:
-            return (
-                f"{self.name} keeps no random stream, found dropout {region.rule.dropout:g} active; use model.eval() "
-                "or dropout 0."
-            )
-        phase = "training" if region.training else "decode" if region.shape.L == 1 else "prefill"
-        if phase not in self.phases:
-            return f"{self.name} serves {' and '.join(self.phases)}, found {phase}; leave it as written there."
+        if reason := self.unserved(region):
+            return reason
         if not region.shape.is_static:
             return (
                 f"{self.name} chooses among keys whose number is known at compile time, found {region.shape.text('L')} "
@@ -234,6 +225,48 @@ class BlockSelected(Selected):
 
     def keeps_all(self, region: AttentionRegion) -> bool:
         return self.kept_blocks(region.shape.S) >= -(-region.shape.S // self.block_keys)
+
+
+class ScoredBlocks(BlockSelected):
+    """A form whose knobs are these: the `top_k` blocks of `block` keys that score best, those of `sinks` and `window`
+    among them; each query head chooses, or those of a key head as one, or all of them."""
+
+    # No dataclass: each form says which knobs it has, in which order, and with which values.
+    block: int
+    top_k: int
+    sinks: int
+    window: int
+    share: str
+
+    @property
+    def block_keys(self) -> int:
+        return self.block
+
+    @property
+    def always(self) -> tuple[int, int]:
+        return always_of(self.sinks, self.window, self.block, self.tile_rows)
+
+    def kept_blocks(self, S: int) -> int:
+        always = always_blocks(self.sinks, self.window, self.block, self.tile_rows)
+        return min(max(self.top_k, always), -(-S // self.block))
+
+    def choice_heads(self, given: Operands) -> int:
+        return {"head": given.query.shape[1], "group": given.key.shape[1], "all": 1}[self.share]
+
+    def best(
+        self, score: Tensor, own: Tensor, last: Tensor, given: Operands, *, mass: int = 0, least: int = 0,
+        together: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """The choice, from the score of each block for each head that chooses, as `top_blocks` takes it.
+
+        own, last: as `top_blocks`, but of query heads.
+        """
+        own, last = (joined(x, self.choice_heads(given), "amax") for x in (own, last))
+        window = self.window + self.tile_rows - 1 if self.window else 0
+        return top_blocks(
+            score, own, last, self.block, self.kept_blocks(given.key.shape[2]),
+            sinks=self.sinks, window=window, mass=mass, least=least, together=together,
+        )  # fmt: skip
 
 
 def marked(chosen: Tensor, blocks: int) -> Tensor:

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attnc.codegen.selectors import block_means, last_keys, positions_of
+from attnc.codegen.selectors import block_means, joined, last_keys, positions_of
 from attnc.codegen.selectors_blocks import wide
 from attnc.codegen.selectors_tokens import (
     at_pairs,
@@ -32,7 +32,6 @@ from attnc.codegen.selectors_tokens import (
     exact_scores,
     index_candidates,
     index_scores,
-    joined,
     pieces,
     routed_heads,
 )
