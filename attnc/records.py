@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 try:
     import fcntl
@@ -29,12 +29,12 @@ from attnc.atomic_file import private_folder, replace_file
 from attnc.codegen.compile_stats import triton_version
 from attnc.cost_models.estimate import Estimate
 from attnc.errors import ArtifactError
+from attnc.strict_json import StrictReader
 
 log = logging.getLogger("attnc.records")
 
 VERSION = 1
 PARTS = ("attnc_record", "key", "shape", "seed", "date", "default", "best", "timings")
-MOST_BYTES = 64 << 20
 SHORTEST, LONGEST = 1e-9, 1e5  # seconds a kernel may take
 SPELLING = re.compile(r"\w+(\{[\w.+=,\- ]*\})?")
 DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
@@ -193,68 +193,11 @@ class Record:
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "a record") -> Record:
         """The record that `text` holds. Raises: ArtifactError if it holds none, or one of another version."""
-        return _record(_Reader(where), text)
+        return _record(StrictReader(where, AGAIN), text)
 
 
-class _Reader:
-    """Checks of values from a file; each failure names the file and the place in it."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def fail(self, found: str, allowed: str) -> NoReturn:
-        raise ArtifactError(f"read {self.where}: found {found[:200]}; allowed is {allowed}. {AGAIN}")
-
-    def table(self, value: object, place: str) -> dict[str, Any]:
-        if type(value) is not dict:
-            self.fail(f"{type(value).__name__} as {place}", "an object")
-        return value
-
-    def keys(self, value: dict[str, Any], place: str, known: tuple[str, ...], needed: tuple[str, ...]) -> None:
-        odd = [k for k in value if k not in known] + [f"no {k}" for k in needed if k not in value]
-        if odd:
-            self.fail(f"{odd[0]!r} in {place}", ", ".join(known))
-
-    def text(self, value: object, place: str, pattern: re.Pattern[str] | None = None, most: int = 4096) -> str:
-        if type(value) is not str or not 0 < len(value) <= most or not value.isprintable():
-            self.fail(f"{value!r:.80} as {place}", f"a printable text of 1 to {most} characters")
-        if pattern is not None and not pattern.fullmatch(value):
-            self.fail(f"{value!r:.80} as {place}", f"a text like {pattern.pattern}")
-        return value
-
-    def number(self, value: object, place: str, low: float, high: float) -> float:
-        if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]
-            self.fail(f"{value!r:.80} as {place}", f"a number from {low:g} to {high:g}")
-        return float(value)  # type: ignore[arg-type]
-
-    def count(self, value: object, place: str) -> int:
-        if type(value) is not int or not 0 <= value < 1 << 63:
-            self.fail(f"{value!r:.80} as {place}", "a whole number from 0 to 2^63")
-        return value
-
-
-def _object(reader: _Reader, text: str | bytes) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            reader.fail("a name given twice in one object", "each name once")
-        return found
-
-    def constant(word: str) -> NoReturn:
-        reader.fail(word, "finite numbers")
-
-    if len(text) > MOST_BYTES:
-        reader.fail(f"{len(text)} bytes", f"at most {MOST_BYTES}")
-    try:
-        decoded = text if isinstance(text, str) else text.decode("utf-8")
-        found = json.loads(decoded, object_pairs_hook=once, parse_constant=constant)
-    except (ValueError, RecursionError) as exc:
-        reader.fail(f"no JSON ({' '.join(str(exc).split())})", "a JSON object in UTF-8")
-    return reader.table(found, "the whole")
-
-
-def _record(reader: _Reader, text: str | bytes) -> Record:
-    data = _object(reader, text)
+def _record(reader: StrictReader, text: str | bytes) -> Record:
+    data = reader.read(text)
     if type(data.get("attnc_record")) is not int or data["attnc_record"] != VERSION:
         reader.fail(f"version {data.get('attnc_record')!r:.40}", f"version {VERSION}")
     reader.keys(data, "the record", PARTS, PARTS)
@@ -282,9 +225,9 @@ def _record(reader: _Reader, text: str | bytes) -> Record:
     return record
 
 
-def timing_of(body: object, place: str, reader: _Reader | None = None) -> Timing:
+def timing_of(body: object, place: str, reader: StrictReader | None = None) -> Timing:
     """The timing that a table read from a file holds. Raises: ArtifactError if it holds none."""
-    reader = reader or _Reader(place)
+    reader = reader or StrictReader(place, AGAIN)
     given = reader.table(body, place)
     reader.keys(given, place, tuple(f.name for f in fields(Timing)), ())
     read: dict[str, Any] = {}

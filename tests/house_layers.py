@@ -10,6 +10,7 @@ LAYERS = {
     "attnc.predicate": 0,
     "attnc.errors": 0,
     "attnc.atomic_file": 0,
+    "attnc.strict_json": 0,
     "attnc.rule": 1,
     "attnc.rule_attention": 1,
     "attnc.rule_ffn": 1,
