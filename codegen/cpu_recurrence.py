@@ -2,15 +2,16 @@
 
 A segment is as many chunks as fill the cache; what happens in it is chunks of matrix products (`cpu_chunks`) or, where
 the state is a vector or every element has its own decay, a scan (`cpu_scan`). Only the state passes from segment to
-segment, so that memory beyond the inputs and outputs does not grow with the length; the backward keeps one state per
-segment and computes each segment again.
+segment, so that memory beyond the inputs and outputs does not grow with the length; the backward keeps so many states
+as `STATES` allows and computes each segment again, and the states that it does not keep.
 
 Source: Yang et al. 2024, arXiv:2412.06464, section 3.3 (gated delta rule in chunks); Dao and Gu 2024, arXiv:2405.21060,
-section 6 (block decomposition); Chen et al. 2016, arXiv:1604.06174 (computing segments again).
+section 6 (block decomposition); Griewank and Walther 2000, "Algorithm 799: revolve" (which states to keep).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,8 @@ CHUNK = 32  # tokens per chunk at most, unless asked for
 MATRICES = 128  # chunks times heads of a segment
 ELEMENTS = 1 << 20  # elements of the states that a scan holds at once, and at least
 FEWEST = 64  # tokens
+STATES = 1 << 22  # elements of the states that a backward keeps
+KEPT = 16  # states that it may keep in any case
 
 
 class Given(NamedTuple):
@@ -79,12 +82,10 @@ def gradients(
     """Gradients of the operands that `needs` names, laid out as they are; autograd must be on."""
     acc = DTYPES[rule.state]
     chunk = _chunk(given.value.shape[2], rule, chunk_size)
-    segments = list(_segments(given, rule, chunk))
-    states = _states(given, segments, rule, chunk)
     wanted = dict(zip(Given._fields, needs, strict=True))
     found = {name: torch.zeros_like(x) for name, x in given._asdict().items() if wanted[name]}
     carried = grad_state.to(acc)
-    for tokens, state in zip(reversed(segments), reversed(states), strict=True):
+    for tokens, state in _from_the_end(given, rule, chunk):
         part = _part(given, tokens, rule)
         fresh = (None if x is None else x.detach().requires_grad_(n) for x, n in zip(part, needs, strict=True))
         part = Given(*fresh)  # type: ignore[arg-type]
@@ -172,14 +173,33 @@ def _part(given: Given, tokens: slice, rule: RecurrenceRule) -> Given:
     return Given(**{**found, "initial": None})
 
 
-def _states(given: Given, segments: list[slice], rule: RecurrenceRule, chunk: int) -> list[Tensor | None]:
-    """The state before each segment."""
+def _from_the_end(given: Given, rule: RecurrenceRule, chunk: int) -> Iterator[tuple[slice, Tensor | None]]:
+    """The segments from the last to the first, each with the state before it."""
+    segments = list(_segments(given, rule, chunk))
     state = None if given.initial is None else given.initial.to(DTYPES[rule.state]).expand(*_state_shape(given, rule))
-    states = [state if state is not None or len(segments) == 1 else _first_state(given, rule)][: len(segments)]
-    with torch.no_grad():
-        for tokens in segments[:-1]:
-            states.append(_segment(_part(given, tokens, rule), states[-1], rule, chunk, silent=True)[1])
-    return states
+    if state is None and len(segments) > 1:
+        state = _first_state(given, rule)
+    most = max(KEPT, STATES // max(1, math.prod(_state_shape(given, rule))))
+    kept = [(0, len(segments), state)] if segments else []
+    while kept:
+        start, stop, state = kept.pop()
+        while stop - start > 1:
+            skipped = _skipped(stop - start, most - len(kept))
+            kept.append((start, start + skipped, state))
+            with torch.no_grad():
+                for tokens in segments[start : start + skipped]:
+                    state = _segment(_part(given, tokens, rule), state, rule, chunk, silent=True)[1]
+            start += skipped
+        yield segments[start], state
+
+
+def _skipped(count: int, room: int) -> int:
+    """Of `count` segments to go through from the end, how many to pass before the next of `room` states is kept.
+
+    With r passes over each segment, `room` states are enough for C(room + r, r) segments; r is the least possible.
+    """
+    passes = next(r for r in itertools.count(1) if math.comb(room + r, r) >= count)
+    return min(math.comb(room + passes - 1, passes - 1), count - math.comb(room + passes - 2, passes - 1))
 
 
 def _stored(part: Tensor, into: Tensor) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from attnc.codegen import cpu_recurrence
 from attnc.codegen.cpu_decays import decays, unit_inverse
@@ -119,6 +124,77 @@ def test_segments_change_nothing(segment: int, cases: list[Case], monkeypatch: p
         found = cpu_recurrence.gradients(Given(*inputs), needs, *cotangents, rule)
         for a, b in zip(found, torch.autograd.grad(want, leaves, cotangents, allow_unused=True), strict=True):
             assert_close(a, torch.zeros_like(a) if b is None else b)
+
+
+class Held(TorchDispatchMode):
+    """Bytes of all tensors made inside, now and at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_leaves(made := function(*args, **(kwargs or {}))):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.known:
+                memory = x.untyped_storage()
+                self.known.add(memory._cdata)
+                self.now += memory.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(memory, self._freed, memory._cdata, memory.nbytes())
+        return made
+
+    def _freed(self, memory: int, size: int) -> None:
+        self.known.discard(memory)
+        self.now -= size
+
+
+def beyond_results(run: Callable[[], Any], given: list[Tensor | None]) -> int:
+    """Bytes that a call holds at its peak beyond what it is given and returns."""
+    held = Held()
+    held.known.update(x.untyped_storage()._cdata for x in given if x is not None)
+    with held:
+        kept = run()  # alive while `now` is read
+        return held.peak - held.now if kept else 0
+
+
+@pytest.mark.parametrize("name", ["mamba2", "rwkv7_packed", "mlstm", "mamba1"])
+def test_memory_beyond_operands_and_results_does_not_grow_with_the_length(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"MATRICES": 1, "CHUNK": 16, "ELEMENTS": 1, "FEWEST": 16, "STATES": 1, "KEPT": 2}
+    for constant, value in small.items():
+        monkeypatch.setattr(cpu_recurrence, constant, value)
+    case, found = next(c for c in CASES if c.name == name), []
+    for length in (96, 192):
+        inputs = case.inputs(length, torch.float32, state=True, batch=1)
+        given, needs = Given(*inputs), [x is not None and x.is_floating_point() for x in inputs]
+        grads = cpu_recurrence.recurrence(given, case.rule)
+        forward = beyond_results(lambda: cpu_recurrence.recurrence(given, case.rule), inputs)  # noqa: B023
+        backward = beyond_results(
+            lambda: cpu_recurrence.gradients(given, needs, *grads, case.rule),  # noqa: B023
+            [*inputs, *grads],
+        )
+        found.append((forward, backward))
+    assert found[0] == found[1]
+
+
+def test_states_that_are_not_kept_are_computed_again_a_few_times() -> None:
+    def passes(count: int, room: int) -> int:
+        done, kept, order = 0, [(0, count)], []
+        while kept:
+            start, stop = kept.pop()
+            while stop - start > 1:
+                skipped = cpu_recurrence._skipped(stop - start, room - len(kept))
+                kept.append((start, start + skipped))
+                start, done = start + skipped, done + skipped
+            assert len(kept) <= room
+            order.append(start)
+        assert order == list(reversed(range(count)))
+        return done
+
+    assert passes(17, 16) == 16  # all are kept
+    assert passes(153, 16) == 2 * 153 - 17 - 1  # the least, by Griewank and Walther
+    assert passes(900, 16) < 3 * 900
 
 
 def test_inverse_of_a_unit_triangular_matrix() -> None:
