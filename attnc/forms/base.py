@@ -169,6 +169,13 @@ class AttentionForm(Form):
         """What the form takes behind the captured tensors, for queries of `width`; weights: the user's."""
         return []
 
+    def kept(self, given: Operands) -> Operands | None:
+        """The same attention under the mask of the pairs that this form keeps; None for a form that drops no pairs.
+
+        Keys may be added behind those of `given`.
+        """
+        return None
+
     def gpu(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse on a GPU; differentiable, traceable."""
         raise self._no_gpu()

@@ -176,10 +176,12 @@ class Narrowed(AttentionForm):
         form = form or Flash(skip=skips(narrowed.rule.keep)[-1])
         return form.gpu(given._replace(rule=narrowed.rule))
 
+    def kept(self, given: Operands) -> Operands:
+        return given._replace(rule=self.narrow(region_of(given)).rule)
+
     def reference(self, given: Operands) -> tuple[Tensor, Tensor]:
         """The formula in float64, every pair in memory."""
-        given = given.double()
-        return reference(given._replace(rule=self.narrow(region_of(given)).rule))
+        return reference(self.kept(given.double()))
 
 
 def frame_of(rule: AttentionRule, shape: AttentionShape) -> Frame | str:

@@ -147,15 +147,17 @@ class Selected(AttentionForm):
             out = settle_empty(out, lse != -torch.inf, given)
         return out, lse
 
-    def gpu(self, given: Operands) -> tuple[Tensor, Tensor]:
+    def kept(self, given: Operands) -> Operands:
         with torch.no_grad():
             chosen = self.choose(given)
-        return ON_GPU.gpu(self.narrowed(chosen, given))
+        return self.narrowed(chosen, given)
+
+    def gpu(self, given: Operands) -> tuple[Tensor, Tensor]:
+        return ON_GPU.gpu(self.kept(given))
 
     def reference(self, given: Operands) -> tuple[Tensor, Tensor]:
         """The formula in float64, every pair in memory."""
-        given = given.double()
-        return reference(self.narrowed(self.choose(given), given))
+        return reference(self.kept(given.double()))
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
         return () if self.refuse(region) else (self,)  # the knobs change results: attnc.budget searches them
