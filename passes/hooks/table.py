@@ -334,7 +334,9 @@ def notes() -> list[str]:
     if not hasattr(InstructionTranslatorBase, _ENTRANCE):
         return [f"hooks: torch {torch.__version__} has no {_ENTRANCE}; loops of libraries are read as they are written"]
     absent = [line for hook in HOOKS if hook.home in sys.modules and (line := _absence(hook))]
-    return absent + [line for name, module in list(sys.modules.items()) for line in _patches(name, module)]
+    names = _rows(HOOKS).keys()  # that few of the thousands of modules hold, and this is asked at every compile
+    held = [item for item in list(sys.modules.items()) if not names.isdisjoint(getattr(item[1], "__dict__", {}).keys())]
+    return absent + [line for name, module in held for line in _patches(name, module)]
 
 
 def _absence(hook: Hook) -> str:
