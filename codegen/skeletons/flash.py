@@ -161,6 +161,62 @@ def slopes(d_score, s, b, h, i, j, m_ok, captured, SCALE: tl.constexpr, MASKED: 
 
 
 @triton.jit
+def product(x, x_tail, p, row, stride, column_stride, m_row, MAIN: tl.constexpr, TAIL: tl.constexpr,
+            WIDTH: tl.constexpr, MASKED: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """x y^T for the rows y of a tile, and y as KIND in its two parts; without a TAIL the second is the first."""
+    y = tile(p, row, stride, column_stride, m_row, 0, MAIN, WIDTH, MASKED).to(KIND)
+    s = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    if TAIL > 0:
+        y_tail = tile(p, row, stride, column_stride, m_row, MAIN, TAIL, WIDTH, MASKED).to(KIND)
+        s = tl.dot(x_tail, tl.trans(y_tail), s, input_precision=PRECISION)
+    else:
+        y_tail = y
+    return s, y, y_tail
+
+
+@triton.jit
+def soften(x, m, total, FACTOR: tl.constexpr, SURE: tl.constexpr):
+    """Weights of more keys, the factor of earlier sums, the running maximum and sum. SURE: some key is kept."""
+    m_new = tl.maximum(m, tl.max(x, 1) * FACTOR)
+    if SURE:
+        shift = m_new
+    else:  # no key so far: -inf - -inf is no weight
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(x * FACTOR - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    return p, alpha, m_new, total * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def weighted(acc, acc_tail, p, alpha, p_v, row, stride, column_stride, m_row, MAIN: tl.constexpr, TAIL: tl.constexpr,
+             WIDTH: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """alpha acc + p v for the rows v of a tile, in its two parts."""
+    v = tile(p_v, row, stride, column_stride, m_row, 0, MAIN, WIDTH, MASKED).to(p.dtype)
+    acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
+    if TAIL > 0:
+        v_tail = tile(p_v, row, stride, column_stride, m_row, MAIN, TAIL, WIDTH, MASKED).to(p.dtype)
+        acc_tail = tl.dot(p, v_tail, acc_tail * alpha[:, None], input_precision=PRECISION)
+    return acc, acc_tail
+
+
+@triton.jit
+def settled(m, total):
+    """The log-sum-exp in powers of two, -inf without keys, and what sums are multiplied by in the end."""
+    some = total != 0.0  # a NaN is not no key
+    total = tl.where(some, total, 1.0)
+    return tl.where(some, m + tl.log2(total), float("-inf")), tl.where(some, 1.0 / total, 0.0)
+
+
+@triton.jit
+def weights(x, lse, b, h, i, j, m_ok, captured, FACTOR: tl.constexpr, MASKED: tl.constexpr):
+    """Weights of pairs from their scores x and their rows' lse, which broadcasts to x."""
+    p = tl.exp2(x * FACTOR - lse)
+    if MASKED:
+        p = tl.where(m_ok & keep(b, h, i, j, m_ok, captured), p, 0.0)
+    return p
+
+
+@triton.jit
 def flash_forward(
     p_q, p_k, p_v, p_out, p_lse, captured, p_list, p_counts,
     q_b, q_h, q_l, q_e, k_b, k_h, k_l, k_e, v_b, v_h, v_l, v_e, o_b, o_h, o_l, o_e, rows_b, rows_h, Hq, L, S,
@@ -184,6 +240,7 @@ def flash_forward(
     p_k += b * k_b + h // GROUP * k_h
     p_v += b * v_b + h // GROUP * v_h
     q = tile(p_q, row, q_l, q_e, m_row, 0, E_MAIN, E, True).to(QK)
+    q_tail = q
     if E_TAIL > 0:
         q_tail = tile(p_q, row, q_l, q_e, m_row, E_MAIN, E_TAIL, E, True).to(QK)
     if TABLE:
@@ -197,8 +254,7 @@ def flash_forward(
     m = tl.max(tl.zeros([BLOCK_M, 1], tl.float32) + sink(b, h, i, captured), 1) * LOG2E
     total = tl.where(m > float("-inf"), 1.0, 0.0)
     acc = tl.zeros([BLOCK_M, EV_MAIN], tl.float32)
-    if EV_TAIL > 0:
-        acc_tail = tl.zeros([BLOCK_M, EV_TAIL], tl.float32)
+    acc_tail = tl.zeros([BLOCK_M, EV_TAIL if EV_TAIL > 0 else 1], tl.float32)
     for whole in tl.static_range(2):
         for t in tl.range(0, full if whole else masked):
             j_low = low_of(p_list, first, t, before, full, masked, whole, TABLE, BLOCK_N)
@@ -206,33 +262,17 @@ def flash_forward(
             m_column = j_low + column < S
             m_ok = tl.full([1, 1], 1, tl.int1) if whole else (i < L) & (j < S)
             p_kj, p_vj = p_k + j_low.to(tl.int64) * k_l, p_v + j_low.to(tl.int64) * v_l
-            k = tile(p_kj, column, k_l, k_e, m_column, 0, E_MAIN, E, whole == 0).to(QK)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if E_TAIL > 0:
-                k_tail = tile(p_kj, column, k_l, k_e, m_column, E_MAIN, E_TAIL, E, whole == 0).to(QK)
-                s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
+            s, _k, _tail = product(q, q_tail, p_kj, column, k_l, k_e, m_column, E_MAIN, E_TAIL, E, whole == 0, QK,
+                                   PRECISION)  # fmt: skip
             x = logits(s, b, h, i, j, m_ok, captured, SCALE, whole == 0)
-            m_new = tl.maximum(m, tl.max(x, 1) * FACTOR)
-            if whole and SCALE != 0.0:
-                shift = m_new
-            else:  # no key so far: -inf - -inf is no weight
-                shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(x * FACTOR - shift[:, None])
-            alpha = tl.exp2(m - shift)
-            total = total * alpha + tl.sum(p, 1)
-            m = m_new
+            p, alpha, m, total = soften(x, m, total, FACTOR, whole == 1 and SCALE != 0.0)
             p = p.to(p_out.dtype.element_ty)  # weights and values of 8 bits meet in the precision of out
-            v = tile(p_vj, column, v_l, v_e, m_column, 0, EV_MAIN, EV, whole == 0).to(p.dtype)
-            acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
-            if EV_TAIL > 0:
-                v_tail = tile(p_vj, column, v_l, v_e, m_column, EV_MAIN, EV_TAIL, EV, whole == 0).to(p.dtype)
-                acc_tail = tl.dot(p, v_tail, acc_tail * alpha[:, None], input_precision=PRECISION)
+            acc, acc_tail = weighted(acc, acc_tail, p, alpha, p_vj, column, v_l, v_e, m_column, EV_MAIN, EV_TAIL, EV,
+                                     whole == 0, PRECISION)  # fmt: skip
 
-    some = total != 0.0  # a NaN is not no key
-    total = tl.where(some, total, 1.0)
-    lse = tl.where(some, (m + tl.log2(total)) * LN2, float("-inf"))
-    tl.store(p_lse + (b * Hq + h) * L + i_low + row, lse, mask=m_row)
-    share = tl.where(some, 1.0 / total, 0.0)[:, None] * gain(b, h, i, captured)
+    lse, share = settled(m, total)
+    tl.store(p_lse + (b * Hq + h) * L + i_low + row, lse * LN2, mask=m_row)
+    share = share[:, None] * gain(b, h, i, captured)
     p_out += b * o_b + h * o_h + i_low.to(tl.int64) * o_l
     put(p_out, acc * share, row, o_l, o_e, m_row, 0, EV_MAIN, EV)
     if EV_TAIL > 0:
@@ -269,6 +309,7 @@ def flash_dq(
     q = tile(p_q, row, q_l, q_e, m_row, 0, E_MAIN, E, True).to(p_do.dtype.element_ty)
     do = tile(p_do, row, o_l, o_e, m_row, 0, EV_MAIN, EV, True)
     dq = tl.zeros([BLOCK_M, E_MAIN], tl.float32)
+    q_tail, do_tail = q, do
     if E_TAIL > 0:
         q_tail = tile(p_q, row, q_l, q_e, m_row, E_MAIN, E_TAIL, E, True).to(do.dtype)
         dq_tail = tl.zeros([BLOCK_M, E_TAIL], tl.float32)
@@ -290,19 +331,12 @@ def flash_dq(
             m_column = j_low + column < S
             m_ok = tl.full([1, 1], 1, tl.int1) if whole else (i < L) & (j < S)
             p_kj, p_vj = p_k + j_low.to(tl.int64) * k_l, p_v + j_low.to(tl.int64) * v_l
-            k = tile(p_kj, column, k_l, k_e, m_column, 0, E_MAIN, E, whole == 0).to(do.dtype)
-            v = tile(p_vj, column, v_l, v_e, m_column, 0, EV_MAIN, EV, whole == 0).to(do.dtype)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            if E_TAIL > 0:
-                k_tail = tile(p_kj, column, k_l, k_e, m_column, E_MAIN, E_TAIL, E, whole == 0).to(do.dtype)
-                s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision=PRECISION)
-            if EV_TAIL > 0:
-                v_tail = tile(p_vj, column, v_l, v_e, m_column, EV_MAIN, EV_TAIL, EV, whole == 0).to(do.dtype)
-                dp = tl.dot(do_tail, tl.trans(v_tail), dp, input_precision=PRECISION)
-            p = tl.exp2(logits(s, b, h, i, j, m_ok, captured, SCALE, False) * FACTOR - lse)
-            if whole == 0:
-                p = tl.where(m_ok & keep(b, h, i, j, m_ok, captured), p, 0.0)
+            s, k, k_tail = product(q, q_tail, p_kj, column, k_l, k_e, m_column, E_MAIN, E_TAIL, E, whole == 0,
+                                   do.dtype, PRECISION)  # fmt: skip
+            dp, _v, _tail = product(do, do_tail, p_vj, column, v_l, v_e, m_column, EV_MAIN, EV_TAIL, EV, whole == 0,
+                                    do.dtype, PRECISION)  # fmt: skip
+            x = logits(s, b, h, i, j, m_ok, captured, SCALE, False)
+            p = weights(x, lse, b, h, i, j, m_ok, captured, FACTOR, whole == 0)
             d_score = p * (dp - delta)
             add_grads(d_score, s, b, h, i, j, m_ok, captured, captured_grads)
             ds = slopes(d_score, s, b, h, i, j, m_ok, captured, SCALE, whole == 0).to(do.dtype)
@@ -343,6 +377,7 @@ def flash_dkv(
     v = tile(p_v, column, v_l, v_e, m_column, 0, EV_MAIN, EV, True).to(k.dtype)
     dk = tl.zeros([BLOCK_N, E_MAIN], tl.float32)
     dv = tl.zeros([BLOCK_N, EV_MAIN], tl.float32)
+    k_tail, v_tail = k, v
     if E_TAIL > 0:
         k_tail = tile(p_k, column, k_l, k_e, m_column, E_MAIN, E_TAIL, E, True).to(k.dtype)
         dk_tail = tl.zeros([BLOCK_N, E_TAIL], tl.float32)
@@ -366,21 +401,14 @@ def flash_dkv(
                 p_qi = p_q + b * q_b + h * q_h + i_low.to(tl.int64) * q_l
                 p_doi = p_do + b * o_b + h * o_h + i_low.to(tl.int64) * o_l
                 at = (b * Hq + h) * L + i_low + row
-                q = tile(p_qi, row, q_l, q_e, m_row, 0, E_MAIN, E, whole == 0).to(k.dtype)
-                do = tile(p_doi, row, o_l, o_e, m_row, 0, EV_MAIN, EV, whole == 0)
                 lse = tl.load(p_lse + at, mask=m_row | (whole == 1), other=float("inf"))
                 delta = tl.load(p_delta + at, mask=m_row | (whole == 1), other=0.0)
-                s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                if E_TAIL > 0:
-                    q_tail = tile(p_qi, row, q_l, q_e, m_row, E_MAIN, E_TAIL, E, whole == 0).to(k.dtype)
-                    s = tl.dot(k_tail, tl.trans(q_tail), s, input_precision=PRECISION)
-                if EV_TAIL > 0:
-                    do_tail = tile(p_doi, row, o_l, o_e, m_row, EV_MAIN, EV_TAIL, EV, whole == 0)
-                    dp = tl.dot(v_tail, tl.trans(do_tail), dp, input_precision=PRECISION)
-                p = tl.exp2(logits(s, b, h, i, j, m_ok, captured, SCALE, False) * FACTOR - lse[None, :])
-                if whole == 0:
-                    p = tl.where(m_ok & keep(b, h, i, j, m_ok, captured), p, 0.0)
+                s, q, q_tail = product(k, k_tail, p_qi, row, q_l, q_e, m_row, E_MAIN, E_TAIL, E, whole == 0, k.dtype,
+                                       PRECISION)  # fmt: skip
+                dp, do, do_tail = product(v, v_tail, p_doi, row, o_l, o_e, m_row, EV_MAIN, EV_TAIL, EV, whole == 0,
+                                          k.dtype, PRECISION)  # fmt: skip
+                x = logits(s, b, h, i, j, m_ok, captured, SCALE, False)
+                p = weights(x, lse[None, :], b, h, i, j, m_ok, captured, FACTOR, whole == 0)
                 dv = tl.dot(p.to(k.dtype), do, dv, input_precision=PRECISION)
                 ds = slopes(p * (dp - delta[None, :]), s, b, h, i, j, m_ok, captured, SCALE, whole == 0).to(k.dtype)
                 dk = tl.dot(ds, q, dk, input_precision=PRECISION)
