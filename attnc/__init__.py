@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from attnc.backend import last_report
+    from attnc.calibration import Calibration
     from attnc.errors import ArtifactError, AttncError, CaptureError, LoweringError, UsageError
     from attnc.offline import autotune, explain
     from attnc.options import Options
     from attnc.plan import Plan
     from attnc.region import Region
     from attnc.report import Report
+    from attnc.tuning.calibrate import calibrate
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
     "AttncError",
+    "Calibration",
     "CaptureError",
     "LoweringError",
     "Options",
@@ -29,6 +32,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "autotune",
+    "calibrate",
     "explain",
     "last_report",
 ]
@@ -36,6 +40,7 @@ __all__ = [
 _HOME = {
     "ArtifactError": "attnc.errors",
     "AttncError": "attnc.errors",
+    "Calibration": "attnc.calibration",
     "CaptureError": "attnc.errors",
     "LoweringError": "attnc.errors",
     "Options": "attnc.options",
@@ -44,6 +49,7 @@ _HOME = {
     "Report": "attnc.report",
     "UsageError": "attnc.errors",
     "autotune": "attnc.offline",
+    "calibrate": "attnc.tuning.calibrate",
     "explain": "attnc.offline",
     "last_report": "attnc.backend",
 }

@@ -1,36 +1,41 @@
-"""Approximations inside an error budget: their settings measured on the user's data, by region and end to end.
+"""Approximations inside an error budget: searched on a calibration, chosen and verified by the model's own output.
 
-The model runs on each batch through `attnc.observe`, as `explain` runs it, with a probe of `attnc.probes` for each
-region that an approximation may replace. The first pass over the data measures every setting; each region then takes
-the one of least predicted time within the budget. Further passes run the model with all of these together: its output
-is to be within the same budget of the output as written, in every tensor of it; until that holds, the region that is
-furthest off takes its next setting of less error, at last the exact form.
+Each setting is measured in each region on the batches that calibrate (`attnc.tuning.calibrate`, or a file of it). The
+estimated error of the model's output with one setting in one region is that of a run with it alone, else the region's
+error times what the output was off by for such errors elsewhere. Regions of one key share their candidates, and each is
+placed by itself (`attnc.tuning.front`); what is tried runs end to end on the same batches. The fastest assignment whose
+output stays within the budget there is run on the batches held out, the last third, and taken if it is within the
+budget on each of them; else the next one is, at last the exact one. A single batch serves for both.
 
 Source: DESIGN.md, sections 1 and 7 (semantic knobs move only inside the error budget, verified end to end).
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch.utils import _pytree as pytree
-
+from attnc.batches import Batch, digest_of
+from attnc.calibration import Calibration
 from attnc.errors import UsageError, did_you_mean
 from attnc.forms import Form
-from attnc.observe import name_of, observed
+from attnc.graphs import Named
+from attnc.measuring import Measuring, Output, measuring, units_of
+from attnc.observe import name_of
 from attnc.options import Options
-from attnc.passes.choose import GAIN, approximations, target_device
-from attnc.probes import Session, Unit, relative
+from attnc.passes.choose import pays_from, target_device
+from attnc.plan import Point, Verified
+from attnc.probes import Unit
 from attnc.region import AttentionRegion, Choice, Region
+from attnc.tuning.calibrate import attach, begun, count
+from attnc.tuning.front import REACH, FrontSearch, Tried
+from attnc.tuning.placement import Assignment, undominated
 
-Batch = tuple[tuple[Any, ...], dict[str, Any]]
-ALLOWED = "a tensor, a tuple of arguments, or a dict of keyword arguments"
+PAIRS = 24  # runs per batch with one region replaced, where no calibration is given
+KEPT_BYTES = 1 << 28  # of exact outputs, kept for the next assignment
 
 
 # What is asked.
@@ -46,62 +51,49 @@ def checked_limit(max_error: object) -> float:
     return float(max_error)
 
 
-def batches_of(data: object) -> list[Batch]:
-    """The inputs that `data` holds, as arguments and keywords. Raises: UsageError where it holds none or others."""
-    if isinstance(data, torch.Tensor | Mapping | str | bytes) or not isinstance(data, Iterable):
-        raise UsageError(
-            f"autotune data: found {type(data).__name__}, allowed is an iterable of inputs, each {ALLOWED}. "
-            "Use data=[x] for one input."
-        )
-    found = [_batch(number, item) for number, item in enumerate(data)]
-    if not found:
-        raise UsageError(
-            "autotune data: found no inputs in it, at least one is needed. A generator that was read before is empty: "
-            "make it anew, or leave data out for the inputs themselves."
-        )
-    return found
+def held_out(count: int) -> range:
+    """The numbers of the batches that verify: the last third, at least one."""
+    return range(count - max(1, count // 3), count)
 
 
-def _batch(number: int, item: object) -> Batch:
-    if isinstance(item, torch.Tensor):
-        return (item,), {}
-    if isinstance(item, tuple | list):
-        return tuple(item), {}
-    if isinstance(item, Mapping) and all(isinstance(name, str) for name in item):
-        return (), dict(item)
-    raise UsageError(f"autotune data: found {type(item).__name__} as input {number}, allowed is {ALLOWED}. Convert it.")
+# What is found.
 
 
-# What is measured.
+@dataclass
+class Budgeted:
+    """What a search within a budget found; choices in the order of the regions."""
+
+    choices: list[Choice | None]
+    front: tuple[Point, ...] = ()
+    verified: Verified | None = None
 
 
 def within(
     model: Callable[..., Any],
-    named: Sequence[tuple[str, str, Region]],
+    named: Sequence[Named],
     batches: Sequence[Batch],
     options: Options,
     limit: float,
-) -> list[Choice | None]:
+    calibration: Calibration | None = None,
+) -> Budgeted:
     """The choices of regions, approximations among them where `options.allow` names them and `limit` holds.
 
-    named: (name in the plan, identity of the region in every run of the model, region with its exact choice).
-    Raises: UsageError for a batch that the model does not run on, an output without floating-point tensors, or weights
-    that are supplied for a region that is not there.
+    named: the regions, each with its exact choice. calibration: errors that are known; None: those of `batches`.
+    Raises: UsageError for a batch that the model does not run on, an output without floating-point tensors, weights
+    that are supplied for a region that is not there, or a calibration of another model.
     """
     _check_places([region for _, _, region in named], options)
-    units: dict[str, Unit] = {}
-    for name, _, region in named:
-        _enter(units, name, region, options)
-    by_identity: dict[str, Unit] = {}
-    for name, identity, region in named:
-        if name in units:  # the key tells apart what two frames have at one place
-            by_identity[f"{identity} {region.key}"] = by_identity[identity] = units[name]
-    off = None
+    units = units_of(named, options, paying=True)
+    search = None
     if any(unit.settings for unit in units.values()):
-        session = Session(by_identity, replace(options, allow=(), plan=None))
-        with contextlib.closing(session), observed(model, session.read) as run:
-            off = _settle(Measuring(session, run, batches, name_of(model)), limit)
-    return [_choice(units.get(name), region, options, limit, off) for name, _, region in named]
+        if calibration is not None:
+            _check_same(calibration, named, units)
+        with measuring(model, named, units, options, "autotune") as runs:
+            search = Budget(runs, named, units, batches, limit)
+            search.calibrate(calibration or begun(name_of(model), named, options, PAIRS, units), calibration is None)
+            search.settle()
+    choices = [_choice(units.get(name), region, options, search) for name, _, region in named]
+    return Budgeted(choices, search.points, search.verified) if search is not None else Budgeted(choices)
 
 
 def _check_places(regions: Sequence[Region], options: Options) -> None:
@@ -117,120 +109,175 @@ def _check_places(regions: Sequence[Region], options: Options) -> None:
             )
 
 
-def _enter(units: dict[str, Unit], name: str, region: Region, options: Options) -> None:
-    """Add the region's settings to the unit of its name: those that pay for each of its regions."""
-    choice = region.choice
-    if not isinstance(region, AttentionRegion) or choice is None or (choice.predicted_s or choice.written_s) is None:
-        return  # nothing may replace it, or the options force what does
-    offers, refused = approximations(region, options)
-    exact = choice.predicted_s or choice.written_s or math.inf
-    settings = {form: seconds for seconds, form in offers if seconds <= GAIN * exact}
-    for seconds, form in offers:
-        if form not in settings:
-            against = f"{seconds * 1e3:.3g} ms against {exact * 1e3:.3g} ms {choice.name}"
-            refused[form.spell()] = f"not predicted to pay ({against})"
-    unit = units.setdefault(name, Unit(settings, refused))
-    unit.settings = {form: seconds for form, seconds in unit.settings.items() if form in settings}
-    unit.refused |= refused
+def _check_same(calibration: Calibration, named: Sequence[Named], units: Mapping[str, Unit]) -> None:
+    """Raises: UsageError where a calibration holds none of the regions."""
+    here = {(name, identity) for name, identity, _ in named if name in units}
+    there = {(name, region.identity) for name, region in calibration.regions.items()}
+    if not here & there:
+        raise UsageError(
+            f"autotune calibration of {calibration.model}: found the regions "
+            f"{', '.join(repr(name) for name, _ in sorted(there)[:6]) or 'none'}, allowed are those of this model, "
+            f"{', '.join(repr(name) for name, _ in sorted(here)[:6])}, of the same widths and type. Calibrate it."
+        )
 
 
 @dataclass
-class Measuring:
-    """Runs of a model under a session, on batches in an order that tries those first that failed before."""
+class Budget:
+    """A search for the fastest choices within `limit`. named: with the regions' exact choices."""
 
-    session: Session
-    run: Callable[..., Any]
+    runs: Measuring
+    named: Sequence[Named]
+    units: Mapping[str, Unit]
     batches: Sequence[Batch]
-    name: str
+    limit: float
+    verified: Verified | None = None
+    taken: Tried | None = None
+    rejected: dict[Assignment, float] = field(default_factory=dict)  # by batches held out: the error there
 
     def __post_init__(self) -> None:
-        self.order = list(range(len(self.batches)))
+        self.held = held_out(len(self.batches))
+        self.used = range(self.held.start) or self.held  # a single batch calibrates and verifies
+        self.exact: dict[int, Output] = {}
 
-    def judge(self) -> None:
-        """One pass over the data in which probes measure."""
-        for number in self.order:
-            self.session.judging = number
-            self._call(number)
-        self.session.judging = None
+    def calibrate(self, calibration: Calibration, anew: bool) -> None:
+        """Measure all settings on the batches that are not held out, or take them from a calibration."""
+        attach(calibration, self.units)
+        for number in self.used if anew else ():
+            count(calibration, self.runs, self.units, self.batches[number], number)
+        counted = set(calibration.digests)
+        self.fresh = all(digest_of(self.batches[number]) not in counted for number in self.held)
+        self.calibrated = calibration.batches
+        self.gains = self._gains()
+        self.options = self._options()
+        menus = [
+            [(unit.exact_s * unit.count, 0.0)]
+            + [(unit.settings[form] * unit.count, self.estimate(unit, form)) for form in self.options[name]]
+            for name, unit in self.units.items()
+        ]
+        self.search = FrontSearch(menus, lambda chosen: self.errors(chosen, self.used), self._constant())
 
-    def end_to_end(self, limit: float) -> float:
-        """The worst error of the output with what is taken; ends with the first batch that is beyond `limit`."""
-        worst = 0.0
-        for number in list(self.order):
-            self.session.written = True
-            exact = self._call(number)
-            self.session.written = False
-            worst = max(worst, relative(self._call(number), exact))
-            if worst > limit:
-                self.order.remove(number)
-                self.order.insert(0, number)
+    def settle(self) -> None:
+        """Search, then take what verifies."""
+        for found in self.search.search(self.limit):
+            if found.chosen == self.search.exact:
                 break
-        return worst
+            errors = self.errors(found.chosen, self.held)
+            if max(errors) <= self.limit:
+                self.taken = found
+                self.verified = Verified(self.limit, max(errors), tuple(self.held), self.fresh, self.calibrated)
+                break
+            self.rejected[found.chosen] = max(errors)
+        self._take(self.taken.chosen if self.taken is not None else self.search.exact)
 
-    def _call(self, number: int) -> list[torch.Tensor]:
-        args, kwargs = _copied(self.batches[number])
-        out = self.run(args, kwargs, f"autotune {self.name} on batch {number} of data")
-        tensors = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-        if not tensors:
-            raise UsageError(
-                f"autotune {self.name} with allow: found {type(out).__name__} without floating-point tensors as its "
-                "output, so no error of it can be measured. Tune the part of the model that returns tensors."
-            )
-        return tensors
+    def errors(self, chosen: Assignment, numbers: Sequence[int]) -> list[float]:
+        """Errors of the model's output with an assignment, one for each batch."""
+        found = []
+        for number in numbers:
+            exact = self.exact.get(number)
+            if exact is None:
+                exact = self.runs.written(self.batches[number], number)
+                size = sum(t.nbytes for kept in (*self.exact.values(), exact) for t in kept.tensors)
+                if size <= KEPT_BYTES:
+                    self.exact[number] = exact
+            self._take(chosen)
+            found.append(self.runs.taken(self.batches[number], number).off(exact))
+        return found
 
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """The front that was found."""
+        found = self.search.front() if self.search.tried else []
+        return tuple(Point(t.seconds, t.error, self._spelled(t.chosen)) for t in found if math.isfinite(t.error))
 
-def _copied(batch: Batch) -> Batch:
-    """A batch of its own: caches among the inputs are filled, and tensors may be changed in place."""
-    leaves = [x for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor)]
-    known = {id(x): x.detach().clone().requires_grad_(x.requires_grad) for x in leaves}
-    return copy.deepcopy(batch, known)
+    def _spelled(self, chosen: Assignment) -> dict[str, str]:
+        forms = zip(self.units, chosen, strict=True)
+        return {name: self.options[name][at - 1].spell() for name, at in forms if at}
 
+    def _take(self, chosen: Assignment) -> None:
+        for (name, unit), at in zip(self.units.items(), chosen, strict=True):
+            unit.taken = self.options[name][at - 1] if at else None
 
-def _settle(measuring: Measuring, limit: float) -> float | None:
-    """Take the fastest settings that hold in each region, then together; returns the error of the output."""
-    units = list({id(unit): unit for unit in measuring.session.units.values()}.values())
-    measuring.judge()
-    for unit in units:
-        unit.taken = unit.exacter(limit)
-    while taken := [unit for unit in units if unit.taken is not None]:
-        off = measuring.end_to_end(limit)
-        if off <= limit:
-            return off
-        furthest = max(taken, key=lambda unit: unit.errors[unit.taken])  # type: ignore[index]
-        form = furthest.taken
-        assert form is not None
-        furthest.taken = furthest.exacter(limit)
-        furthest.failed[form] = (
-            f"{furthest.measured(form)} is within {limit:g}, but with it the model's output is off by {off:.2g}, "
-            f"allowed is {limit:g}"
-        )
-    return None
+    def _constant(self) -> float:
+        """Predicted seconds of attentions that nothing may replace."""
+        kept = [r.choice for name, _, r in self.named if isinstance(r, AttentionRegion) and name not in self.units]
+        return math.fsum(c.predicted_s or c.written_s or 0.0 for c in kept if c is not None)
+
+    # What the search chooses from.
+
+    def known(self, unit: Unit) -> list[Form]:
+        """Settings of a unit whose error is known, and that may be taken."""
+        return [f for f in unit.settings if f not in unit.failed and unit.measured[f].batches]
+
+    def estimate(self, unit: Unit, form: Form) -> float:
+        """The error of the model's output with one setting in one region."""
+        found = unit.measured[form]
+        return found.output if found.runs else found.error * self.gains[id(unit)]
+
+    def _gains(self) -> dict[int, float]:
+        """By unit, what the model's output is off by for an error of the region; else that of all units, else 1."""
+        ratios = {
+            id(unit): [
+                m.output / m.error for m in map(unit.measured.__getitem__, self.known(unit)) if m.runs and m.error > 0
+            ]
+            for unit in self.units.values()
+        }
+        every = [ratio for found in ratios.values() for ratio in found]
+        usual = statistics.median(every) if every else 1.0
+        return {unit: statistics.median(found) if found else usual for unit, found in ratios.items()}
+
+    def _options(self) -> dict[str, list[Form]]:
+        """By unit the settings to choose from: in time and error undominated in some unit of the same key."""
+        worth: dict[str, dict[Form, None]] = {}
+        for unit in self.units.values():
+            forms = [f for f in self.known(unit) if self.estimate(unit, f) <= REACH * self.limit]
+            best = undominated([(unit.settings[f], self.estimate(unit, f)) for f in forms])
+            worth.setdefault(unit.key, {}).update(dict.fromkeys(forms[at] for at in best))
+        return {name: [f for f in worth[unit.key] if f in self.known(unit)] for name, unit in self.units.items()}
+
+    # What is told.
+
+    def beyond(self, name: str, form: Form) -> str | None:
+        """Why a setting that pays may not be taken; None where it may."""
+        unit = self.units[name]
+        if form in unit.failed:
+            return unit.failed[form]
+        if not unit.measured[form].batches:
+            return "no batch of the data reached the region, so its error is not known"
+        off = self.estimate(unit, form)
+        how = "is" if unit.measured[form].runs else "is estimated to be"
+        if form in self.options[name]:
+            place = list(self.units).index(name)
+            at = self.options[name].index(form) + 1
+            run = [t for t in self.search.tried.values() if t.chosen[place] == at]
+            least = min((max(t.bound, self.rejected.get(t.chosen, 0.0)) for t in run), default=off)
+            off, how = least if run else off, "is" if run else how
+        if off <= self.limit:
+            return None
+        return f"{unit.says(form)}, but with it the model's output {how} off by {off:.2g}, allowed is {self.limit:g}"
 
 
 # What is chosen.
 
 
-def _choice(unit: Unit | None, region: Region, options: Options, limit: float, off: float | None) -> Choice | None:
+def _choice(unit: Unit | None, region: Region, options: Options, search: Budget | None) -> Choice | None:
     """The region's choice with what its unit has found."""
     choice = region.choice
     if choice is None or unit is None:
         return choice
-    refused = {**choice.refused, **unit.refused}
-    for form in unit.settings:
-        if form != unit.taken and (why := _beyond(unit, form, limit)) is not None:
-            refused[form.spell()] = why
-    fit = {f.spell(): s for f, s in unit.settings.items() if f in unit.errors and f.spell() not in refused}
+    name = "" if search is None else next(n for n, u in search.units.items() if u is unit)
+    beyond = {} if search is None else {f: search.beyond(name, f) for f in unit.settings if f != unit.taken}
+    refused = {**choice.refused, **unit.refused, **{f.spell(): why for f, why in beyond.items() if why}}
+    fit = {f.spell(): s for f, s in unit.settings.items() if f.spell() not in refused}
     offers = dict(sorted({**choice.offers, **fit}.items(), key=lambda offer: offer[1]))
-    if unit.taken is None:
-        reason = "; ".join([choice.reason, *_nearest(unit, limit)])
+    if unit.taken is None or search is None or search.verified is None:
+        reason = "; ".join([choice.reason, *_nearest(unit, beyond)])
         return replace(choice, reason=reason, refused=refused, offers=offers)
-    form, seconds = unit.taken, unit.settings[unit.taken]
+    assert isinstance(region, AttentionRegion)
+    form, seconds, found = unit.taken, unit.settings[unit.taken], unit.measured[unit.taken]
     faster = "" if choice.written_s is None else f"predicted {choice.written_s / seconds:.1f}x faster than as written; "
-    reason = (
-        f"{faster}{form.name} is an approximation by name, {unit.measured(form)}, allowed is {limit:g}; the model's "
-        f"output is off by {off or 0.0:.2g}"
-    )
-    found = form.estimate(region, target_device(options.device, region.device))
+    reason = f"{faster}{form.name} is an approximation by name, {unit.says(form)}; {told(search.verified)}"
+    bare, device = replace(region, path="", node="", choice=None), target_device(options.device, region.device)
+    interval = form.estimate(bare, device)
     return replace(
         choice,
         form=form.spell(),
@@ -238,26 +285,32 @@ def _choice(unit: Unit | None, region: Region, options: Options, limit: float, o
         predicted_s=seconds,
         refused=refused,
         offers=offers,
-        error=unit.errors[form],
-        low_s=found.low,
-        high_s=found.high,
+        error=found.error,
+        low_s=interval.low,
+        high_s=interval.high,
+        row_error=found.row,
+        mass=found.mass,
+        kept=found.kept,
+        pays_from=pays_from(form, bare, device),
     )
 
 
-def _beyond(unit: Unit, form: Form, limit: float) -> str | None:
-    """Why a setting that pays may not be taken; None where it may."""
-    if form in unit.failed:
-        return unit.failed[form]
-    if form not in unit.errors:
-        return "no batch of the data reached the region, so its error is not known"
-    if unit.errors[form] > limit:
-        return f"{unit.measured(form)}, allowed is {limit:g}"
-    return None
+def told(verified: Verified) -> str:
+    """What was verified, in words."""
+    numbers = ", ".join(map(str, verified.batches[:8])) + (", ..." if len(verified.batches) > 8 else "")
+    which = f"batch{'es' if len(verified.batches) != 1 else ''} {numbers}"
+    seen = "held out" if verified.fresh else "which the calibration has counted too"
+    return (
+        f"the model's output is off by {verified.error:.2g} on {which}, {seen}, allowed is {verified.max_error:g}, "
+        f"a margin of {verified.margin:.2g}"
+    )
 
 
-def _nearest(unit: Unit, limit: float) -> list[str]:
+def _nearest(unit: Unit, beyond: Mapping[Form, str | None]) -> list[str]:
     """For a region that stays exact: its most exact setting that pays, and why it is not taken."""
     if not unit.settings:
         return [f"{name}: {why}".rstrip(".") for name, why in list(unit.refused.items())[:1]]
-    form = min(unit.settings, key=lambda f: unit.errors.get(f, math.inf))
-    return [f"{form.spell()}: {_beyond(unit, form, limit)}".rstrip(".")]
+    measured = [f for f in unit.settings if f in unit.measured and unit.measured[f].batches]
+    form = min(measured or unit.settings, key=lambda f: unit.measured[f].error if measured else 0.0)
+    why = beyond.get(form) or f"{unit.says(form)}; the budget is used where it saves more"
+    return [f"{form.spell()}: {why}".rstrip(".")]

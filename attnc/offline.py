@@ -7,25 +7,26 @@ model's buffers are as before. A cache that is passed among the inputs is filled
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
 
-from attnc.budget import Batch, batches_of, checked_limit, within
+from attnc.batches import Batch, batches_of
+from attnc.budget import checked_limit, within
+from attnc.calibration import Calibration
 from attnc.cost_models.device import device_named
 from attnc.errors import UsageError
-from attnc.observe import as_written, name_of, observed
+from attnc.graphs import graphs_of, named_regions
+from attnc.measuring import check_measurable
+from attnc.observe import as_written, name_of
 from attnc.options import Options
 from attnc.passes.choose import checked_forms, choose
 from attnc.passes.choose_recurrence import choose_recurrence
-from attnc.passes.pipeline import analyse
 from attnc.plan import Plan
-from attnc.probes import identities
 from attnc.region import AttentionRegion, Region
 from attnc.report import Report
 from attnc.tuned import records_in
@@ -56,7 +57,7 @@ def explain(
     if device is not None:
         chosen = replace(chosen, device=str(device))
     checked_forms(chosen)
-    graphs = _graphs(model, args, kwargs, chosen)
+    graphs = graphs_of(model, args, kwargs, chosen)
     merged = Report.merge(_placed(report, place) for place, report in graphs)
     on = next((region.device for region in merged.regions), "cpu")
     asked = None if chosen.device is None else device_named(chosen.device).name
@@ -83,6 +84,7 @@ def autotune(
     allow: Iterable[str] = (),
     max_error: float = 0.02,
     data: Iterable[Any] | None = None,
+    calibration: Calibration | str | os.PathLike[str] | None = None,
     options: Options | Mapping[str, object] | None = None,
     **kwargs: Any,
 ) -> Plan:
@@ -94,30 +96,37 @@ def autotune(
               nothing: the plan follows from the records there are.
     fidelity: "predict" (closed form), "compile" (ahead of time) or "measure" (on the device); None: measured where the
               device is here, compiled elsewhere.
-    allow:    approximations by name, with those of the options. Their settings are measured on `data`; a region takes
-              the fastest whose error is at most `max_error`, if the model's output is within it as well, and else what
-              is exact. The compiled model takes them where its own `allow` names them too.
-    max_error: the norm of an error over that of the output, above 0 and at most 1; see `attnc.budget`.
+    allow:    approximations by name, with those of the options. Their settings are searched in two objectives,
+              predicted time and error on `data`; the plan keeps the front, and takes of it the fastest with which the
+              model's output is within `max_error`, also on the last third of `data`, which is used for nothing else.
+              The compiled model takes them where its own `allow` names them too.
+    max_error: the most that the model's output may be off: the norm of the error over that of the output, above 0 and
+              at most 1; see `attnc.budget`.
     data:     inputs of the model, each a tensor, a tuple of arguments or a dict of keywords; they should have the
-              lengths and the contents of use. None: `args` and `kwargs`. The model is run on them only where some
-              region has an approximation to measure.
-    Raises: UsageError as `explain` does, for a wrong budget, and for data that the model fails on.
+              lengths and the contents of use, and all are kept. None: `args` and `kwargs`. The model is run on them
+              only where some region has an approximation to measure.
+    calibration: what `calibrate` has measured, or its file; settings that it does not hold are left out. None: all that
+              pay are measured on the first two thirds of `data`.
+    Raises: UsageError as `explain` does, for a wrong budget, data that the model fails on and a calibration of another
+    model; ArtifactError for a file that holds no calibration.
     """
     chosen = _with_allowed(replace(_options(options), device=device), allow)
     limit, batches = checked_limit(max_error), [(args, kwargs)] if data is None else batches_of(data)
     if chosen.allow:
-        _check_measurable(model, chosen)
-    elif data is not None:
-        raise UsageError("autotune data: found no approximation in allow to measure on it. Name one, or leave it out.")
+        check_measurable(model, chosen, "autotune")
+    elif data is not None or calibration is not None:
+        what = "data" if data is not None else "calibration"
+        raise UsageError(f"autotune {what}: found no approximation in allow to measure. Name one, or leave {what} out.")
+    known = calibration if isinstance(calibration, Calibration | None) else Calibration.load(calibration)
     exact = replace(chosen, allow=())
-    graphs = [(place, report.regions) for place, report in _graphs(model, args, kwargs, exact, "autotune")]
+    graphs = [(place, report.regions) for place, report in graphs_of(model, args, kwargs, exact, "autotune")]
     if trials != 0:
         problems = problems_in([region for _, regions in graphs for region in regions], [device], chosen.store)
         how, folder = fidelity or dearest([device]), Path(chosen.store) / "studies"
         asked = Settings(trials, seconds, how, seed=seed, workers=workers, folder=folder)
         if problems:
             tune(problems, asked, records=records_in(chosen.store))
-    return plan_of(model, graphs, batches, chosen, limit)
+    return plan_of(model, graphs, batches, chosen, limit, known)
 
 
 def plan_of(
@@ -126,21 +135,19 @@ def plan_of(
     batches: Sequence[Batch],
     options: Options,
     limit: float,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """The plan that follows from the records there are, with the approximations of `options.allow` within `limit`.
 
     graphs: the place in the model and the regions of each graph; the plan names them by the paths the backend sees.
     """
-    exact = replace(options, allow=())
-    chosen = [_chosen_anew(r, exact) for _, regions in graphs for r in regions]
-    paths = Counter(r.path for r in chosen)
-    names = [r.path if paths[r.path] == 1 else r.key for r in chosen]
-    choices = [r.choice for r in chosen]
-    if options.allow:
-        named = list(zip(names, identities(graphs), chosen, strict=True))
-        choices = within(as_written(model), named, batches, options, limit)
-    made = {name: choice for name, choice in zip(names, choices, strict=True) if choice is not None}
-    return Plan(made, device_named(options.device or "cpu").name)
+    exact, device = replace(options, allow=()), device_named(options.device or "cpu").name
+    named = named_regions([(place, [_chosen_anew(r, exact) for r in regions]) for place, regions in graphs])
+    if not options.allow:
+        return Plan({name: region.choice for name, _, region in named if region.choice is not None}, device)
+    found = within(as_written(model), named, batches, options, limit, calibration)
+    made = zip(named, found.choices, strict=True)
+    return Plan({n.name: choice for n, choice in made if choice is not None}, device, found.front, found.verified)
 
 
 def _chosen_anew(region: Region, options: Options) -> Region:
@@ -160,57 +167,13 @@ def _with_allowed(options: Options, allow: Iterable[str]) -> Options:
     return chosen
 
 
-def _check_measurable(model: Any, options: Options) -> None:
-    if isinstance(model, torch.export.ExportedProgram):
-        raise UsageError(
-            f"autotune with allow={options.allow!r}: found a torch.export.ExportedProgram, which is read without "
-            "running, allowed is a model to measure errors of. Pass the module that was exported."
-        )
-    if options.force is not None:
-        raise UsageError(
-            f"autotune with allow={options.allow!r}: found force={options.force!r}, allowed is none: the settings are "
-            "searched. Leave force out."
-        )
-
-
 def _options(options: Options | Mapping[str, object] | None) -> Options:
     return options if isinstance(options, Options) else Options.from_torch(options)
-
-
-def _graphs(
-    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options, verb: str = "explain"
-) -> list[tuple[str, Report]]:
-    """What is in each graph of the model, with the place of the graph in it. verb: what is asked, for errors."""
-    if isinstance(model, torch.export.ExportedProgram):
-        inputs = [node.meta.get("val") for node in model.graph_module.graph.nodes if node.op == "placeholder"]
-        return [("", _read(model.graph_module, inputs, options))]
-    model = as_written(model, verb)
-    reports: list[tuple[str, Report]] = []
-
-    def read(gm: fx.GraphModule, example_inputs: Sequence[Any], place: str) -> Callable[..., Any]:
-        reports.append((place, _read(gm, example_inputs, options)))
-        return gm.forward
-
-    with observed(model, read) as run:
-        run(args, kwargs, f"{verb} {name_of(model)} on the given inputs")
-    return reports
 
 
 def _name(model: Any) -> str:
     exported = isinstance(model, torch.export.ExportedProgram)
     return type(model).__name__ if exported else name_of(as_written(model))
-
-
-def _read(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Report:
-    found = analyse(gm, example_inputs, options)
-    return Report(
-        tuple(found.regions),
-        tuple(found.unmatched),
-        tuple(found.problems),
-        found.timings,
-        notes=tuple(found.notes),
-        graphs=1,
-    )
 
 
 def _placed(report: Report, place: str) -> Report:

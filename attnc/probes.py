@@ -3,9 +3,9 @@
 A graph of the model is rewritten as the backend would, but each region of a unit becomes a module that computes it
 exactly, or as the unit has it; while a batch is judged, it also computes the region in float64 in every setting, keeps
 
-    error = ||o - o_exact||_F / ||o_exact||_F
+    error = ||o - o_exact||_F / ||o_exact||_F,   the same of the worst row,   recovered mass and kept fraction
 
-the worst of the batches, and drops the tensors.
+and drops the tensors.
 
 Source: DESIGN.md, section 1 (an error budget measured on the user's data).
 """
@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnc.calibration import Judged, Measured, is_finite
 from attnc.forms import Form, parse_attention, spell_attention
 from attnc.forms.base import AttentionForm
+from attnc.mass import RowSample
 from attnc.operands import Operands
 from attnc.options import Options
 from attnc.passes.apply import weights_of
@@ -41,26 +43,40 @@ CHUNK = 1 << 22  # elements compared at a time
 class Unit:
     """Regions that share one name in the plan, and so one choice.
 
-    settings: setting -> predicted seconds, of those that pay, fastest first.
-    errors: setting -> worst error. failed: setting -> why it is out of question. batches: numbers of those measured.
+    settings: setting -> predicted seconds of one of the regions, fastest first. count: of the regions. key: theirs.
+    exact_s: predicted seconds of one of them as it is without an approximation.
+    measured: setting -> what it did so far. failed: setting -> why it is out of question. seen: what probes have judged
+    since `settle`. taken: the setting that probes compute; None: what is exact.
     """
 
     settings: dict[Form, float]
     refused: dict[str, str]
-    errors: dict[Form, float] = field(default_factory=dict)
+    key: str = ""
+    exact_s: float = 0.0
+    count: int = 0
+    measured: dict[Form, Measured] = field(default_factory=dict)
     failed: dict[Form, str] = field(default_factory=dict)
-    batches: set[int] = field(default_factory=set)
+    seen: dict[Form, list[Judged]] = field(default_factory=dict)
     taken: Form | None = None
 
-    def exacter(self, limit: float) -> Form | None:
-        """The fastest setting within `limit` that errs less than the one that is taken."""
-        below = math.inf if self.taken is None else self.errors[self.taken]
-        fit = (f for f in self.settings if f in self.errors and f not in self.failed)
-        return next((f for f in fit if self.errors[f] <= limit and self.errors[f] < below), None)
+    def settle(self) -> None:
+        """Count what was judged on one batch: the worst of the unit's regions, the mean of their shares."""
+        for form, found in self.seen.items():
+            if form in self.failed:
+                continue
+            shares = [(j.mass, j.kept) for j in found if j.mass is not None and j.kept is not None]
+            mass, kept = (sum(column) / len(shares) for column in zip(*shares, strict=True)) if shares else (None, None)
+            worst = Judged(max(j.error for j in found), max(j.row for j in found), mass, kept)
+            if is_finite(worst):
+                self.measured[form].add(worst)
+            else:
+                self.failed[form] = f"its output is off by {worst.error:g}, the worst row by {worst.row:g}"
+        self.seen.clear()
 
-    def measured(self, form: Form) -> str:
-        count = len(self.batches)
-        return f"measured error {self.errors[form]:.2g} on {count} batch{'es' if count != 1 else ''}"
+    def says(self, form: Form) -> str:
+        """What is measured of a setting."""
+        found = self.measured[form]
+        return f"measured error {found.error:.2g} on {found.batches} batch{'es' if found.batches != 1 else ''}"
 
 
 class Session:
@@ -174,28 +190,35 @@ class Probe(torch.nn.Module):
         return self.computed(form, given)
 
     def computed(self, form: Form | None, given: Operands) -> Any:
-        query, key, value, captured, sizes, rule = given
-        held = form.tensors(query.shape[-1], self.weights) if isinstance(form, AttentionForm) else []
-        spelling = spell_attention(EXACT if form is None else form, rule)
-        return torch.ops.attnc.attention.default(query, key, value, [*captured, *held], sizes, spelling)
+        given = self.held(form, given)
+        spelling = spell_attention(EXACT if form is None else form, self.rule)
+        return torch.ops.attnc.attention.default(*given[:5], spelling)
+
+    def held(self, form: Form | None, given: Operands) -> Operands:
+        """The operands with what the form takes behind the captured tensors."""
+        held = form.tensors(given.query.shape[-1], self.weights) if isinstance(form, AttentionForm) else []
+        return given._replace(captured=[*given.captured, *held])
 
     def judge(self, batch: int, given: Operands) -> None:
         given = given.on("cpu").double()
-        exact, unit = self.computed(None, given)[0], self.unit
-        unit.batches.add(batch)
+        exact, sample = self.computed(None, given)[0], RowSample(given)
         for form in self.settings:
-            error = self._error(form, given, exact)
-            if isinstance(error, str):  # as a solver that does not converge
-                unit.failed[form] = f"on batch {batch} it raises {error}"
+            found = self._judged(form, given, exact, sample)
+            if isinstance(found, str):  # as a solver that does not converge
+                self.unit.failed[form] = f"on batch {batch} it raises {found}"
             else:
-                unit.errors[form] = max(error, unit.errors.get(form, 0.0))
+                self.unit.seen.setdefault(form, []).append(found)
 
-    def _error(self, form: Form, given: Operands, exact: torch.Tensor) -> float | str:
-        """The error of a setting, or what it raises."""
+    def _judged(self, form: Form, given: Operands, exact: torch.Tensor, sample: RowSample) -> Judged | str:
+        """The errors of a setting, or what it raises."""
         try:
-            return relative([self.computed(form, given)[0]], [exact])
+            out = self.computed(form, given)[0]
+            kept = form.kept(self.held(form, given)) if isinstance(form, AttentionForm) else None
+            shares = None if kept is None else sample.recovered(kept)
         except Exception as exc:  # noqa: BLE001  # told as the reason
-            return f"{type(exc).__name__}: {exc}".splitlines()[0]
+            said = f"{type(exc).__name__}: {exc}".splitlines()[0]
+            return "".join(c if c.isprintable() else " " for c in said)
+        return Judged(relative([out], [exact]), worst_row(out, exact), *(shares or (None, None)))
 
 
 def relative(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
@@ -218,3 +241,19 @@ def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
     if not math.isfinite(off):
         return math.inf
     return math.sqrt(off / size) if size else (0.0 if off == 0 else math.inf)
+
+
+def worst_row(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The norm of the difference of a row over that of the exact row, the worst of the rows.
+
+    A row that is 0 where it is exact counts against the mean norm of rows.
+    """
+    if found.shape != exact.shape:
+        return math.inf
+    same = (found == exact) | (found.isnan() & exact.isnan())
+    off = torch.where(same, 0.0, found - exact).norm(dim=-1)
+    size = torch.where(exact.isfinite(), exact, 0.0).norm(dim=-1)
+    if not bool(off.isfinite().all()):
+        return math.inf
+    share = torch.where(off > 0, off / torch.where(size > 0, size, size.mean()), 0.0)
+    return float(share.max()) if share.numel() else 0.0

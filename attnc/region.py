@@ -31,8 +31,10 @@ class Choice:
     reason: one sentence. refused: form name -> sentence.
     offers: spelling of each form that applies, with its best knobs -> predicted seconds, fastest first.
     error: of an approximation, the Frobenius norm of what the region's output is off by over that of the output,
-           measured in float64 on the user's data, the worst of the batches.
+           measured in float64 on the user's data, the worst of the batches; row_error: that of the worst single row.
     low_s, high_s: the interval of predicted_s; both or none.
+    mass, kept: of an approximation that drops pairs, the share of the exact probabilities that it keeps, and of pairs.
+    pays_from: the length from which an approximation is predicted to be faster than what is written.
     """
 
     form: str
@@ -44,6 +46,10 @@ class Choice:
     error: float | None = None
     low_s: float | None = None
     high_s: float | None = None
+    row_error: float | None = None
+    mass: float | None = None
+    kept: float | None = None
+    pays_from: int | None = None
 
     @property
     def name(self) -> str:

@@ -9,8 +9,10 @@ one such layer, forward. `report.to_json()` keeps every region apart and follows
     regions     [{kind, path, node, dtype, device, written, training, rule, shape, facts, flops, bytes, choice}]; `rule`
                 reads back with the parse of the kind's rule; `facts` repeats rule and shape by name, with what only the
                 kind has; `choice` is null or {form, reason, rewrites, predicted_s, written_s, speedup, refused:
-                {form: sentence}, offers: {form: predicted seconds}, error, low_s, high_s}; `error` is the measured
-                relative error of an approximation, low_s and high_s the interval of predicted_s
+                {form: sentence}, offers: {form: predicted seconds}, error, low_s, high_s, row_error, mass, kept,
+                pays_from}; `error` is the measured relative error of an approximation and `row_error` its worst row's,
+                low_s and high_s the interval of predicted_s, `mass` the probability and `kept` the pairs that it
+                keeps, as shares, `pays_from` the length from which it is predicted to be faster than as written
     unmatched   [{anchor, reason, node, path}]: what looked like a region; the node where it stopped fitting, and why
     problems    sentences about graphs that could not be read
     notes       sentences about the libraries that are loaded

@@ -82,14 +82,20 @@ def _region_table(groups: list[list[Region]], wide: bool) -> Table:
     table.columns[1].width = min(longest, WHERE_WIDE if wide else WHERE_NARROW)
     for number, group in enumerate(groups, 1):
         region = group[0]
-        form = region.choice.form if region.choice else NOT_CHOSEN
-        if region.choice and region.choice.error is not None:
-            form += f", error {region.choice.error:.3g}"
+        form = ", ".join([region.choice.form, *_measured(region.choice)]) if region.choice else NOT_CHOSEN
         amounts = _amount(region.flops).rstrip(), _amount(region.bytes, "B")
         times = _time(region.choice), _gain(region.choice)
         cells = [str(number), "\n".join(_where(group)), _what(region), *amounts, form, *times]
         table.add_row(*map(Text, cells + [_reason(region)] * wide))
     return table
+
+
+def _measured(choice: Choice) -> Iterator[str]:
+    """What is known of an approximation."""
+    shares = ("error", choice.error), ("worst row", choice.row_error), ("mass", choice.mass), ("kept", choice.kept)
+    yield from (f"{name} {share:.3g}" for name, share in shares if share is not None)
+    if choice.pays_from is not None:
+        yield f"pays from {choice.pays_from}"
 
 
 def _gain(choice: Choice | None) -> str:

@@ -8,10 +8,11 @@ well.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 
 import torch
@@ -130,8 +131,12 @@ def _choose(
     found = record[1] if record is not None and is_tuned else best.estimate(region, device)
     by = "tuned, " if is_tuned else ""
     reason = f"{by}predicted {written / time:.1f}x faster than as written on {device.name}"
-    reason += "" if best.is_exact(region) else f"; {best.name} is an approximation by name"
-    return Choice(best.spell(), reason, time, written, refused, offered, low_s=found.low, high_s=found.high)
+    exact = best.is_exact(region)
+    reason += "" if exact else f"; {best.name} is an approximation by name"
+    least = None if exact else pays_from(best, region, device)
+    return Choice(
+        best.spell(), reason, time, written, refused, offered, low_s=found.low, high_s=found.high, pays_from=least
+    )
 
 
 def _unfit(region: AttentionRegion) -> str | None:
@@ -233,12 +238,10 @@ def crossover(
 
     A form that pays at one length pays at all longer ones: what does not pay at the longest is asked once only.
     """
-    shape = region.shape
-    lengths = [length for length in LENGTHS if length > max(shape.L, shape.S)]
+    lengths = [length for length in LENGTHS if length > max(region.shape.L, region.shape.S)]
 
     def pays(length: int) -> bool:
-        rows = length if shape.L == shape.S else shape.L
-        longer = replace(region, shape=replace(shape, L=rows, S=length))
+        longer = _at_length(region, length)
         offers, _ = _offers(longer, allowed, allow, device, search=False)
         written = written_seconds(longer, device)
         return bool(offers) and min(time for time, _ in offers) <= GAIN * written
@@ -246,6 +249,44 @@ def crossover(
     if not lengths or not pays(lengths[-1]):
         return None
     return lengths[bisect_left(lengths, True, key=pays)]
+
+
+@lru_cache(maxsize=4096)
+def pays_from(form: Form, region: AttentionRegion, device: Device) -> int | None:
+    """The length from which on `form` is predicted to be faster than what is written; None where no length up to the
+    longest of LENGTHS is.
+
+    A form that pays at one length pays at all longer ones: LENGTHS are bisected, and between two of them the ratio of
+    both times is taken to be a power of the length.
+    """
+
+    @cache
+    def gain(length: int) -> float:
+        """Predicted time of the form over that as written; infinite where the form refuses."""
+        there = _at_length(region, length)
+        if form.refuse(there) is not None or form.misfit(there, device) is not None:
+            return math.inf
+        return form.seconds(there, device) / written_seconds(there, device)
+
+    own = max(region.shape.L, region.shape.S)
+    lengths = sorted({*LENGTHS, own})
+    at = lengths.index(own)
+    low, high = (0, at) if gain(own) < 1 else (at, len(lengths) - 1)
+    if gain(lengths[high]) >= 1:
+        return None
+    place = bisect_left(lengths, True, low, high, key=lambda length: gain(length) < 1)
+    found, before = lengths[place], lengths[place - 1] if place else 0
+    if not before or not math.isfinite(gain(before)) or gain(before) < 1:
+        return found
+    slope = math.log(gain(found) / gain(before)) / math.log(found / before)
+    return min(found, math.ceil(before * gain(before) ** (-1 / slope)))
+
+
+def _at_length(region: AttentionRegion, length: int) -> AttentionRegion:
+    """`region` with so many keys, and as many queries where there were as many."""
+    shape = region.shape
+    rows = length if shape.L == shape.S else shape.L
+    return replace(region, shape=replace(shape, L=rows, S=length))
 
 
 def target_device(name: str | None, kind: str) -> Device:

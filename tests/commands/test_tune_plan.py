@@ -55,7 +55,7 @@ def test_the_shell_makes_the_same_plan(tmp_path: Path) -> None:
 
 def test_the_shell_tells_the_error_in_words() -> None:
     found = shell(*SHELL, "--max-error", "0.5")
-    assert "plan for cpu:" in found.stdout and "on 2 batches, allowed is 0.5" in found.stdout
+    assert "plan for cpu:" in found.stdout and "on batch 1, held out, allowed is 0.5" in found.stdout
 
 
 @pytest.mark.parametrize(
