@@ -15,7 +15,8 @@ from attnc.rule_recurrence import RecurrenceRule
 
 
 def scanned(q, k, v, decay, rates, write, state, starts, rule: RecurrenceRule) -> tuple[Tensor, Tensor]:
-    """Outputs (B, H, L, V) and the last state. q, k: (B, 1 or H, L, K) or None; starts: (B, L) or None."""
+    """Outputs (B, H, L, V) and the last state. q, k: (B, Hk, L, K) or None; starts: (B, L) or None."""
+    q, k = (None if x is None else _for_heads(x, v.shape[1]) for x in (q, k))
     factors = _factors(decay, rates, rule)
     if starts is not None and factors is not None:
         factors = factors.masked_fill(starts[:, None, :, None, None], 0.0)

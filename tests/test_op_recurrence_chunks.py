@@ -210,6 +210,13 @@ def test_decay_of_a_pair_is_exact_beside_one_of_another_order() -> None:
     assert pair[0, 0, 2, 1].item() == pytest.approx(math.exp(-1e-3), rel=1e-7)
 
 
+def test_a_scan_shares_keys_among_groups_of_heads() -> None:
+    case = replace(next(c for c in CASES if c.name == "mamba1"), Hk=3)
+    inputs = case.inputs(70)
+    for a, b in zip(run(inputs, case), token_loop(inputs, in_float64(case)), strict=True):
+        assert_close(a, b, torch.float32)
+
+
 def test_results_share_no_memory_with_what_is_given() -> None:
     case = replace(CASES[0], H=4, Hk=4)
     for length in (0, 1):

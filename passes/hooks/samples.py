@@ -59,17 +59,18 @@ def delta_rule(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, An
 
 
 def selective_scan(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
-    """hidden_states, dt, z (B, D, L), A (D, N), B, C (B, N, L), D and delta_bias (D,)."""
+    """hidden_states or u, dt or delta, z (B, D, L), A (D, N), B, C (B, N, L) or (B, G, N, L), D and delta_bias (D,)."""
     L, D, N = SHORT, 6, 4
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("hidden_states", "dt", "z"), (B, D, L))
-    shapes |= {"A": (D, N), "B": (B, N, L), "C": (B, N, L), "D": (D,), "delta_bias": (D,)}
-    return _changed(_drawn(arguments, shapes, g), A=_negative, dt=torch.abs)
+    keys = {3: (B, N, L), 4: (B, 2, N, L)}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("hidden_states", "u", "dt", "delta", "z"), (B, D, L))
+    shapes |= {"A": (D, N), **{x: keys[arguments[x].dim()] for x in "BC"}, "D": (D,), "delta_bias": (D,)}
+    return _changed(_drawn(arguments, shapes, g), A=_negative, dt=torch.abs, delta=torch.abs)
 
 
 def selective_state_update(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
-    """state (B, D, N), hidden_states, dt, z (B, D), A (D, N), B, C (B, N), D and dt_bias (D,)."""
+    """state (B, D, N), hidden_states or x, dt, z (B, D), A (D, N), B, C (B, N), D and dt_bias (D,)."""
     D, N = 6, 4
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("hidden_states", "dt", "z"), (B, D))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("hidden_states", "x", "dt", "z"), (B, D))
     shapes |= {"state": (B, D, N), "A": (D, N), "B": (B, N), "C": (B, N), "D": (D,), "dt_bias": (D,)}
     return _written(_changed(_drawn(arguments, shapes, g), A=_negative, dt=torch.abs))
 
@@ -80,19 +81,31 @@ def _written(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def chunk_scan(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
-    """hidden_states (B, L, H, P), dt (B, L, H), A, D, dt_bias (H,), B, C (B, L, G, N), initial_states (B, H, P, N)."""
-    group = min(4, max(1, int(arguments["hidden_states"].shape[2]) // int(arguments["B"].shape[2])))
+    """hidden_states or x, z (B, L, H, P), dt (B, L, H), A, dt_bias (H,), D (H,) or (H, P), B, C (B, L, G, N),
+    initial_states (B, H, P, N), seq_idx (B, L), integers."""
+    group = min(4, max(1, _heads(arguments, 2) // int(arguments["B"].shape[2])))
     L, G, H, P, N = _length(arguments), 2, 2 * group, 3, 4
-    shapes = {"hidden_states": (B, L, H, P), "dt": (B, L, H), "A": (H,), "D": (H,), "dt_bias": (H,)}
+    by_head = (H, P) if isinstance(arguments.get("D"), Tensor) and arguments["D"].dim() == 2 else (H,)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("hidden_states", "x", "z"), (B, L, H, P))
+    shapes |= {"dt": (B, L, H), "A": (H,), "D": by_head, "dt_bias": (H,)}
     shapes |= {"B": (B, L, G, N), "C": (B, L, G, N), "initial_states": (B, H, P, N)}
-    return _changed(_drawn(arguments, shapes, g), A=_negative, dt=torch.abs)
+    drawn = _changed(_drawn(arguments, shapes, g), A=_negative, dt=torch.abs)
+    if isinstance(arguments.get("seq_idx"), Tensor):
+        drawn["seq_idx"] = (torch.rand(B, L, generator=g) < 0.2).cumsum(1).to(arguments["seq_idx"].dtype)
+    return drawn
+
+
+def _heads(arguments: Mapping[str, Any], axis: int) -> int:
+    """Heads of the values, by either of their names."""
+    return int((arguments["x"] if "x" in arguments else arguments["hidden_states"]).shape[axis])
 
 
 def chunk_state_update(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
-    """state (B, H, P, N), hidden_states, dt, z (B, H, P), A (H, P, N), B, C (B, G, N), D and dt_bias (H, P)."""
-    group = min(4, max(1, int(arguments["hidden_states"].shape[1]) // int(arguments["B"].shape[1])))
+    """state (B, H, P, N), hidden_states or x, dt, z (B, H, P), A (H, P, N), B, C (B, G, N), D and dt_bias (H, P)."""
+    group = min(4, max(1, _heads(arguments, 1) // int(arguments["B"].shape[1])))
     G, H, P, N = 2, 2 * group, 3, 4
-    shapes: dict[str, tuple[int, ...]] = {"state": (B, H, P, N), "hidden_states": (B, H, P), "z": (B, H, P)}
+    shapes: dict[str, tuple[int, ...]] = {"state": (B, H, P, N)}
+    shapes |= dict.fromkeys(("hidden_states", "x", "z"), (B, H, P))
     shapes |= {"dt": (B, H, 1), "A": (H, 1, 1), "D": (H, P), "dt_bias": (H, 1), "B": (B, G, N), "C": (B, G, N)}
     drawn = _written(_changed(_drawn(arguments, shapes, g), A=_negative, dt=torch.abs))
     wide = {"dt": (B, H, P), "A": (H, P, N), "dt_bias": (H, P)}

@@ -31,7 +31,7 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba: hidden_states, dt, z (B, D, L), A (D, N), B, C (B, N, L) -> (B, D, L), last state (B, D, N)."""
     bias = None if delta_bias is None else delta_bias[..., None]
-    steps = _steps(dt, bias, delta_softplus)
+    steps = steps_of(dt, bias, delta_softplus)
     keys, queries = B.transpose(1, 2)[:, None], C.transpose(1, 2)[:, None]
     out, state = _mamba(hidden_states[..., None], steps, A, keys, queries, None)
     scanned = out.squeeze(-1)
@@ -56,7 +56,7 @@ def selective_state_update(
     **kwargs: Any,
 ) -> Tensor:
     """One token of Mamba: hidden_states, dt, z (B, D), A (D, N), B, C (B, N); state (B, D, N) is overwritten."""
-    steps = _steps(dt, dt_bias, dt_softplus)
+    steps = steps_of(dt, dt_bias, dt_softplus)
     out, last = _mamba(
         hidden_states[..., None, None], steps[..., None], A, B[:, None, None], C[:, None, None], state[..., None]
     )
@@ -69,7 +69,7 @@ def selective_state_update(
     return out.to(hidden_states.dtype)
 
 
-def _steps(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+def steps_of(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
     """Step sizes of a state space, discretised as written."""
     if bias is not None:
         dt = dt + bias.to(dt.dtype)
@@ -101,7 +101,7 @@ def chunk_scan(
     **kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2: hidden_states (B, L, H, P), dt (B, L, H), A (H,), B, C (B, L, G, N); states (B, H, P, N)."""
-    steps = torch.clamp(_steps(dt, dt_bias, dt_softplus), min=dt_limit[0], max=dt_limit[1])
+    steps = torch.clamp(steps_of(dt, dt_bias, dt_softplus), min=dt_limit[0], max=dt_limit[1])
     decay = (_float(A) * steps).transpose(1, 2)
     initial = None if initial_states is None else initial_states.transpose(2, 3)
     q, k, v, w = (x.transpose(1, 2) for x in (C, B, hidden_states, steps))
@@ -129,7 +129,7 @@ def chunk_state_update(
     """One token of Mamba-2: hidden_states, dt (B, H, P), A (H, P, N), equal over P and N; state (B, H, P, N) is
     overwritten."""
     bias = None if dt_bias is None else dt_bias[:, 0]
-    steps = _steps(dt[..., 0], bias, dt_softplus)[..., None]
+    steps = steps_of(dt[..., 0], bias, dt_softplus)[..., None]
     decay = _float(A[:, 0, :1]) * steps
     q, k, v = (x[:, :, None] for x in (C, B, hidden_states))
     initial = state.transpose(2, 3)

@@ -38,6 +38,7 @@ from attnc.passes.hooks import experts, samples
 from attnc.passes.hooks import linear_library as library
 from attnc.passes.hooks import recurrence as mixers
 from attnc.passes.hooks import state_space as spaces
+from attnc.passes.hooks import state_space_library as mamba
 from attnc.passes.hooks.hook import Hook
 from attnc.passes.hooks.pair_scan import no_pair, pair_scan, small_scan
 from attnc.region import Unmatched
@@ -52,9 +53,13 @@ def _home(model: str) -> str:
 def _library(name: str, substitute: Callable[..., Any], *ways: str) -> list[Hook]:
     """Rows for the functions of flash-linear-attention that compute one mixer in several ways."""
     refuse = library.unfit(substitute)
-    return [
-        Hook(f"fla.ops.{name}*", f"{way}_{name}", substitute, library.sample, refuse, by_name=True) for way in ways
-    ]
+    return [Hook(f"fla.ops.{name}*", f"{way}_{name}", substitute, library.sample, refuse, by_name=True) for way in ways]
+
+
+def _mamba(name: str, substitute: Callable[..., Any]) -> Hook:
+    """The row of a function of mamba_ssm."""
+    draw, refuse = mamba.sampled(substitute), mamba.refused(substitute)
+    return Hook("mamba_ssm.*", name, substitute, draw, refuse, by_name=True)
 
 
 # fmt: off
@@ -110,6 +115,9 @@ HOOKS: tuple[Hook, ...] = (
     *_library("rwkv6", library.rwkv6, "chunk", "fused_recurrent"),
     *_library("rwkv7", library.rwkv7, "chunk", "fused_recurrent"),
     *_library("hgrn", library.hgrn, "chunk", "fused_recurrent"),
+    _mamba("selective_scan_fn", mamba.selective_scan),
+    _mamba("mamba_chunk_scan_combined", mamba.chunk_scan),
+    _mamba("selective_state_update", mamba.state_update),
 )
 # fmt: on
 
