@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,11 +59,12 @@ def flash_job(
     functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
     types = operand_types(dtype, held)
     names = [arg.arg for arg in functions[kernel].args.args]
-    every = constants_of(rule, group, E, Ev, knobs, launch, dot8=multiplies(types["p_q"], types["p_k"]))
+    dot8, learns = multiplies(types["p_q"], types["p_k"]), [n for n, slot in enumerate(captured) if slot.needs_grad]
+    every = constants_of(rule, group, E, Ev, knobs, launch, dot8=dot8, learns=learns)
     constants = {name: value for name, value in every.items() if name in names}
     signature: dict[str, str] = {}
     for name in (name for name in names if name not in every):
-        kind = _type_of(name, types, captured)
+        kind = type_of(name, types, captured)
         if name.endswith("_e") or (name in ("p_list", "p_counts") and knobs.skip != "table"):
             constants[name] = 1 if name.endswith("_e") else None
         elif kind == "1":
@@ -88,10 +89,15 @@ def operand_types(dtype: torch.dtype, held: tuple[torch.dtype, torch.dtype] | No
     return {"p_q": dtype, "p_k": key, "p_v": value, **outs}
 
 
-def _type_of(name: str, types: dict[str, torch.dtype], captured: Sequence[Slot]) -> Any:
-    """The Triton type of a parameter; "1" for the stride of the last dimension, which is the constant 1."""
-    if name in FIXED:
-        return FIXED[name]
+def type_of(
+    name: str, types: dict[str, torch.dtype], captured: Sequence[Slot], fixed: Mapping[str, str] = FIXED
+) -> Any:
+    """The Triton type of a parameter; "1" for the stride of the last dimension, which is the constant 1.
+
+    types: of tensors by parameter. fixed: the types of parameters that no operand decides.
+    """
+    if name in fixed:
+        return fixed[name]
     if name.startswith("p_"):
         return f"*{TRITON_TYPES[types[name]]}"
     if name[0] == "g" and name[1:].isdecimal():

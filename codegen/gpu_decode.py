@@ -108,6 +108,6 @@ def constants_of(
     }  # fmt: skip
 
 
-def combine_constants(Ev: int) -> dict[str, Any]:
-    """Constant parameters of flash_combine."""
-    return {"EV": Ev, "BLOCK_EV": max(16, 1 << (Ev - 1).bit_length()), "BLOCK_P": 8}
+def combine_constants(Ev: int, rows: int = 1) -> dict[str, Any]:
+    """Constant parameters of flash_combine; rows: of a program, one to read many parts of it at a time."""
+    return {"EV": Ev, "BLOCK_EV": max(16, 1 << (Ev - 1).bit_length()), "BLOCK_P": 8 // min(rows, 4), "BLOCK_R": rows}

@@ -9,7 +9,7 @@ Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3 (what the back
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -154,7 +154,7 @@ def backward(
     known = {"p_do": grad_out, "p_lse": lse2, "p_delta": delta, **strides("o", grad_out)}
 
     tile = knobs.dq
-    given = known | _shared(x, knobs, tile, _lists(x, knobs, tile)) | {"p_dq": dq, **strides("d", dq)}
+    given = known | _shared(x, knobs, tile, _lists(x, knobs, tile), buffers) | {"p_dq": dq, **strides("d", dq)}
     _run(kernels.flash_dq, blocks(L, tile.block_m) * B * Hq, given, tile, x, buffers)
 
     tile = knobs.dkv
@@ -163,7 +163,7 @@ def backward(
     _run(kernels.flash_dkv, blocks(S, tile.block_n) * B * H, given, tile, x)
 
     if x.rule.sink is not None:
-        _add_sink_grads(x, x.rule.sink, buffers, delta, lse)
+        add_sink_grads(x, x.rule.sink, buffers, delta, lse)
     return [dq, dk, dv, *(buffer.to(x.captured[n].dtype) for n, buffer in buffers.items())]
 
 
@@ -177,9 +177,20 @@ def _lists(x: Operands, knobs: FlashKnobs, tile: Launch, *, by_keys: bool = Fals
 
 
 def constants_of(
-    rule: AttentionRule, group: int, E: int, Ev: int, knobs: FlashKnobs, tile: Launch, *, dot8: bool = False
+    rule: AttentionRule,
+    group: int,
+    E: int,
+    Ev: int,
+    knobs: FlashKnobs,
+    tile: Launch,
+    *,
+    dot8: bool = False,
+    learns: Iterable[int] = (),
 ) -> dict[str, Any]:
-    """The compile-time arguments of each kernel; dot8: whether queries and keys have one type of 8 bits."""
+    """The compile-time arguments of each kernel.
+
+    dot8: whether queries and keys have one type of 8 bits. learns: captured tensors that have gradients.
+    """
     least = 32 if knobs.dot8 and dot8 else 16
     (e_main, e_tail), (ev_main, ev_tail) = widths(E, least), widths(Ev, least)
     return {
@@ -198,10 +209,19 @@ def constants_of(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "DOT8": knobs.dot8 and dot8,
+        "SWEEPS": sweeps_of(rule, learns),
     }
 
 
-def _shared(x: Operands, knobs: FlashKnobs, tile: Launch, lists: BlockLists | None) -> dict[str, Any]:
+def sweeps_of(rule: AttentionRule, learns: Iterable[int]) -> int:
+    """Passes of dq over its tiles. A gradient of what a score reads sums the errors of its rows, so those rows find
+    delta anew: from the rounded out it is so far off that the slopes of ALiBi were 2.5 times eager's error off."""
+    return 2 if {e.args[0] for e in rule.score.walk() if e.op == "load"}.intersection(learns) else 1
+
+
+def _shared(
+    x: Operands, knobs: FlashKnobs, tile: Launch, lists: BlockLists | None, learns: Iterable[int] = ()
+) -> dict[str, Any]:
     """Arguments that all kernels have."""
     query, key, value, *_ = x
     E, Ev, group = int(query.shape[3]), int(value.shape[3]), int(x.group)
@@ -220,7 +240,7 @@ def _shared(x: Operands, knobs: FlashKnobs, tile: Launch, lists: BlockLists | No
         "Hq": query.shape[1],
         "L": query.shape[2],
         "S": key.shape[2],
-        **constants_of(x.rule, group, E, Ev, knobs, tile, dot8=multiplies(query.dtype, key.dtype)),
+        **constants_of(x.rule, group, E, Ev, knobs, tile, dot8=multiplies(query.dtype, key.dtype), learns=learns),
     }
 
 
@@ -240,7 +260,7 @@ def _held(index: Tensor, length: int) -> Tensor:
     return torch.where(index < 0, index + length, index).clamp(0, length - 1)
 
 
-def _add_sink_grads(x: Operands, sink: Expr, buffers: dict[int, Tensor], delta: Tensor, lse: Tensor) -> None:
+def add_sink_grads(x: Operands, sink: Expr, buffers: dict[int, Tensor], delta: Tensor, lse: Tensor) -> None:
     """d loss / d sink_i = -exp(sink_i - lse_i) delta_i, handed on to what the sink was looked up from."""
     slots = [Slot(t.dtype, t.dim(), n in buffers) for n, t in enumerate(x.captured)]
     slopes = lookup_slopes(sink, slots)

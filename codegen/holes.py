@@ -7,6 +7,7 @@ Every hole is a `@triton.jit` function with exactly these parameters; the skelet
     score_slope(s, b, h, i, j, m_ok, captured)   d score / d s
     add_grads(d_score, s, b, h, i, j, m_ok, captured, captured_grads)
                                                  adds d loss / d captured by atomics
+    add_grads_of_rows(...)                       the same where h goes along i
     sink(b, h, i, captured)                      the logit of a row's sink; -inf: none
     gain(b, h, i, captured)                      a factor of a row's output
     visit(b, h, i_low, i_high, L, S, captured) -> low, high, full_low, full_high
@@ -40,6 +41,7 @@ PARAMETERS = {
     "score": ("s", "b", "h", "i", "j", "m_ok", "captured"),
     "score_slope": ("s", "b", "h", "i", "j", "m_ok", "captured"),
     "add_grads": ("d_score", "s", "b", "h", "i", "j", "m_ok", "captured", "captured_grads"),
+    "add_grads_of_rows": ("d_score", "s", "b", "h", "i", "j", "m_ok", "captured", "captured_grads"),
     "sink": ("b", "h", "i", "captured"),
     "gain": ("b", "h", "i", "captured"),
     "visit": ("b", "h", "i_low", "i_high", "L", "S", "captured"),
@@ -62,7 +64,8 @@ def holes_of(
         "keep": lambda: _keep(rule.keep, captured),
         "score": lambda: _score(rule.score, captured),
         "score_slope": lambda: text_of(derivative(rule.score, SCORE), captured),
-        "add_grads": lambda: _add_grads(rule.score, captured),
+        "add_grads": lambda: _add_grads(rule.score, captured, frozenset("i")),
+        "add_grads_of_rows": lambda: _add_grads(rule.score, captured, frozenset("hi")),
         "sink": lambda: text_of(to_float(sink), captured),
         "gain": lambda: text_of(to_float(gain), captured),
         "visit": lambda: range_body(rule.keep, captured, "j"),
@@ -108,7 +111,8 @@ def _score(score: Expr, captured: Sequence[Slot]) -> str:
     return writer.body(f"return {text}" if "s" in score.names() else f"return {text} + tl.zeros_like(s)")
 
 
-def _add_grads(score: Expr, captured: Sequence[Slot]) -> str:
+def _add_grads(score: Expr, captured: Sequence[Slot], rows: frozenset[str]) -> str:
+    """rows: the coordinates that are columns."""
     slopes = lookup_slopes(score, captured)
     if not slopes:
         return "return"
@@ -118,9 +122,9 @@ def _add_grads(score: Expr, captured: Sequence[Slot]) -> str:
         # A slope may be anything where nothing flows: where no pair is, or is kept.
         d = writer.assign(f"d{number}", f"tl.where(m_ok & (d_score != 0.0), {text}, 0.0)")
         used = frozenset().union(*(x.names() for x in load.args[1:]))
-        if not used & {"i", "j"}:
+        if not used & (rows | {"j"}):
             d = f"tl.sum({d})"
-        elif "i" not in used:
+        elif not used & rows:
             d = f"tl.sum({d}, axis=0)[None, :]"
         elif "j" not in used:
             d = f"tl.sum({d}, axis=1)[:, None]"

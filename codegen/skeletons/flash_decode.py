@@ -13,7 +13,7 @@ plus a tail that is one: 576 = 512 + 64. VALUE_IN_KEY: the value is the key's fi
 attention), which are read once. Operands of 8 bits are widened to the query's type, or bfloat16; DOT8: queries and keys
 of 8 bits are multiplied as they are.
 
-Holes: b is a scalar (int64), h and i are columns (in `flash_combine` scalars), j is a row. SCALE: the score is
+Holes: b is a scalar (int64), h and i are columns, j is a row; in `flash_combine` b, h and i go along the rows. SCALE: the score is
 SCALE * s, or 0: `score` says. HEADS_ALIKE: whether `visit` is the same for all heads.
 
 Source: Dao et al. 2023, "Flash-Decoding for long-context inference", pytorch.org/blog/flash-decoding; DeepSeek-AI 2024,
@@ -161,30 +161,32 @@ def flash_decode(
 @triton.jit
 def flash_combine(
     p_parts, p_part_lse, p_out, p_lse, captured, o_b, o_h, o_l, o_e, Hq, L, ROWS, SPLITS,
-    EV: tl.constexpr, BLOCK_EV: tl.constexpr, BLOCK_P: tl.constexpr,
+    EV: tl.constexpr, BLOCK_EV: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of one row from all parts and its sink."""
-    place = tl.program_id(0).to(tl.int64)
-    b, h, i = place // L // Hq, place // L % Hq, place % L
+    """out and lse of BLOCK_R rows from all parts and their sinks."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    m_row = row < ROWS
+    row = tl.minimum(row, ROWS - 1)
+    b, h, i = row // L // Hq, row // L % Hq, row % L
     e = tl.arange(0, BLOCK_EV)
-    m = sink(b, h, i, captured) * LOG2E + tl.zeros([1], tl.float32)
+    m = sink(b, h, i, captured) * LOG2E + tl.zeros([BLOCK_R], tl.float32)
     total = tl.where(m > float("-inf"), 1.0, 0.0)
-    acc = tl.zeros([BLOCK_EV], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_EV], tl.float32)
     for first in range(0, SPLITS, BLOCK_P):
         n = first + tl.arange(0, BLOCK_P)
-        lse = tl.load(p_part_lse + n * ROWS + place, mask=n < SPLITS, other=float("-inf"))
+        at = n.to(tl.int64)[:, None] * ROWS + row[None, :]
+        lse = tl.load(p_part_lse + at, mask=(n < SPLITS)[:, None], other=float("-inf"))
         m_new = tl.maximum(m, tl.max(lse, 0))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha, weight = tl.exp2(m - shift), tl.exp2(lse - shift)
-        at = (n * ROWS + place)[:, None] * EV + e[None, :]
-        x = tl.load(p_parts + at, mask=(lse != float("-inf"))[:, None] & (e < EV)[None, :], other=0.0)
-        acc = acc * alpha + tl.sum(x * weight[:, None], 0)
+        alpha, weight = tl.exp2(m - shift), tl.exp2(lse - shift[None, :])
+        some = (lse != float("-inf"))[:, :, None] & (e < EV)[None, None, :]
+        x = tl.load(p_parts + at[:, :, None] * EV + e[None, None, :], mask=some, other=0.0)
+        acc = acc * alpha[:, None] + tl.sum(x * weight[:, :, None], 0)
         total = total * alpha + tl.sum(weight, 0)
         m = m_new
     some = total != 0.0  # a NaN is not no key
     total = tl.where(some, total, 1.0)
-    one = tl.arange(0, 1)
-    tl.store(p_lse + place + one, tl.where(some, (m + tl.log2(total)) * LN2, float("-inf")))
-    p_out += b * o_b + h * o_h + i * o_l
-    out = acc / total * gain(b, h, i, captured)
-    tl.store(p_out + e * o_e, out.to(p_out.dtype.element_ty), mask=e < EV)
+    tl.store(p_lse + row, tl.where(some, (m + tl.log2(total)) * LN2, float("-inf")), mask=m_row)
+    out = acc / total[:, None] * (tl.zeros([BLOCK_R], tl.float32) + gain(b, h, i, captured))[:, None]
+    at = (b * o_b + h * o_h + i * o_l)[:, None] + (e * o_e)[None, :]
+    tl.store(p_out + at, out.to(p_out.dtype.element_ty), mask=m_row[:, None] & (e < EV)[None, :])
