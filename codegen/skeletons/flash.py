@@ -287,11 +287,12 @@ def flash_dq(
     GROUP: tl.constexpr, E: tl.constexpr, E_MAIN: tl.constexpr, E_TAIL: tl.constexpr,
     EV: tl.constexpr, EV_MAIN: tl.constexpr, EV_TAIL: tl.constexpr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr, TABLE: tl.constexpr, SECTION: tl.constexpr, XCDS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWEEPS: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of rows, and what its tiles add to the gradients of captured tensors.
 
     p_lse: lse in powers of two, +inf for rows without keys; o_: strides of d out, d_: of dq.
+    SWEEPS: with 2, a first pass over the tiles finds delta as sum_j p_ij (do_i . v_j) and writes it for `flash_dkv`.
     """
     FACTOR: tl.constexpr = LOG2E if SCALE == 0.0 else SCALE * LOG2E
     count = tl.cdiv(L, BLOCK_M)
@@ -324,25 +325,33 @@ def flash_dq(
     else:
         low, high, full_low, full_high = visit(b, h, i_low, tl.minimum(i_low + BLOCK_M, L), L, S, captured)
         first, before, full, masked = split(low, high, full_low, full_high, S, i_low + BLOCK_M <= L, BLOCK_N)
-    for whole in tl.static_range(2):
-        for t in tl.range(0, full if whole else masked):
-            j_low = low_of(p_list, first, t, before, full, masked, whole, TABLE, BLOCK_N)
-            j = (j_low + column)[None, :]
-            m_column = j_low + column < S
-            m_ok = tl.full([1, 1], 1, tl.int1) if whole else (i < L) & (j < S)
-            p_kj, p_vj = p_k + j_low.to(tl.int64) * k_l, p_v + j_low.to(tl.int64) * v_l
-            s, k, k_tail = product(q, q_tail, p_kj, column, k_l, k_e, m_column, E_MAIN, E_TAIL, E, whole == 0,
-                                   do.dtype, PRECISION)  # fmt: skip
-            dp, _v, _tail = product(do, do_tail, p_vj, column, v_l, v_e, m_column, EV_MAIN, EV_TAIL, EV, whole == 0,
-                                    do.dtype, PRECISION)  # fmt: skip
-            x = logits(s, b, h, i, j, m_ok, captured, SCALE, False)
-            p = weights(x, lse, b, h, i, j, m_ok, captured, FACTOR, whole == 0)
-            d_score = p * (dp - delta)
-            add_grads(d_score, s, b, h, i, j, m_ok, captured, captured_grads)
-            ds = slopes(d_score, s, b, h, i, j, m_ok, captured, SCALE, whole == 0).to(do.dtype)
-            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-            if E_TAIL > 0:
-                dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
+    for sweep in tl.static_range(SWEEPS):
+        found = tl.zeros([BLOCK_M, 1], tl.float32)
+        for whole in tl.static_range(2):
+            for t in tl.range(0, full if whole else masked):
+                j_low = low_of(p_list, first, t, before, full, masked, whole, TABLE, BLOCK_N)
+                j = (j_low + column)[None, :]
+                m_column = j_low + column < S
+                m_ok = tl.full([1, 1], 1, tl.int1) if whole else (i < L) & (j < S)
+                p_kj, p_vj = p_k + j_low.to(tl.int64) * k_l, p_v + j_low.to(tl.int64) * v_l
+                s, k, k_tail = product(q, q_tail, p_kj, column, k_l, k_e, m_column, E_MAIN, E_TAIL, E, whole == 0,
+                                       do.dtype, PRECISION)  # fmt: skip
+                dp, _v, _tail = product(do, do_tail, p_vj, column, v_l, v_e, m_column, EV_MAIN, EV_TAIL, EV, whole == 0,
+                                        do.dtype, PRECISION)  # fmt: skip
+                x = logits(s, b, h, i, j, m_ok, captured, SCALE, False)
+                p = weights(x, lse, b, h, i, j, m_ok, captured, FACTOR, whole == 0)
+                if sweep + 1 < SWEEPS:
+                    found += tl.sum(p * dp, 1)[:, None]
+                else:
+                    d_score = p * (dp - delta)
+                    add_grads(d_score, s, b, h, i, j, m_ok, captured, captured_grads)
+                    ds = slopes(d_score, s, b, h, i, j, m_ok, captured, SCALE, whole == 0).to(do.dtype)
+                    dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+                    if E_TAIL > 0:
+                        dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
+        if sweep + 1 < SWEEPS:
+            delta = found
+            tl.store(p_delta + at[:, None], delta, mask=m_row[:, None])
 
     left: tl.constexpr = 1.0 if SCALE == 0.0 else SCALE
     p_dq += b * d_b + h * d_h + i_low.to(tl.int64) * d_l

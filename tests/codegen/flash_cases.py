@@ -126,4 +126,4 @@ def call_of(name: str, x: Shape) -> Call:
 
 def tolerance(dtype: torch.dtype) -> float:
     """Rounding of inputs of the second product, of the result, and of sums of float32."""
-    return max(3 * torch.finfo(dtype).eps, 1e-5)
+    return max(1.5 * torch.finfo(dtype).eps, 1e-5)

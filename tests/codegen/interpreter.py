@@ -1,8 +1,8 @@
 """Triton's interpreter as kernels need it, and as GPUs do it.
 
 bfloat16, which it holds as bits: products are of numbers, not of integers, and casts round to the nearest, ties to even
-(cvt.rn.bf16 of NVIDIA, v_cvt_pk_bf16_f32 of AMD), where it cuts the lower bits off, which doubles every error and moves
-all results to 0. Scans by slices, not by numbers.
+as GPUs do (cvt.rn.bf16x2.f32), where it cuts the lower bits off, which doubles every error and moves results to 0.
+Scans by slices, not by numbers.
 """
 
 from __future__ import annotations
