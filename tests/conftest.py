@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -42,6 +43,9 @@ class Golden:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    for absent in (torch.cuda, torch.mtia, torch.xpu):  # which would remember every seed, and a stack with each
+        if not absent.is_available():
+            absent.manual_seed_all = lambda seed: None
     store = tempfile.TemporaryDirectory(prefix="attnc-test-store-", ignore_cleanup_errors=True)
     os.environ["ATTNC_STORE"] = store.name
     config.add_cleanup(store.cleanup)
@@ -51,6 +55,12 @@ def pytest_report_header() -> list[str]:
     golden = str(GOLDEN) if GOLDEN.is_dir() else f"ABSENT, its tests are skipped (looked in {GOLDEN})"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none, tests marked gpu are skipped"
     return [f"torch: {torch.__version__}, {torch.get_num_threads()} thread, GPU {gpu}", f"golden: {golden}"]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays for good, so no collection of garbage has to walk it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
