@@ -158,6 +158,7 @@ class Budget:
 
     def settle(self) -> None:
         """Search, then take what verifies."""
+        self.verified = self.taken = None
         for found in self.search.search(self.limit):
             if found.chosen == self.search.exact:
                 break

@@ -28,6 +28,7 @@ COMMANDS = {
     "forms": "List the forms: what each computes, its knobs (default first), and when it is exact.",
     "devices": "Show the devices attnc knows, or compare some: peaks, roofs, limits, and where the figures come from.",
     "kernels": "List, show or clear the kernels that attnc has rendered.",
+    "calibrate": "Measure approximations region by region on your data, for tune --calibration to choose from.",
     "tune": "Find fast settings of a model's kernels for devices that need not be here, and keep them as records.",
 }
 DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

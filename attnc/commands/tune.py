@@ -6,8 +6,9 @@ import contextlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from attnc.budget import checked_limit
+from attnc.budget import checked_limit, told
+from attnc.calibration import Calibration
 from attnc.commands.target import (
     DATA_HELP,
     INPUT_HELP,
@@ -35,6 +37,7 @@ from attnc.offline import autotune, explain
 from attnc.options import Options
 from attnc.plan import Plan
 from attnc.records import TIMES, Record, Records
+from attnc.region import form_name
 from attnc.tuning import search
 from attnc.tuning.durations import parse_duration, spell_duration
 from attnc.tuning.problem import FIDELITIES, Problem
@@ -53,7 +56,8 @@ FIDELITY_HELP = (
 )
 ALLOW_HELP = "Approximations to consider, as low_rank; measured on --data, taken within --max-error. Makes a plan."
 ERROR_HELP = "The most that an approximation may be off: the error's norm over the output's, above 0, at most 1."
-JSON_HELP = "Print the records as JSON; with --allow, --data or --plan an object of records and plan."
+CALIBRATION_HELP = "What attnc calibrate has measured; without it, all settings that pay are measured on --data."
+JSON_HELP = "Print the records as JSON; with --allow, --data, --calibration or --plan an object of records and plan."
 
 
 def command(problems_of: ProblemsOf) -> Callable[..., None]:
@@ -79,6 +83,7 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
         allow: Annotated[list[str] | None, typer.Option(help=ALLOW_HELP)] = None,
         max_error: Annotated[float, typer.Option(help=ERROR_HELP)] = 0.02,
         data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
+        calibration: Annotated[Path | None, typer.Option(help=CALIBRATION_HELP)] = None,
         plan: Annotated[Path | None, typer.Option(help="Write the plan for the device to this file, as JSON.")] = None,
         as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
     ) -> None:
@@ -96,16 +101,18 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
             storage=storage,
             folder=kept / "studies",
         )
-        asks = bool(allow or data or plan)
+        asks = bool(allow or data or calibration or plan)
         if asks and len(names) > 1:
             raise UsageError(f"--device {device}: found {len(names)} devices, a plan is made for one. Name one.")
         if asks:
             checked_limit(max_error)
+        known = None if calibration is None else Calibration.load(calibration)
         with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the result
             call = _call(target, inputs or [], length, train)
             problems = problems_of(call, names, options)
             records = _tuned(problems, asked, Records(kept / "records"))
-            made = _plan(call, names[0], train, allow or [], max_error, data, options) if asks else None
+            asked_for = Approximations(tuple(allow or ()), max_error, data, known)
+            made = _plan(call, names[0], train, asked_for, options) if asks else None
         if plan is not None and made is not None:
             _write(plan, made)
         if as_json:
@@ -145,15 +152,24 @@ def _call(target: str, inputs: list[str], length: int | None, train: bool) -> Ca
     return replace(call, kwargs={**call.kwargs, **{spec.name: spec.draw(length) for spec in specs}})
 
 
-def _plan(
-    call: Call, device: str, train: bool, allow: list[str], max_error: float, data: str | None, options: Options
-) -> Plan:
+@dataclass(frozen=True)
+class Approximations:
+    """What the options --allow, --max-error, --data and --calibration say."""
+
+    allow: tuple[str, ...]
+    max_error: float
+    data: str | None
+    calibration: Calibration | None
+
+
+def _plan(call: Call, device: str, train: bool, given: Approximations, options: Options) -> Plan:
     """The plan that follows from the records."""
-    names = [name for text in allow for name in listed(text, "--allow", "low_rank,hierarchical")]
-    given = {} if data is None else {"data": load_data(data)}
+    names = [name for text in given.allow for name in listed(text, "--allow", "low_rank,hierarchical")]
+    asked: dict[str, Any] = {"allow": names, "max_error": given.max_error, "calibration": given.calibration}
+    if given.data is not None:
+        asked["data"] = load_data(given.data)
     with torch.set_grad_enabled(train):
-        asked: dict[str, Any] = {"allow": names, "max_error": max_error, "options": options}
-        return autotune(call.model, *call.args, device=device, trials=0, **asked, **given, **call.kwargs)
+        return autotune(call.model, *call.args, device=device, trials=0, options=options, **asked, **call.kwargs)
 
 
 def _write(file: Path, plan: Plan) -> None:
@@ -170,6 +186,14 @@ def _told(plan: Plan | None, file: Path | None) -> list[str]:
     lines = [f"plan for {plan.device}:"]
     for where, choice in plan.choices.items():
         lines.append(f"  {where or 'the model'}: {choice.form}\n    {choice.reason}")
+    if plan.verified is not None:
+        lines.append(f"together: {told(plan.verified)}")
+    if len(plan.front) > 1:
+        lines.append("front of predicted time and error of the output:")
+        for point in plan.front:
+            forms = Counter(form_name(form) for form in point.choices.values())
+            named = ", ".join(f"{name} x{count}" for name, count in forms.items()) or "exact"
+            lines.append(f"  {spell_seconds(point.seconds)}, {point.error:.3g}: {named}")
     return ["\n".join([*lines, *([] if file is None else [f"written to {file}"])])]
 
 

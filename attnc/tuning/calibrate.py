@@ -63,6 +63,7 @@ def calibrate(
     chosen = _checked(options, forms, device, batches, pairs)
     check_measurable(model, chosen, "calibrate")
     written, stream = as_written(model, "calibrate"), stream_of(data, "calibrate")
+    before = None if file is None or not Path(file).exists() else Calibration.load(file)
     batch: Batch | None = next(stream)
     assert batch is not None
     with torch.no_grad():
@@ -71,7 +72,7 @@ def calibrate(
         units = units_of(named, chosen, paying=False)
         asked = begun(name_of(written), named, chosen, pairs, units)
         _check_some(asked, [region for _, _, region in named], chosen)
-        found = asked if file is None or not Path(file).exists() else resumed(Calibration.load(file), asked, str(file))
+        found = asked if before is None else resumed(before, asked, str(file))
         attach(found, units)
         with measuring(written, named, units, chosen, "calibrate") as runs:
             number = 0
