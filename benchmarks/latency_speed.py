@@ -3,7 +3,7 @@
 Per kind of call, of the tile model ("flash"), of a count of a whole model ("decode_flops") and of the default knobs of
 a region ("default forward", "default training"; goal 5 ms): milliseconds of the first call in a process, where the
 formula is lambdified, and microseconds of later ones, the dictionary of the shape read each time; the best of 7 rounds
-over shapes of growing size. Goal: 50 microseconds. Prints a table and writes results/cpu/latency_speed.json.
+over shapes of growing size, in CPU time, so that a loaded machine tells the same. Goal: 50 microseconds. Prints a table and writes results/cpu/latency_speed.json.
 
     python benchmarks/latency_speed.py [--dry]
 """
@@ -48,29 +48,29 @@ ROUNDS, CALLS = 7, 500
 def measured(kind: str) -> dict[str, float]:
     device = device_named("h200")
     shapes = [{**BASE[kind], LENGTH.get(kind, "seq_q"): 16 + 13 * i} for i in range(CALLS)]
-    start = time.perf_counter()
+    start = time.process_time()
     predict(kind, device, shapes[0])
-    first = time.perf_counter() - start
+    first = time.process_time() - start
     rounds = []
     for _ in range(ROUNDS):
-        start = time.perf_counter()
+        start = time.process_time()
         for shape in shapes:
             predict(kind, device, shape)
-        rounds.append((time.perf_counter() - start) / CALLS)
+        rounds.append((time.process_time() - start) / CALLS)
     return {"first_ms": first * 1e3, "us": min(rounds) * 1e6}
 
 
 def timed(run: Callable[[int], object]) -> dict[str, float]:
     """The same of any other function of a length."""
-    start = time.perf_counter()
+    start = time.process_time()
     run(1000)
-    first = time.perf_counter() - start
+    first = time.process_time() - start
     rounds = []
     for n in range(ROUNDS):
-        start = time.perf_counter()
-        for i in range(20):
-            run(1024 + 512 * (20 * n + i))
-        rounds.append((time.perf_counter() - start) / 20)
+        start = time.process_time()
+        for i in range(100):
+            run(1024 + 128 * (100 * n + i))
+        rounds.append((time.process_time() - start) / 100)
     return {"first_ms": first * 1e3, "us": min(rounds) * 1e6}
 
 

@@ -174,6 +174,9 @@ class Gpu(Limits, Device):
     unsure: tuple[str, ...] = figure("texts", default=())
     note: str = figure("text", default="")
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # a key of many caches; of all fields it would take longer than what they keep
+
     @property
     def exp2_rate(self) -> float:
         """Exponentials per second at the tensor clock."""

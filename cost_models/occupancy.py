@@ -10,6 +10,7 @@ AMD, CDNA3 ISA (512 vector registers a lane and SIMD, 8 waves a SIMD, LDS granul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 from attnc.cost_models.device import Gpu
@@ -34,6 +35,7 @@ class Occupancy:
     limit: str
 
 
+@lru_cache(maxsize=65536)
 def occupancy(device: Gpu, threads: int, registers: int, shared_bytes: int, columns: int = 0) -> Occupancy:
     """Blocks per SM of a kernel with `threads` a block, `registers` a thread, `shared_bytes` a block.
 
@@ -58,6 +60,7 @@ def occupancy(device: Gpu, threads: int, registers: int, shared_bytes: int, colu
     return Occupancy(bounds[limit], bounds[limit] * warps, limit)
 
 
+@lru_cache(maxsize=256)
 def max_registers(device: Gpu) -> int:
     """Registers that one thread can have."""
     return next((count for start, count in MAX_REGISTERS.items() if device.arch.startswith(start)), 256)

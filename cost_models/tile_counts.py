@@ -39,61 +39,62 @@ class TileCount:
 @lru_cache(maxsize=65536)
 def band_tiles(L: int, S: int, block_m: int, block_n: int, band: Band) -> TileCount:
     """Exact number of visited tiles of a band; a last block of rows that is not whole takes a mask everywhere."""
-    rows = -(-L // block_m)
+    rows = L // block_m
     visited = whole = longest = 0
-    # All blocks of rows but the last are whole; the last one may end early.
-    for first, count, height in ((0, rows - 1, block_m), (rows - 1, 1, L - (rows - 1) * block_m)):
-        if count < 1:
-            continue
-        ahead = S if band.ahead is None else band.shift + height - 1 + band.ahead
-        back = -S - L - abs(band.shift) if band.back is None else band.shift - band.back
-        ends = _clipped(first, count, block_m, ahead, S - 1, block_n)
-        starts = _clipped(first, count, block_m, back, S - 1, block_n)
-        visited += ends - starts + _meeting(first, count, block_m, back, ahead, S)
-        longest = max(longest, _longest(first, count, block_m, back, ahead, S, block_n))
-        if height == block_m:
-            whole += _whole(first, count, block_m, block_n, S, band, back)
+    back = -S - L - abs(band.shift) if band.back is None else band.shift - band.back
+    if rows:
+        ahead = S if band.ahead is None else band.shift + block_m - 1 + band.ahead
+        ends = _clipped(rows, block_m, ahead, S - 1, block_n)
+        starts = 0 if band.back is None else _clipped(rows, block_m, back, S - 1, block_n)
+        visited = ends - starts + _meeting(rows, block_m, back, ahead, S)
+        longest = _longest(rows, block_m, back, ahead, S, block_n)
+        whole = _whole(rows, block_m, block_n, S, band, back)
+    if rows * block_m < L:
+        ahead = S if band.ahead is None else band.shift + L - rows * block_m - 1 + band.ahead
+        last = _met(rows * block_m, back, ahead, S, block_n)
+        visited, longest = visited + last, max(longest, last)
     return TileCount(visited, max(0, visited - whole), longest)
 
 
-def _whole(first: int, count: int, block_m: int, block_n: int, S: int, band: Band, back: int) -> int:
+def _whole(count: int, block_m: int, block_n: int, S: int, band: Band, back: int) -> int:
     """Tiles whose pairs are all kept: keys from where the last row begins to where the first row ends."""
     low = back + block_m - 1
     high = S if band.ahead is None else band.shift + band.ahead + 1
     if band.back is not None and band.ahead is not None and high - low < block_n:
         return 0
-    ends = _clipped(first, count, block_m, high, S, block_n)
-    starts = _clipped(first, count, block_m, low + block_n - 1, S + block_n - 1, block_n)
+    ends = _clipped(count, block_m, high, S, block_n)
+    starts = 0 if band.back is None else _clipped(count, block_m, low + block_n - 1, S + block_n - 1, block_n)
     return max(0, ends - starts)
 
 
-def _longest(first: int, count: int, block_m: int, back: int, ahead: int, S: int, block_n: int) -> int:
-    """Tiles of the longest of some blocks of rows: at either end, or where the band first touches the last key."""
-    at = [first, first + count - 1]
+def _longest(count: int, block_m: int, back: int, ahead: int, S: int, block_n: int) -> int:
+    """Tiles of the longest block of rows: at either end, or where the band first touches the last key."""
     touch = (S - 1 - ahead) // block_m
-    at += [m for m in (touch, touch + 1, -(back // block_m)) if first <= m < first + count]
     found = 0
-    for m in at:
-        low, high = max(0, m * block_m + back), min(S - 1, m * block_m + ahead)
-        if high >= low:
-            found = max(found, high // block_n - low // block_n + 1)
+    for m in {0, count - 1, touch, touch + 1, -(back // block_m)}:
+        if 0 <= m < count:
+            found = max(found, _met(m * block_m, back, ahead, S, block_n))
     return found
 
 
-def _meeting(first: int, count: int, block_m: int, back: int, ahead: int, S: int) -> int:
+def _met(i: int, back: int, ahead: int, S: int, block_n: int) -> int:
+    """Tiles of a block of rows from row i."""
+    low, high = max(0, i + back), min(S - 1, i + ahead)
+    return high // block_n - low // block_n + 1 if high >= low else 0
+
+
+def _meeting(count: int, block_m: int, back: int, ahead: int, S: int) -> int:
     """Blocks of rows whose band meets some key 0 .. S - 1."""
-    low = max(first, -(ahead // block_m))  # m * block_m + ahead >= 0
-    high = min(first + count - 1, (S - 1 - back) // block_m)  # m * block_m + back <= S - 1
+    low = max(0, -(ahead // block_m))  # m * block_m + ahead >= 0
+    high = min(count - 1, (S - 1 - back) // block_m)  # m * block_m + back <= S - 1
     return max(0, high - low + 1)
 
 
-def _clipped(first: int, count: int, step: int, offset: int, top: int, block: int) -> int:
-    """Sum of floor(clamp(m * step + offset, 0, top) / block) over m = first .. first + count - 1."""
-    zero = min(max(-(offset // step) - first, 0), count)  # values below 0, clamped
-    full = min(max(-((offset - top) // step) - first, zero), count)  # from here on clamped to top
-    inside = full - zero
-    start = (first + zero) * step + offset
-    return floor_sum(inside, block, step, start) + (count - full) * (top // block)
+def _clipped(count: int, step: int, offset: int, top: int, block: int) -> int:
+    """Sum of floor(clamp(m * step + offset, 0, top) / block) over m = 0 .. count - 1."""
+    zero = min(max(-(offset // step), 0), count)  # values below 0, clamped
+    full = min(max(-((offset - top) // step), zero), count)  # from here on clamped to top
+    return floor_sum(full - zero, block, step, zero * step + offset) + (count - full) * (top // block)
 
 
 def floor_sum(n: int, m: int, a: int, b: int) -> int:

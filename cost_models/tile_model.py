@@ -181,12 +181,12 @@ def flash_seconds(
     total = 0.0
     for kernel in kernels or _kernels(work.training):
         tile = _tile_of(work, kernel, tiles, device)
-        constants = coefficients(tile.instruction, device)
         figures = tile_figures(work, tiles.of(kernel), tile, device, made.get(kernel))
         if figures is None:
             return float("inf")
         total += seconds_function()(*figures, *_constants(tile.instruction, device))
         if kernel == "dq":  # delta = do . o, a pass of its own
+            constants = coefficients(tile.instruction, device)
             read = 2 * work.B * work.Hq * work.L * work.Ev * max(ITEM[work.kind], 2)
             total += constants.launch + read / (device.bandwidth * constants.memory)
     if tiles.pack or tiles.splits > 1:  # the parts are merged
