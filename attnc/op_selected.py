@@ -1,4 +1,4 @@
-"""The operators `attnc::selected` and `attnc::selected_backward`: attention over keys chosen at run time, on the CPU.
+"""The operators `attnc::selected` and `attnc::selected_backward`: attention over keys chosen at run time.
 
     selected(query, key, value, captured, sizes, spelling) -> (out, lse, chosen)
     selected_backward(grad_out, query, key, value, out, lse, chosen, captured, sizes, needs, spelling) -> Tensor[]
@@ -6,7 +6,8 @@
 
 Shapes: query (B, Hq, L, E), key (B, H, S, E), value (B, H, S, Ev) -> out (B, Hq, L, Ev), lse (B, Hq, L), chosen int64
 of a shape that the form says. lse and chosen are not differentiable; the backward reuses the choice. One opaque
-operator: how many rows choose a block is known at run time only.
+operator: how many rows choose a block is known at run time only. On a GPU kernels walk the lists, with the tiles of the
+form's knob `kernel`, by default those of `ListKnobs`.
 
 Source: Lu et al. 2025, "MoBA", arXiv:2502.13189, algorithm 1; torch.library.
 """
@@ -14,14 +15,19 @@ Source: Lu et al. 2025, "MoBA", arXiv:2502.13189, algorithm 1; torch.library.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnc.codegen import cpu_key_lists
+from attnc.codegen import cpu_key_lists, gpu_key_lists
+from attnc.codegen.gpu_key_lists import Arranged, Kernels, ListKnobs, of_choice, of_lists
+from attnc.codegen.launch import slots_of
 from attnc.forms import parse_generated
-from attnc.forms.selected import Selected
+from attnc.forms.selected import BEST, TABLE, BlockSelected, Selected
+from attnc.forms.selected_lists import knobs_of
+from attnc.op_flash import kernels_of
 from attnc.operands import Operands
 from attnc.rule_attention import AttentionRule
 
@@ -41,7 +47,34 @@ def selected(
     form, rule = parse_selected(spelling)
     given = Operands(query, key, value, captured, sizes, rule)
     chosen = form.choose(given)
-    return *cpu_key_lists.forward(*form.laid(chosen, given)), chosen
+    if query.device.type == "cpu":
+        return *cpu_key_lists.forward(*form.laid(chosen, given)), chosen
+    return *walk(form, chosen, given), chosen
+
+
+def walk(form: Selected, chosen: Tensor, given: Operands) -> tuple[Tensor, Tensor]:
+    """out and lse by kernels that walk the lists of a choice; on CPU tensors by Triton's interpreter."""
+    laid, lists, knobs = _arranged(form, chosen, given)
+    return gpu_key_lists.forward(_kernels(laid, [False] * len(laid.captured)), laid, lists, knobs)
+
+
+def _arranged(form: Selected, chosen: Tensor, given: Operands) -> tuple[Operands, list[Arranged], ListKnobs]:
+    """What the kernels take: operands, lists and schedule. Nothing waits for the device where the choice is blocks."""
+    knobs = ListKnobs() if form.kernel in (BEST, TABLE) else knobs_of(form.kernel)
+    if not form.chooses_blocks or not isinstance(form, BlockSelected):
+        laid, every = form.laid(chosen, given)
+        return laid, [of_lists(lists) for lists in every], knobs
+    (B, Hq, L, _), (_, H, S, _) = given.query.shape, given.key.shape
+    return given, [of_choice(chosen, (B, Hq, H, L), form.tile_rows, form.block_keys, S, knobs.block_m)], knobs
+
+
+def _kernels(given: Operands, needs: Sequence[bool]) -> Kernels:
+    slots, device = slots_of(given.captured, needs), given.query.device.type
+
+    def of(skeleton: str, rule: AttentionRule, names: tuple[str, ...]) -> ModuleType:
+        return kernels_of(skeleton, rule, slots, device, names)
+
+    return of
 
 
 @selected.register_fake
@@ -67,10 +100,30 @@ def selected_backward(
     """Gradients of query, key, value and of the captured tensors that `needs` names."""
     form, rule = parse_selected(spelling)
     given = Operands(query, key, value, captured, sizes, rule)
+    if query.device.type != "cpu":
+        return walk_backward(form, chosen, given, (out, lse), grad_out, needs)
     laid, lists = form.laid(chosen, given)
     needs = [*needs, *[False] * (len(laid.captured) - len(needs))]  # what the choice captures has no gradient
     dq, dk, dv, learned = cpu_key_lists.backward(grad_out, laid, lists, out, lse, needs)
     return [dq, form.folded(dk, key), form.folded(dv, value), *learned]
+
+
+def walk_backward(
+    form: Selected,
+    chosen: Tensor,
+    given: Operands,
+    attended: tuple[Tensor, Tensor],
+    grad: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of `walk`, which gave `attended`: of query, key, value and the captured tensors of `needs`."""
+    laid, lists, knobs = _arranged(form, chosen, given)
+    needs = [*needs, *[False] * (len(laid.captured) - len(needs))]
+    kernels = _kernels(laid, needs)
+    dq, dk, dv, learned = gpu_key_lists.backward(kernels, laid, lists, knobs, attended, grad, needs)
+    learn = [t for t, need in zip(laid.captured, needs, strict=True) if need]
+    learned = [torch.empty_like(t).copy_(found) for t, found in zip(learn, learned, strict=True)]
+    return [dq, form.folded(dk, given.key), form.folded(dv, given.value), *learned]
 
 
 @selected_backward.register_fake

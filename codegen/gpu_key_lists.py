@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from attnc.codegen.gpu_decode import combine_constants
-from attnc.codegen.gpu_flash import LOG2E, Launch, add_sink_grads, empty_out, plain_scale, widths
+from attnc.codegen.gpu_flash import LOG2E, Launch, add_sink_grads, plain_scale, widths
 from attnc.codegen.key_lists import NONE, KeyLists, listed
 from attnc.codegen.launch import launch, strides
 from attnc.codegen.tiles import blocks
@@ -129,9 +129,7 @@ def is_listed(sharing: int, tile_m: int, width: int, L: int) -> bool:
     return sharing * tile_m >= FILLED or width < LEAST or L * tile_m < LEAST
 
 
-def sorted_rows(
-    chosen: Tensor, shape: tuple[int, int, int, int], blocks: int, width: int, tile: int
-) -> Arranged:
+def sorted_rows(chosen: Tensor, shape: tuple[int, int, int, int], blocks: int, width: int, tile: int) -> Arranged:
     """Tiles of `tile` rows sorted by the block that they chose, one part of a row for each of its choices.
 
     chosen: (B, Hq or 1, L, n). There are as many tiles as there may be: those of no rows are NONE throughout.
@@ -192,7 +190,7 @@ def forward(kernels: Kernels, x: Operands, every: Sequence[Arranged], knobs: Lis
     """
     B, Hq, L, _ = x.query.shape
     Ev = int(x.value.shape[3])
-    out, lse = empty_out(x.query, x.value)
+    out, lse = x.query.new_empty(B, Hq, L, Ev), x.query.new_empty(B, Hq, L, dtype=torch.float32)
     every = [cut(lists, B * Hq * L, knobs.of(KERNELS[0], lists.rows.shape[1], 1).block_m) for lists in every]
     parts = sum(lists.parts for lists in every)
     if parts == 1:

@@ -1,4 +1,4 @@
-"""The kernels of key lists as jobs of the ahead-of-time compiler: what a launch would pass, as types and divisibility."""
+"""The kernels of key lists as jobs of the ahead-of-time compiler: what a launch would pass."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def list_job(
     functions = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
     names = [arg.arg for arg in functions[kernel].args.args]
     types = operand_types(dtype) | WIDE | NARROW
-    types |= {name: torch.float32 for name in ("p_dk", "p_dv", *(() if final else ("p_out", "p_dq")))}
+    types |= dict.fromkeys(("p_dk", "p_dv", *(() if final else ("p_out", "p_dq"))), torch.float32)
     every = constants_of(rule, E, Ev, knobs, tile, rows, width, diagonal=keeps == "diagonal")
     every |= {"FINAL": final, "SCATTER": width < LEAST, "WIDE": False}
     every |= {} if added else {"p_added": None}

@@ -170,7 +170,7 @@ class Narrowed(AttentionForm):
         return found[0].cpu(given._replace(rule=found[1].rule))
 
     def gpu(self, given: Operands) -> tuple[Tensor, Tensor]:
-        region, gpu = region_of(given), _gpu_here()
+        region, gpu = region_of(given), gpu_here()
         found = None if gpu is None else self.lowered(region, gpu)
         form, narrowed = (None, self.narrow(region)) if found is None else found
         form = form or Flash(skip=skips(narrowed.rule.keep)[-1])
@@ -285,7 +285,7 @@ def _known(sizes: Sequence[object]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=1)
-def _gpu_here() -> Gpu | None:
+def gpu_here() -> Gpu | None:
     """The GPU that torch is on; None where there is none, or none that the table knows."""
     if not torch.cuda.is_available():
         return None

@@ -38,6 +38,7 @@ class Rectified(BlockScores):
     """The knobs of block_scores."""
 
     name: ClassVar[str] = "rectified"
+    chooses_blocks: ClassVar[bool] = False  # pooled keys stand beside the blocks
 
     def unfit(self, region: AttentionRegion) -> str | None:
         keep, score = region.rule.keep, region.rule.score

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
@@ -32,9 +32,11 @@ from attnc.cost_models.roofline import BACKWARD, seconds
 from attnc.cost_models.tile_model import FlashWork, TileCount, fits, flash_seconds
 from attnc.expr import BOOL, B, Expr, H, I, J, const, floordiv, load
 from attnc.expr_text import parse
-from attnc.forms.base import AttentionForm, Form
+from attnc.forms.base import AttentionForm, Form, knob
 from attnc.forms.flash import Flash, work_of
 from attnc.forms.masked import SETTLED, reference, settle_empty
+from attnc.forms.narrowed import gpu_here, region_of
+from attnc.forms.selected_lists import Layout, best_lists, knobs_of, list_seconds, list_settings, text_of
 from attnc.operands import Operands
 from attnc.predicate import conjunction, distances
 from attnc.region import ITEM_BYTES, AttentionRegion
@@ -44,16 +46,27 @@ FEW = 32  # query rows below which each has its own list; from it on, rows are s
 BAR = " | "
 # The choice is a table of the mask: tiles of keys that none of a tile of rows chose are skipped.
 ON_GPU = Flash(skip="table")
+BEST, TABLE = "best", "table"
+TILES = r"\d+x\d+x\d+x\d+"
 
 
 @dataclass(frozen=True)
 class Selected(AttentionForm):
     """A form that chooses keys at run time.
 
-    phases: what it serves, of "prefill", "decode" and "training".
+    phases: what it serves, of "prefill", "decode" and "training". chooses_blocks: whether its tiles are the choice and
+    no more. kernel: on a GPU the choice as a table of the mask ("table"), or kernels that walk its lists, by the tiles
+    of the forward, dq, dk with dv ("128x64x4x2/64x64x4x2/64x64x4x2"); "best": what is predicted faster.
     """
 
     approximates: ClassVar[bool] = True
+    chooses_blocks: ClassVar[bool] = False
+    kernel: str = knob(BEST, unit="table, or rows x keys x warps x stages", pattern=f"{TABLE}|{TILES}(/{TILES}){{0,2}}")
+
+    def spell(self) -> str:
+        """One line; the kernel only where it is not the best."""
+        shown = [f.name for f in fields(self) if f.name != "kernel" or self.kernel != BEST]
+        return f"{self.name}{{{','.join(f'{name}={getattr(self, name)}' for name in shown)}}}"
 
     @abstractmethod
     def choose(self, given: Operands) -> Tensor:
@@ -130,11 +143,30 @@ class Selected(AttentionForm):
         return 1
 
     def gpu_seconds(self, region: AttentionRegion, gpu: Gpu) -> float:
+        return self._on_gpu(region, gpu)[0] + seconds(Cost((self.choosing(region),)), gpu, region.dtype)
+
+    def _on_gpu(self, region: AttentionRegion, gpu: Gpu) -> tuple[float, str]:
+        """Predicted time of what follows the choice, and the kernel that takes it."""
+        layout = self._layout(region)
+        if self.kernel not in (BEST, TABLE):
+            knobs = knobs_of(self.kernel)
+            return float("inf") if layout is None else list_seconds(layout, region, gpu, knobs), self.kernel
         whole, tiles = work_of(region, "table"), ON_GPU.tiles
         work = replace(whole, counts=_United(whole, self.pairs(region), self.tile_rows))
-        if fits(work, tiles, gpu) is not None:
-            return float("inf")
-        return flash_seconds(work, tiles, gpu) + seconds(Cost((self.choosing(region),)), gpu, region.dtype)
+        table = flash_seconds(work, tiles, gpu) if fits(work, tiles, gpu) is None else float("inf")
+        if layout is None or self.kernel == TABLE:
+            return table, TABLE
+        found, knobs = best_lists(layout, region, gpu)
+        return (found, text_of(knobs, region.training)) if found < table else (table, TABLE)
+
+    def _layout(self, region: AttentionRegion) -> Layout | None:
+        """The tiles of kernels that walk the lists; None where only a choice that was made says them."""
+        if not self.chooses_blocks or not isinstance(self, BlockSelected):
+            return None
+        s = region.shape
+        rows, keys = (torch.empty(shape, device="meta") for shape in ((s.B, s.Hq, s.L, s.E), (s.B, s.H, s.S, s.E)))
+        shape = self.chosen_shape(Operands(rows, keys, keys, (), (), region.rule))
+        return Layout.of(shape, self.tile_rows, self.block_keys, region)
 
     def gathered(self, region: AttentionRegion) -> float:
         """Keys written once more beside the products, of one query head."""
@@ -153,14 +185,27 @@ class Selected(AttentionForm):
         return self.narrowed(chosen, given)
 
     def gpu(self, given: Operands) -> tuple[Tensor, Tensor]:
-        return ON_GPU.gpu(self.kept(given))
+        kernel, gpu = self.kernel, gpu_here()
+        if kernel == BEST:
+            is_known = gpu is not None and all(isinstance(n, int) for t in given[:3] for n in t.shape)
+            kernel = self._on_gpu(region_of(given), gpu)[1] if gpu is not None and is_known else TABLE
+        if kernel == TABLE:
+            return ON_GPU.gpu(self.kept(given))
+        return replace(self, kernel=kernel).cpu(given)  # the same operator, which looks where its tensors lie
 
     def reference(self, given: Operands) -> tuple[Tensor, Tensor]:
         """The formula in float64, every pair in memory."""
         return reference(self.kept(given.double()))
 
     def space(self, region: AttentionRegion, device: Device) -> tuple[Form, ...]:
-        return () if self.refuse(region) else (self,)  # the knobs change results: attnc.budget searches them
+        """This setting, whose other knobs change results (attnc.budget searches them), then kernels to try for it."""
+        if self.refuse(region):
+            return ()
+        layout = self._layout(region) if isinstance(device, Gpu) and self.kernel == BEST else None
+        if layout is None or not isinstance(device, Gpu):
+            return (self,)
+        kernels = (text_of(knobs, region.training) for knobs in list_settings(layout, region, device))
+        return (self, *(replace(self, kernel=kernel) for kernel in (*kernels, TABLE)))
 
 
 @dataclass(frozen=True)
@@ -232,6 +277,8 @@ class BlockSelected(Selected):
 class ScoredBlocks(BlockSelected):
     """A form whose knobs are these: the `top_k` blocks of `block` keys that score best, those of `sinks` and `window`
     among them; each query head chooses, or those of a key head as one, or all of them."""
+
+    chooses_blocks: ClassVar[bool] = True
 
     # No dataclass: each form says which knobs it has, in which order, and with which values.
     block: int

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,6 +31,8 @@ SINGLE = 2  # a gathered key costs so many times what its bytes do in one piece
 @dataclass(frozen=True)
 class TokenLists(BlockSelected):
     """A form whose choice is single keys."""
+
+    chooses_blocks: ClassVar[bool] = True
 
     @property
     def block_keys(self) -> int:

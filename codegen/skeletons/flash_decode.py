@@ -13,8 +13,8 @@ plus a tail that is one: 576 = 512 + 64. VALUE_IN_KEY: the value is the key's fi
 attention), which are read once. Operands of 8 bits are widened to the query's type, or bfloat16; DOT8: queries and keys
 of 8 bits are multiplied as they are.
 
-Holes: b is a scalar (int64), h and i are columns, j is a row; in `flash_combine` b, h and i go along the rows. SCALE: the score is
-SCALE * s, or 0: `score` says. HEADS_ALIKE: whether `visit` is the same for all heads.
+Holes: b is a scalar (int64), h and i are columns, j is a row; in `flash_combine` b, h and i go along the rows. SCALE:
+the score is SCALE * s, or 0: `score` says. HEADS_ALIKE: whether `visit` is the same for all heads.
 
 Source: Dao et al. 2023, "Flash-Decoding for long-context inference", pytorch.org/blog/flash-decoding; DeepSeek-AI 2024,
 "DeepSeek-V2", arXiv:2405.04434, section 2.1 (absorbed projections).
