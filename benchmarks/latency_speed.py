@@ -2,8 +2,9 @@
 
 Per kind of call, of the tile model ("flash"), of a count of a whole model ("decode_flops") and of the default knobs of
 a region ("default forward", "default training"; goal 5 ms): milliseconds of the first call in a process, where the
-formula is lambdified, and microseconds of later ones, the dictionary of the shape read each time; the best of 7 rounds
-over shapes of growing size, in CPU time, so that a loaded machine tells the same. Goal: 50 microseconds. Prints a table and writes results/cpu/latency_speed.json.
+formula is lambdified, and microseconds of later ones, the dictionary of the shape read each time; the best of 25
+rounds over shapes of growing size, in CPU time, so that a loaded machine tells nearly the same. Goal: 50 microseconds.
+Prints a table and writes results/cpu/latency_speed.json.
 
     python benchmarks/latency_speed.py [--dry]
 """
@@ -42,7 +43,7 @@ BASE: dict[str, dict] = {
     "moe": {**EXPERTS, "dtype": "fp8_block", "gated": 1, "routing": "power_law_1.2"},
 }
 LENGTH = {"gemm": "m", "moe": "tokens", "gdn": "seq", "attn_decode": "seq_kv", "mla_decode": "seq_kv"}
-ROUNDS, CALLS = 7, 500
+ROUNDS, CALLS = 25, 100
 
 
 def measured(kind: str) -> dict[str, float]:
@@ -68,9 +69,9 @@ def timed(run: Callable[[int], object]) -> dict[str, float]:
     rounds = []
     for n in range(ROUNDS):
         start = time.process_time()
-        for i in range(100):
-            run(1024 + 128 * (100 * n + i))
-        rounds.append((time.process_time() - start) / 100)
+        for i in range(CALLS):
+            run(1024 + 128 * (CALLS * n + i))
+        rounds.append((time.process_time() - start) / CALLS)
     return {"first_ms": first * 1e3, "us": min(rounds) * 1e6}
 
 
