@@ -1,10 +1,10 @@
 """Index expressions: what one element of a score or mask tensor is, as a function of its position.
 
 An `Expr` is an immutable tree over the coordinates of an attention score, `b` (batch), `h` (query head), `i` (query
-row), `j` (key column), the raw product `s = q_i . k_j`, sizes `n0, n1, ...` (integers known at run time only) and
-lookups `t0[...]` into captured tensors. One rule is written once and read many ways (reference mask, block
-classification, FlexAttention `mask_mod`, text), see `attnc.predicate` (comparison and logic), `attnc.reading`
-(tensors), `attnc.intervals` (bounds).
+row), `j` (key column), the raw product `s = q_i . k_j`, sizes `n0, n1, ...` (integers known at run time only), lookups
+`t0[...]` into captured tensors and lists of numbers in them (`j in t0[b, i, :8]`). One rule is written once and read
+many ways (reference mask, block classification, FlexAttention `mask_mod`, text), see `attnc.predicate` (comparison and
+logic), `attnc.reading` (tensors), `attnc.intervals` (bounds).
 
 Construction simplifies: sums are kept as one linear combination, comparisons as `combination <= 0`, so that
 `j <= i`, `i >= j` and `i - j > -1` are the same object. Integer identities are exact; float ones hold up to rounding.
@@ -129,6 +129,16 @@ def size(name: str) -> Expr:
 def load(slot: int, index: tuple[Expr, ...], kind: str) -> Expr:
     """Element `index` of captured tensor number `slot`."""
     return Expr("load", (slot, *index), kind)
+
+
+def listing(slot: int, index: tuple[Expr, ...], count: int) -> Expr:
+    """The numbers `t[*index, 0]` .. `t[*index, count - 1]` of captured tensor `slot`: only `among` reads them."""
+    return load(slot, (*index, const(count)), INT)
+
+
+def among(x: Expr, numbers: Expr) -> Expr:
+    """Whether `x` is one of `numbers`, which are a `listing`: a key that is on its row's list."""
+    return Expr("among", (x, numbers), BOOL)
 
 
 def choice(p: Expr, yes: Expr, no: Expr) -> Expr:

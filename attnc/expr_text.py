@@ -20,9 +20,11 @@ from attnc.expr import (
     UNARY,
     Expr,
     add,
+    among,
     const,
     div,
     floordiv,
+    listing,
     load,
     maximum,
     minimum,
@@ -85,6 +87,12 @@ def _bound(e: Expr) -> str:
     return f"{spell(inner)} {'<=' if e.op == 'le' else '=='} 0"
 
 
+def _listed(e: Expr) -> str:
+    x, numbers = e.args
+    slot, *index, count = numbers.args
+    return f"{_atom(x)} in t{slot}[{', '.join([*map(spell, index), f':{count.value}'])}]"
+
+
 _SPELL = {
     "const": lambda e: _number(e.value),
     "var": lambda e: e.args[0],
@@ -98,6 +106,7 @@ _SPELL = {
     "eq": _bound,
     "le2": lambda e: f"{_atom(e.args[0])} <= {_atom(e.args[1])}",
     "eq2": lambda e: f"{_atom(e.args[0])} == {_atom(e.args[1])}",
+    "among": _listed,
     "not": lambda e: f"not ({spell(e.args[0])})",
     "and": lambda e: " and ".join(f"({spell(a)})" if a.op == "or" else spell(a) for a in e.args),
     "or": lambda e: " or ".join(f"({spell(a)})" for a in e.args),
@@ -165,11 +174,28 @@ def _parse(node: ast.expr) -> Expr:
     if isinstance(node, ast.BoolOp):
         join = predicate.conjunction if isinstance(node.op, ast.And) else predicate.disjunction
         return join(*(_parse(x) for x in node.values))
+    if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In):
+        return among(_parse(node.left), _listing(node.comparators[0]))
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
         return _COMPARE[type(node.ops[0])](_parse(node.left), _parse(node.comparators[0]))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         return _CALLS[node.func.id](*(_parse(x) for x in node.args))
     raise KeyError(ast.dump(node))
+
+
+def _listing(node: ast.expr) -> Expr:
+    """`t0[b, i, :8]`"""
+    if not isinstance(node, ast.Subscript) or not isinstance(node.value, ast.Name) or node.value.id[0] != "t":
+        raise KeyError(ast.dump(node))
+    *index, numbers = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+    if (
+        not isinstance(numbers, ast.Slice)
+        or numbers.lower
+        or numbers.step
+        or not isinstance(numbers.upper, ast.Constant)
+    ):
+        raise KeyError(ast.dump(node))
+    return listing(int(node.value.id[1:]), tuple(map(_parse, index)), int(numbers.upper.value))
 
 
 def _name(name: str) -> Expr:

@@ -20,6 +20,7 @@ import torch
 from attnc import op_decode, op_flash, op_recurrence, op_selected
 from attnc.forms import parse_attention, spell_attention
 from attnc.forms.generated import Generated, store_in
+from attnc.forms.listed import Listed, unlisted
 from attnc.forms.masked import alive_rows, scaled_rows, widened, without_lost_rows
 from attnc.operands import Operands
 
@@ -52,6 +53,7 @@ def attention(
     # Types are facts of the region already: an autocast around the call must not cast inside it.
     with torch.amp.autocast(query.device.type, enabled=False):
         given = Operands(query, key, value, captured, sizes, rule)
+        given = given if isinstance(form, Listed) else unlisted(given)
         given = scaled_rows(given if isinstance(form, Generated) else widened(given))
         written = given.on(query.device)  # numbers may lie apart
         given = without_lost_rows(written)

@@ -55,7 +55,10 @@ def read(
 
     def go(x: Expr) -> Value:
         if x not in memo:
-            memo[x] = leaf(x) if x.op in ("const", "var", "size", "load") else _RULES[x.op](x, go)
+            if x.op == "among":
+                memo[x] = on_list(x)
+            else:
+                memo[x] = leaf(x) if x.op in ("const", "var", "size", "load") else _RULES[x.op](x, go)
         return memo[x]
 
     def leaf(x: Expr) -> Value:
@@ -69,6 +72,12 @@ def read(
             assert score is not None, "an expression of s is read with a score"
             return score
         return _lookup(captured[x.args[0]], x.args[1:], axes, go)
+
+    def on_list(x: Expr) -> torch.Tensor:
+        wanted, (slot, *index, count) = x.args[0], x.args[1].args
+        table, position = captured[slot][..., : count.value], torch.as_tensor(go(wanted))
+        numbers = table[tuple(torch.as_tensor(go(at), device=table.device) for at in index)] if index else table
+        return (position.to(table.device).unsqueeze(-1) == numbers).any(-1)
 
     return go(e)
 

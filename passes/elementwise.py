@@ -32,6 +32,7 @@ from attnc.expr import (
 from attnc.passes.graph import op_name, shape_of, tensor_of
 from attnc.passes.indexing import RULES as INDEXING
 from attnc.passes.indexing import Lift
+from attnc.passes.thresholds import compared
 from attnc.passes.views import Index, broadcast_index
 
 
@@ -216,16 +217,16 @@ RULES: dict[str, Callable[[Lift, fx.Node, Index], Expr | None]] = {
     "clamp_min": _clamp,
     "clamp_max": _clamp,
     **{
-        op: _pointwise(rule, 2)
-        for op, rule in (
-            ("eq", predicate.eq),
-            ("ne", predicate.ne),
-            ("le", predicate.le),
-            ("lt", predicate.lt),
-            ("ge", lambda a, c: predicate.le(c, a)),
-            ("gt", lambda a, c: predicate.lt(c, a)),
+        op: compared(_pointwise(rule, 2), scores)
+        for op, rule, scores in (
+            ("le", predicate.le, 1),
+            ("lt", predicate.lt, 0),
+            ("ge", lambda a, c: predicate.le(c, a), 0),
+            ("gt", lambda a, c: predicate.lt(c, a), 1),
         )
     },
+    "eq": _pointwise(predicate.eq, 2),
+    "ne": _pointwise(predicate.ne, 2),
     **{op: _bitwise(predicate.conjunction) for op in ("bitwise_and", "logical_and", "__and__")},
     **{op: _bitwise(predicate.disjunction) for op in ("bitwise_or", "logical_or", "__or__")},
     **{op: _bitwise(predicate.xor) for op in ("bitwise_xor", "logical_xor", "__xor__")},

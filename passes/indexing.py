@@ -24,6 +24,8 @@ class Lift(Protocol):
 
     def element(self, node: Any, index: Index) -> Expr: ...
 
+    def on_list(self, node: fx.Node, index: Index, axis: int) -> Expr | None: ...
+
 
 def _arange(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
     args = node.args
@@ -195,6 +197,20 @@ def _index_put(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
     return predicate.where(inside, lift.element(value, (ZERO,) * number.dim()), lift.element(x, index))
 
 
+def _scatter(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
+    """One number wherever a list says: `full(-inf).scatter(-1, top_k.indices, 0)`."""
+    table, dim, numbers, value = node.args[:4]
+    if len(node.args) > 4 or node.kwargs or tensor_of(numbers) is None:
+        return None  # reduced with what is there
+    axis = int(dim) % len(index)
+    sizes = zip(shape_of(table), shape_of(numbers), strict=True)
+    if any(own != given for d, (own, given) in enumerate(sizes) if d != axis):
+        return None
+    number = lift.element(value, () if tensor_of(value) is None else index)
+    inside = lift.on_list(numbers, index, axis) if number.is_const else None
+    return None if inside is None else predicate.where(inside, number, lift.element(table, index))
+
+
 def _sum(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
     """A sum over axes of length 1 is a view."""
     if len(node.args) < 2 or not isinstance(node.args[0], fx.Node):
@@ -211,6 +227,7 @@ def _sum(lift: Lift, node: fx.Node, index: Index) -> Expr | None:
 
 RULES: dict[str, Callable[[Lift, fx.Node, Index], Expr | None]] = {
     "index_put": _index_put,
+    "scatter": _scatter,
     "arange": _arange,
     "tril": _triangle(predicate.le),
     "triu": _triangle(lambda offset, diagonal: predicate.le(diagonal, offset)),

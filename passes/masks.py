@@ -21,17 +21,22 @@ from attnc.expr import (
     ZERO,
     Expr,
     add,
+    among,
     const,
+    listing,
     load,
     scale,
     to_float,
     unary,
+    var,
 )
 from attnc.passes.elementwise import RULES
 from attnc.passes.graph import GraphFacts, Unliftable, integer, op_name, tensor_of
 from attnc.passes.views import Index, Ranges, through
 
 Leaf = Callable[[fx.Node, Index], "Expr | None"]
+_CASTS = ("to", "_to_copy", "long", "int", "type_as")
+_PLACE = var("place")  # of a number in its list
 
 
 def kind_of(dtype: torch.dtype) -> str:
@@ -49,6 +54,7 @@ class Lift:
         self.facts, self.end, self.leaf = facts, end, leaf
         self.ranges = Ranges()
         self.captured: list[fx.Node] = []
+        self.implied: dict[Expr, Expr] = {}  # a condition -> one from which it follows
         self._memo: dict[tuple[fx.Node, Index], Expr] = {}
         self._opaque: set[fx.Node] = set()
 
@@ -135,6 +141,52 @@ class Lift:
             self.captured.append(node)
         at = tuple(ZERO if s == 1 else x for s, x in zip(value.shape, index, strict=True))
         return load(self.captured.index(node), at, kind_of(value.dtype))
+
+    def on_list(self, node: fx.Node, index: Index, axis: int) -> Expr | None:
+        """Whether `index[axis]` is one of the numbers that `node` holds along `axis`, for the rest of `index`.
+
+        None where that cannot be said: their number is symbolic, the position is data of the run, or views on the way
+        to where the numbers are made break the lists up.
+        """
+        extent = tensor_of(node).shape[axis]  # type: ignore[union-attr]
+        if not isinstance(extent, int) or index[axis].has("load") or index[axis].kind != INT:
+            return None
+        self.ranges.declare("place", const(extent))
+        at, found = (*index[:axis], _PLACE, *index[axis + 1 :]), None
+        while self.facts.unchanged(node, node, self.end):
+            if at[-1] == _PLACE and not any("place" in e.names() for e in at[:-1]):
+                found = node, at[:-1]
+            step = self._behind(node, at)
+            if step is None or not self.facts.unchanged(step[0], node, self.end):
+                break
+            node, at = step
+        if found is None:
+            return None
+        listed = self.capture(found[0], (*found[1], ZERO))
+        return among(index[axis], listing(listed.args[0], listed.args[1:-1], extent))
+
+    def _behind(self, node: fx.Node, at: Index) -> tuple[fx.Node, Index] | None:
+        """Where the integers of a view or a cast come from."""
+        if op_name(node) in _CASTS and isinstance(node.args[0], fx.Node):
+            given = tensor_of(node.args[0])
+            wide = given is not None and kind_of(given.dtype) == INT and given.dtype in (torch.int32, torch.int64)
+            return (node.args[0], at) if wide else None
+        return through(node, at, self.ranges)
+
+    def settled(self, e: Expr) -> Expr:
+        """`e` without conditions that follow from others beside them."""
+
+        def leaf(x: Expr) -> Expr | None:
+            if x.op not in ("and", "or"):
+                return None
+            sides = {(p if x.op == "and" else predicate.logical_not(p)): p for p in x.args}
+            kept = [p for side, p in sides.items() if self.implied.get(side) not in sides]
+            if len(kept) == len(x.args):
+                return None
+            join = predicate.conjunction if x.op == "and" else predicate.disjunction
+            return join(*(predicate.rebuild(p, leaf) for p in kept))
+
+        return predicate.rebuild(e, leaf) if self.implied else e
 
     def _number(self, value: Any) -> Expr:
         if isinstance(value, bool | int | float):

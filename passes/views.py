@@ -91,6 +91,11 @@ def through(node: fx.Node, index: Index, ranges: Ranges) -> tuple[fx.Node, Index
     return found
 
 
+def is_view(node: fx.Node) -> bool:
+    """Whether `node` is called as views are."""
+    return op_name(node) in _VIEWS
+
+
 def regroup(index: Index, outer: tuple[Expr, ...], inner: tuple[Expr, ...], ranges: Ranges) -> Index:
     """Index into shape `inner` of the element that `index` names in shape `outer`, same elements in the same order."""
     result: list[Expr] = []

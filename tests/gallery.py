@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from tests import (
     gallery_architectures,
+    gallery_chosen,
     gallery_family_a,
     gallery_heads,
     gallery_masks,
@@ -18,6 +19,7 @@ GALLERY: tuple[Entry, ...] = (
     *gallery_modules.ENTRIES,
     *gallery_architectures.ENTRIES,
     *gallery_family_a.ENTRIES,
+    *gallery_chosen.ENTRIES,
 )
 BY_NAME = {entry.name: entry for entry in GALLERY}
 assert len(BY_NAME) == len(GALLERY), "two entries of the gallery share a name"

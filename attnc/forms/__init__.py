@@ -27,6 +27,7 @@ from attnc.forms.hash_buckets import HashBuckets
 from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.key_importance import KeyImportance
 from attnc.forms.linear import LinearAttention
+from attnc.forms.listed import Listed
 from attnc.forms.longformer import Longformer
 from attnc.forms.low_rank import LowRank
 from attnc.forms.memory_blocks import MemoryBlocks
@@ -54,6 +55,7 @@ FORMS: tuple[type[Form], ...] = (
     BlockSparse,
     Flash,
     FlashDecode,
+    Listed,
     LowRank,
     Hierarchical,
     LinearAttention,

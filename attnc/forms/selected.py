@@ -19,7 +19,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -318,10 +318,11 @@ class ScoredBlocks(BlockSelected):
         )  # fmt: skip
 
 
-def marked(chosen: Tensor, blocks: int) -> Tensor:
-    """Which of `blocks` blocks are in each list: (..., n) -> (..., blocks) boolean."""
+def marked(chosen: Tensor, blocks: Any) -> Tensor:
+    """Which of `blocks` blocks are in each list: (..., n) -> (..., blocks) boolean; other numbers are none."""
     table = torch.zeros((*chosen.shape[:-1], blocks + 1), dtype=torch.bool, device=chosen.device)
-    return table.scatter(-1, torch.where(chosen < 0, blocks, chosen), True)[..., :blocks]
+    inside = torch.where((chosen < 0) | (chosen > blocks), blocks, chosen.long())
+    return table.scatter(-1, inside, True)[..., :blocks]
 
 
 def scale_of(given: Operands) -> float:

@@ -120,7 +120,7 @@ def _lift_scores(facts, anchor, weights: Weights, names, at, dim, ranges, zeroin
     pulling.ranges = ranges
     scores = anchor.args[0]
     assert isinstance(scores, fx.Node)
-    value = pulling.element(scores, at)
+    value = pulling.settled(pulling.element(scores, at))
     if not found:
         return NoMatch("the scores come from no product of queries and keys", scores)
     score_product, index = found[0]
@@ -369,7 +369,7 @@ def _sdpa_score(pulling: Lift, given: dict[str, Any], factor: Any, lengths: tupl
             ZERO if (s == const(1) and x in (B, H)) or (s == const(1) and lengths[k == 3] != const(1) and k > 1) else x
             for k, (x, s) in enumerate(zip(full[4 - len(shape) :], shape, strict=True), start=4 - len(shape))
         )
-        element = pulling.element(mask, at)
+        element = pulling.settled(pulling.element(mask, at))
         if element.kind == FLOAT:
             score = add(score, element)
         else:

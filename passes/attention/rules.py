@@ -243,13 +243,15 @@ def _each_row_keeps(keep: Expr, ranges: Ranges, lengths: tuple[Expr, Expr]) -> b
 
 
 def label(keep: Expr, score: Expr) -> str:
-    """What a mask means, in one word: none, causal, window, chunked, prefix, document, padding, predicate or tensor."""
+    """What a mask means, in one word: none, causal, window, chunked, prefix, document, padding, chosen (keys on
+    lists of the run), predicate or tensor."""
     if keep == TRUE:
         return _label_of_bias(score)
     parts = keep.args if keep.op == "and" else (keep,)
     kinds = {_part(p) for p in parts}
-    if "tensor" in kinds:
-        return "tensor"
+    for kind in ("tensor", "chosen"):
+        if kind in kinds:
+            return kind
     for kind in ("document", "predicate", "padding", "prefix", "chunked", "window"):
         if kind in kinds:
             return kind
@@ -267,6 +269,8 @@ def _label_of_bias(score: Expr) -> str:
 
 
 def _part(p: Expr) -> str:
+    if p.op == "among" and "j" in p.args[0].names():
+        return "chosen"
     loads = [x for x in p.walk() if x.op == "load"]
     if any({I, J} <= set(x.args[1:]) for x in loads):
         return "tensor"
