@@ -146,7 +146,7 @@ def test_kernels_that_do_not_exist_are_refused() -> None:
 CAPTURED = [Slot(torch.int64, 2), Slot(torch.int64, 2), Slot(torch.float32, 1, True), Slot(torch.bfloat16, 3, True)]
 
 
-@pytest.mark.parametrize("skeleton", ["flash", "flash_decode"])
+@pytest.mark.parametrize("skeleton", ["flash", "flash_decode", "key_lists"])
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_fills_every_skeleton(skeleton: str, name: str) -> None:
     rule = AttentionRule.parse(RULES[name].format(offset=7, empty="zero"))
