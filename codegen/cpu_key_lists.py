@@ -27,6 +27,7 @@ from attnc.reading import as_tensor, picked, read
 from attnc.rule_attention import linear_score
 
 PIECE = 24 << 20  # bytes of gathered operands and of a mask at a time
+REACH = 30.0  # how far above its level the lse of a part may be: exp of it times many parts is no overflow
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -56,6 +57,46 @@ def _widened(t: Tensor, width: int) -> Tensor:
     return t if t.shape[-1] == width else torch.nn.functional.pad(t, (0, width - t.shape[-1]))
 
 
+class _Sums:
+    """Rows under way: sum_p exp(lse_p - level) out_p and sum_p exp(lse_p - level), against a level of each row.
+
+    A level is the first lse, and moves only where a later one is far above it: what is added is then scaled and added
+    in one pass each, where a running average reads and writes every row several times.
+    """
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        # A last row takes what tiles give for rows that they do not have.
+        self.out = torch.zeros(rows + 1, width, dtype=dtype)
+        self.total = torch.zeros(rows + 1, dtype=dtype)
+        self.level = torch.full((rows + 1,), -torch.inf, dtype=dtype)
+
+    def add(self, tile: KeyLists, part: Tensor, lse: Tensor) -> None:
+        """Add tiles, `part` (T, m, Ev) being written over, to the rows they hold; a row is in one of them at most."""
+        rows = torch.where(tile.rows < 0, len(self.level) - 1, tile.rows).flatten()
+        part, lse = part.flatten(0, 1).to(self.out.dtype), lse.flatten().to(self.out.dtype)
+        level = self.level.index_select(0, rows)
+        above = lse > level + REACH
+        if bool(above.any()):
+            self._raise(rows[above], level[above], lse[above])
+            level = torch.where(above, lse, level)
+        share = (lse - torch.where(level == -torch.inf, 0.0, level)).exp()
+        self.out.index_add_(0, rows, part.mul_(share.unsqueeze(-1)))
+        self.total.index_add_(0, rows, share)
+
+    def _raise(self, rows: Tensor, level: Tensor, to: Tensor) -> None:
+        self.level.index_copy_(0, rows, to)
+        if bool((level == -torch.inf).all()):  # nothing is in these rows yet
+            return
+        for held in (self.out, self.total):
+            scale = (level - to).exp().view(-1, *[1] * (held.dim() - 1))
+            held.index_copy_(0, rows, held.index_select(0, rows) * scale)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """out (rows, Ev) and lse (rows,): 0 and -inf for a row without keys."""
+        out, total = self.out[:-1], self.total[:-1]
+        return out.div_(torch.where(total == 0, 1.0, total).unsqueeze(-1)), self.level[:-1] + total.log()
+
+
 def forward(operands: Operands, every: Sequence[KeyLists]) -> tuple[Tensor, Tensor]:
     """Attend each row to the keys of its tiles, under the rule.
 
@@ -65,14 +106,13 @@ def forward(operands: Operands, every: Sequence[KeyLists]) -> tuple[Tensor, Tens
     query, value = operands.query, operands.value
     B, Hq, L, _ = query.shape
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = query.new_zeros(B * Hq * L, value.shape[-1], dtype=wide)
-    lse = query.new_full((B * Hq * L,), -torch.inf, dtype=wide)
+    sums = _Sums(B * Hq * L, value.shape[-1], wide)
     for lists in every:
         tables = Tables.of(operands, lists.width)
         for tile in _pieces(lists, tables):
-            _merge(out, lse, tile, *_run(operands, tables, tile))
-    lse = lse.view(B, Hq, L)
-    out = out.view(B, Hq, L, -1)
+            sums.add(tile, *_run(operands, tables, tile))
+    out, lse = sums.result()
+    out, lse = out.view(B, Hq, L, -1), lse.view(B, Hq, L)
     if operands.rule.sink is not None:
         total = torch.logaddexp(lse, _sink(operands).to(wide))
         out, lse = out * (lse - total).exp().unsqueeze(-1), total
@@ -120,20 +160,6 @@ def _run(operands: Operands, tables: Tables, tile: KeyLists) -> tuple[Tensor, Te
         return out, lse
     alive = (mask > -torch.inf).any(-1).squeeze(1)
     return torch.where(alive.unsqueeze(-1), out, 0.0), torch.where(alive, lse, -torch.inf)
-
-
-def _merge(out: Tensor, lse: Tensor, tile: KeyLists, part: Tensor, weight: Tensor) -> None:
-    """Add tiles to the rows they hold; a row is in one of them at most."""
-    rows, part, weight = tile.rows.flatten(), part.flatten(0, 1), weight.flatten()
-    there = rows >= 0
-    if not bool(there.all()):
-        rows, part, weight = rows[there], part[there], weight[there]
-    before = lse[rows]
-    total = torch.logaddexp(before, weight.to(lse.dtype))
-    level = torch.where(total == -torch.inf, 0.0, total)
-    old, new = (before - level).exp().unsqueeze(-1), (weight - level).exp().unsqueeze(-1)
-    out[rows] = torch.addcmul(out[rows] * old, part.to(out.dtype), new)
-    lse[rows] = total
 
 
 def _bias(operands: Operands) -> Expr | None:

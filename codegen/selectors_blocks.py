@@ -22,12 +22,18 @@ from torch.nn import functional as F
 
 from attnc.codegen.selectors import allowed_blocks, block_means, block_shares
 
-SCORES = 1 << 24  # numbers of a map at a time
+SCORES = {"cpu": 1 << 21}  # numbers of a map at a time: what stays in a cache
+ELSEWHERE = 1 << 26
 
 
 def wide(x: Tensor) -> Tensor:
     """In float32, float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def at_a_time(each: int, device: torch.device) -> int:
+    """How many rows of `each` numbers are formed together."""
+    return max(1, SCORES.get(device.type, ELSEWHERE) // max(each, 1))
 
 
 def of_tiles(positions: Tensor, rows: int) -> Tensor:
@@ -57,7 +63,7 @@ def antidiagonal_shares(
     query = query.unflatten(2, (-1, stride)).flatten(3)
     last = of_tiles(last, stride)
     groups, each = query.shape[2], rows // stride
-    step = each * max(1, SCORES // (query.shape[0] * Hq * key.shape[2] * each))
+    step = each * at_a_time(query.shape[0] * Hq * key.shape[2] * each, query.device)
     found = []
     for n in range(0, groups, step):
         score = products(query[:, :, n : n + step], key) * (scale / stride)
@@ -162,7 +168,7 @@ def compressed_shares(
     cells = block_means(key[:, :, : (count - 1) * stride + length], stride)
     per = length // stride
     pooled = cells.unfold(2, per, 1).mean(-1)  # (B, H, count, E)
-    step = max(1, SCORES // (B * Hq * count))
+    step = at_a_time(B * Hq * count, query.device)
     found = []
     for n in range(0, T, step):
         score = products(wide(query[:, :, n : n + step]), pooled) * scale

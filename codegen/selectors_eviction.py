@@ -77,7 +77,7 @@ def local_hitters(given: Operands, heavy: int, recent: int) -> Tensor:
     held = torch.arange(min(heavy, L), device=device).expand(B, H, -1).clone()
     score = wide(given.query).new_zeros(B, H, held.shape[-1])
     chosen = held.new_full((B, H, L, heavy + recent + 1), NONE)
-    for first, last in pieces(L, B * Hq * S):
+    for first, last in pieces(L, B * Hq * S, device):
         raw = (wide(given.query[:, :, first:last]).unflatten(1, (H, -1)) @ wide(given.key).mT.unsqueeze(2)).flatten(
             1, 2
         )

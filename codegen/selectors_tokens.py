@@ -19,15 +19,15 @@ from torch.nn import functional as F
 
 from attnc.codegen.key_lists import NONE
 from attnc.codegen.selectors import block_means, joined, top_blocks
-from attnc.codegen.selectors_blocks import SCORES, products, wide
+from attnc.codegen.selectors_blocks import at_a_time, products, wide
 from attnc.expr import Expr
 from attnc.operands import Operands
 from attnc.reading import as_tensor, picked, read, span
 
 
-def pieces(rows: int, each: int) -> Iterator[tuple[int, int]]:
+def pieces(rows: int, each: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """First and last + 1 of rows at a time, `each` numbers being formed of a row."""
-    step = max(1, SCORES // max(each, 1))
+    step = at_a_time(each, device)
     return ((n, min(n + step, rows)) for n in range(0, rows, step))
 
 

@@ -64,7 +64,7 @@ class KeyImportance(TokenLists):
         B, Hq, L, _ = given.query.shape
         last = last_keys(given)
         own, found = joined(positions_of(given, last), heads, "amax"), []
-        for first, end in pieces(L, B * Hq * S):
+        for first, end in pieces(L, B * Hq * S, given.query.device):
             keep = joined(at_pairs(given, given.rule.keep, first, end), heads, "any")
             score = joined(at_pairs(given, bias, first, end), heads, "amax").expand(B, heads, end - first, S)
             found.append(

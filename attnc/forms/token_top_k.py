@@ -114,7 +114,8 @@ class TokenTopK(TokenLists):
         width = given.captured[-3].shape[1] if self.indexed else given.query.shape[1]
         each = given.query.shape[0] * width * given.key.shape[2]
         pick = self._indexed_piece if self.indexed else self._exact_piece
-        found = [pick(given, a, b, own[..., a:b], last[..., a:b]) for a, b in pieces(given.query.shape[2], each)]
+        spans = pieces(given.query.shape[2], each, given.query.device)
+        found = [pick(given, a, b, own[..., a:b], last[..., a:b]) for a, b in spans]
         return torch.cat(found, 2)
 
     def _exact_piece(self, given: Operands, first: int, end: int, own: Tensor, last: Tensor) -> Tensor:
