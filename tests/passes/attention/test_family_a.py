@@ -24,7 +24,7 @@ def same(fn, *args, backward: bool = True):
     """The regions of a function that attnc computes as eager does."""
     model = Core(fn, {}, {}) if not isinstance(fn, nn.Module) else fn
     want = run(model, args, backward)
-    compiled = attnc_compiled(model)
+    compiled = attnc_compiled(model, inner="eager")
     assert_same(run(compiled, args, backward, named=model), want)
     return attention(attnc.last_report(compiled))
 

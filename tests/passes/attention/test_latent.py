@@ -167,11 +167,11 @@ def step_inputs(rows: int = 1, keys: int = 70) -> tuple[Tensor, ...]:
     return torch.randn(2, rows, 20), torch.randn(2, keys, RANK), torch.randn(2, keys, ROPE)
 
 
-def compared(model: nn.Module, args: tuple[Tensor, ...], backward: bool = False):
+def compared(model: nn.Module, args: tuple[Tensor, ...], backward: bool = False, inner: str = "eager"):
     """The report of a model that attnc computes as eager does."""
     want = run(model, args, backward)
     model.zero_grad()
-    compiled = attnc_compiled(model)
+    compiled = attnc_compiled(model, inner=inner)
     assert_same(run(compiled, args, backward, named=model), want)
     return attnc.last_report(compiled)
 
@@ -195,11 +195,17 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ABSORBED)
+def steps():
+    """Each spelling with one row trained or three run, and the other way round; the rest is slow."""
+    for at, name in enumerate(ABSORBED):
+        for rows, backward in ((1, False), (1, True), (3, False), (3, True)):
+            marks = () if (rows == 3) == ((at % 2 == 0) == backward) else pytest.mark.slow
+            yield pytest.param(name, rows, backward, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "rows", "backward"), list(steps()))
 def test_step_over_cached_latents_is_absorbed(name: str, rows: int, backward: bool) -> None:
-    report = compared(ABSORBED[name](), step_inputs(rows), backward)
+    report = compared(ABSORBED[name](), step_inputs(rows), backward, "aot_eager" if name == "composed" else "eager")
     (region,) = attention(report)
     assert (region.shape.H, region.shape.E, region.shape.Ev) == (1, RANK + ROPE, RANK)
     assert region.rule.scale == pytest.approx(24**-0.5)
@@ -242,7 +248,7 @@ def test_prefill_stays_expanded() -> None:
 
 def test_weights_updated_after_compile_are_used() -> None:
     model, args = Step(), step_inputs()
-    compiled = attnc_compiled(model)
+    compiled = attnc_compiled(model, inner="eager")
     with torch.no_grad():
         compiled(*args)
         model.up.weight.mul_(1.5)
@@ -260,9 +266,16 @@ def test_returned_weights_keep_the_written_order() -> None:
     assert not compared(Returned(), step_inputs()).notes
 
 
-@pytest.mark.parametrize("length", [33, 70])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["DeepseekV2", "DeepseekV3"])
+def decoders():
+    """Of family, spelling and length every pair; the rest is slow."""
+    for first, family in enumerate(("DeepseekV2", "DeepseekV3")):
+        for second, implementation in enumerate(("eager", "sdpa")):
+            for third, length in enumerate((33, 70)):
+                marks = () if (first + second + third) % 2 == 0 else pytest.mark.slow
+                yield pytest.param(family, implementation, length, marks=marks)
+
+
+@pytest.mark.parametrize(("family", "implementation", "length"), list(decoders()))
 def test_transformers_decodes_over_its_cached_latents(family: str, implementation: str, length: int) -> None:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{family}Config")(
@@ -288,7 +301,7 @@ def test_transformers_decodes_over_its_cached_latents(family: str, implementatio
         cache = transformers.DynamicCache(config=config)
         with torch.no_grad():
             model(ids[:, :-1], past_key_values=cache)
-            step = attnc_compiled(model) if name == "attnc" else model
+            step = attnc_compiled(model, inner="eager") if name == "attnc" else model
             logits[name] = step(ids[:, -1:], past_key_values=cache).logits
         report = attnc.last_report(step) if name == "attnc" else report
     off = (logits["attnc"] - logits["eager"]).abs().max() / logits["eager"].abs().max()
