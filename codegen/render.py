@@ -33,7 +33,6 @@ EXPANDED: dict[str, Callable[[Iterable[str]], tuple[str, ...]]] = {
 WIDTH = 120
 HEAD = "import triton.language as tl\n"
 SHARED = re.compile(r"^from attnc\.codegen\.skeletons\.(\w+) import (?:\([^)]*\)|[^(\n]*)\n", re.MULTILINE)
-OWN_HOLES = re.compile(r"^HOLES = .*\n", re.MULTILINE)  # of a skeleton that another one imports from
 
 
 def source_hash(text: str) -> str:
@@ -49,7 +48,7 @@ def skeleton_text(name: str) -> str:
     if name not in known:
         raise LoweringError(f"read the skeleton {name!r}: found none of this name, there are {', '.join(known)}.")
     text = (folder / f"{name}.py").read_text(encoding="utf-8")
-    return SHARED.sub(lambda found: OWN_HOLES.sub("", skeleton_text(found[1]).partition(HEAD)[2].lstrip()), text)
+    return SHARED.sub(lambda found: skeleton_text(found[1]).partition(HEAD)[2].lstrip(), text)
 
 
 def holes_in(skeleton: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ arXiv:2512.02556 (gathered keys).
 import triton
 import triton.language as tl
 
-from attnc.codegen.skeletons.flash import (
+from attnc.codegen.skeletons.flash_parts import (
     LN2,
     LOG2E,
     gain,
