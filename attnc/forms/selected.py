@@ -34,6 +34,7 @@ from attnc.expr import BOOL, B, Expr, H, I, J, const, floordiv, load
 from attnc.expr_text import parse
 from attnc.forms.base import AttentionForm, Form, knob
 from attnc.forms.flash import Flash, work_of
+from attnc.forms.generated import DTYPES
 from attnc.forms.masked import SETTLED, reference, settle_empty
 from attnc.forms.narrowed import gpu_here, region_of
 from attnc.forms.selected_lists import Layout, best_lists, knobs_of, list_seconds, list_settings, text_of
@@ -147,6 +148,8 @@ class Selected(AttentionForm):
 
     def _on_gpu(self, region: AttentionRegion, gpu: Gpu) -> tuple[float, str]:
         """Predicted time of what follows the choice, and the kernel that takes it."""
+        if region.dtype not in DTYPES:
+            return float("inf"), TABLE
         layout = self._layout(region)
         if self.kernel not in (BEST, TABLE):
             knobs = knobs_of(self.kernel)
