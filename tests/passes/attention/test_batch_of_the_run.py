@@ -27,7 +27,7 @@ def learned_keys(x):
 @pytest.mark.parametrize("fn", [learned_queries, learned_keys])
 def test_a_batch_of_the_run_is_not_baked_in(fn) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(fn, backend="attnc", options={"inner": "aot_eager", "strict": True})
+    compiled = torch.compile(fn, backend="attnc", options={"inner": "eager", "strict": True})
     for batch in (3, 7):
         x = torch.randn(batch, 6, H * E, generator=torch.Generator().manual_seed(batch))
         torch._dynamo.mark_dynamic(x, 0)
