@@ -24,7 +24,7 @@ from attnc.forms.listed import Listed, unlisted
 from attnc.forms.masked import alive_rows, scaled_rows, widened, without_lost_rows
 from attnc.operands import Operands
 
-__all__ = ["attention", "parse_attention", "spell_attention"]
+__all__ = ["ATTENTION", "attention", "parse_attention", "spell_attention"]
 
 SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor[] captured, SymInt[] sizes, str spelling) "
@@ -66,3 +66,4 @@ def attention(
 
 
 library.impl("attention", attention, "CompositeImplicitAutograd")
+ATTENTION = torch.ops.attnc.attention.default  # what Dynamo keeps as one node, where it would trace `attention`

@@ -25,6 +25,7 @@ from attnc.forms import Form, parse_attention, spell_attention
 from attnc.forms.base import AttentionForm
 from attnc.mass import RowSample
 from attnc.operands import Operands
+from attnc.ops import ATTENTION
 from attnc.options import Options
 from attnc.passes.apply import weights_of
 from attnc.passes.capture import ambient_autocast_off, device_of
@@ -192,7 +193,7 @@ class Probe(torch.nn.Module):
     def computed(self, form: Form | None, given: Operands) -> Any:
         given = self.held(form, given)
         spelling = spell_attention(EXACT if form is None else form, self.rule)
-        return torch.ops.attnc.attention.default(*given[:5], spelling)
+        return ATTENTION(*given[:5], spelling)
 
     def held(self, form: Form | None, given: Operands) -> Operands:
         """The operands with what the form takes behind the captured tensors."""

@@ -11,7 +11,7 @@ from torch import fx
 
 from attnc.codegen.float8 import FLOAT8, wide_type, widest_type
 from attnc.expr import Expr, size
-from attnc.ops import parse_attention, spell_attention
+from attnc.ops import ATTENTION, parse_attention, spell_attention
 from attnc.passes.attention.lift import Match, sizes_of
 from attnc.passes.attention.operands import batch_of
 from attnc.passes.graph import GraphFacts, hint, tensor_of
@@ -96,7 +96,7 @@ def rewrite(
         text = spell_attention(spelling, rule_of(match))
         held = parse_attention(text)[0].tensors(match.widths[0], weights or {})
         captured = [*match.captured, *(_kept(graph, tensor) for tensor in held)]
-        call = graph.call_function(torch.ops.attnc.attention.default, (query, key, val, captured, sizes, text))
+        call = graph.call_function(ATTENTION, (query, key, val, captured, sizes, text))
         result = graph.call_function(getitem, (call, 0))
         wide = tensor_of(query)
         assert wide is not None

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnc.ops import attention
+from attnc.ops import ATTENTION
 
 
 def mixture_of_sparse(
@@ -39,7 +39,7 @@ def mixture_of_sparse(
     scale = query.shape[-1] ** -0.5
     form = "dense" if x.device.type == "cpu" else "flash"
     # the tokens are in order, so that a causal mask of their ranks is one of their positions
-    part, _ = attention(query, key, value, [], [], f"{form} | score={scale!r} * s; keep=j - i <= 0")
+    part, _ = ATTENTION(query, key, value, [], [], f"{form} | score={scale!r} * s; keep=j - i <= 0")
     part = (part * weights.gather(-1, chosen).unsqueeze(-1)) @ out
     at = chosen.flatten(1).unsqueeze(-1).expand(-1, -1, C)
     return torch.zeros_like(x, dtype=part.dtype).scatter_add(1, at, part.flatten(1, 2)), chosen

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnc.forms.compressed_selection import CompressedSelection
 from attnc.operands import Operands
-from attnc.ops import attention
+from attnc.ops import ATTENTION
 from attnc.rule_attention import AttentionRule
 
 
@@ -45,7 +45,7 @@ def native_sparse(
     )
     for gate, (form, k, v, mask) in zip(gates, branches, strict=True):
         if k.shape[2]:
-            part, _ = attention(query, k, v, [], [], f"{form} | score={scale!r} * s; {mask}")
+            part, _ = ATTENTION(query, k, v, [], [], f"{form} | score={scale!r} * s; {mask}")
             out = out + gate.unsqueeze(-1) * part
     return out
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnc.ops import attention
+from attnc.ops import ATTENTION
 
 EPS = 1e-5  # beside the number of clusters, as in the code that the models were trained with
 
@@ -45,7 +45,7 @@ def routing(
     keep = "keep=t0[b, h, j] <= t1[b, h, i]; " if is_causal else ""
     form = "dense" if query.device.type == "cpu" else "flash"
     q, k, v, place, of_rows = (x.flatten(1, 2) for x in (q, k, v, place, rows))
-    part, _ = attention(q, k, v, [place, of_rows], [], f"{form} | score={scale!r} * s; {keep}empty=zero")
+    part, _ = ATTENTION(q, k, v, [place, of_rows], [], f"{form} | score={scale!r} * s; {keep}empty=zero")
     at = rows.flatten(2).unsqueeze(-1)
     part = part.reshape(B, H, C * rows.shape[-1], -1)
     total = part.new_zeros(B, H, L, part.shape[-1]).scatter_add(2, at.expand_as(part), part)

@@ -21,7 +21,7 @@ from attnc.codegen.selectors_blocks import mean_shares
 from attnc.forms.block_scores import BlockScores
 from attnc.forms.selected import marked
 from attnc.operands import Operands
-from attnc.ops import attention
+from attnc.ops import ATTENTION
 from attnc.rule_attention import AttentionRule
 
 
@@ -38,7 +38,7 @@ def sparse_linear(
     blocks = -(-key.shape[2] // block)
     strong = BlockScores(rows=rows, block=block, top_k=max(1, blocks * critical // 100), sinks=0, window=0)
     rule = AttentionRule.parse(f"score={scale!r} * s")
-    out, _ = attention(query, key, value, [], [], f"{strong.spell()} | {rule.spell()}")
+    out, _ = ATTENTION(query, key, value, [], [], f"{strong.spell()} | {rule.spell()}")
     with torch.no_grad():
         marginal = _marginal(Operands(query, key, value, [], [], rule), strong, blocks * negligible // 100, scale)
     return out + _linear(query, key, value, marginal, rows, block) @ proj
