@@ -157,11 +157,16 @@ def sorted_rows(chosen: Tensor, shape: tuple[int, int, int, int], blocks: int, w
     return Arranged(laid, block.unsqueeze(-1), owned // blocks, width, parts=parts)
 
 
-def cut(lists: Arranged, rows: int, block_m: int, programs: int = PROGRAMS) -> Arranged:
-    """The same tiles with their lists cut, a part for each piece, so that there are `programs` of them; rows: of all
-    heads and entries."""
+def pieces_of(programs: int, keys: int) -> int:
+    """Pieces that lists of `keys` keys are cut into, for as many programs as fill a device."""
+    return max(1, min(-(-PROGRAMS // max(1, programs)), keys // 128))
+
+
+def cut(lists: Arranged, rows: int, block_m: int) -> Arranged:
+    """The same tiles with their lists cut, a part for each piece, where programs are few; rows: of all heads and
+    entries."""
     T, n = lists.blocks.shape
-    pieces = min(-(-programs // max(1, T * -(-lists.rows.shape[1] // block_m))), n * lists.width // (2 * 64))
+    pieces = pieces_of(T * blocks(lists.rows.shape[1], block_m), n * lists.width)
     if pieces < 2 or lists.parts > 1 or lists.keeps == "diagonal":
         return lists
     each = -(-n // pieces)

@@ -15,10 +15,10 @@ from functools import lru_cache
 from itertools import product
 from math import ceil, inf
 
-from attnc.codegen.gpu_key_lists import KERNELS, LEAST, ListKnobs, is_listed
+from attnc.codegen.gpu_key_lists import KERNELS, LEAST, ListKnobs, is_listed, pieces_of
 from attnc.cost_models.device import Gpu
 from attnc.cost_models.device_kinds import LAUNCH_S
-from attnc.cost_models.tile_model import FlashTiles, FlashWork, TileCount, fits, flash_seconds
+from attnc.cost_models.tile_model import CompiledFigures, FlashTiles, FlashWork, TileCount, fits, flash_seconds
 from attnc.forms.flash import WIDEST, work_of
 from attnc.forms.generated import DTYPES
 from attnc.region import ITEM_BYTES, AttentionRegion
@@ -36,7 +36,7 @@ MEMORY = 0.8  # share of the bandwidth of plain passes
 class Layout:
     """The tiles of a choice, of one key head.
 
-    lists: each with `rows` rows and `keys` keys in blocks of `width`; parts: of a row, 0 where its lists are its own.
+    lists: each with `rows` rows and `keys` keys in blocks of `width`; parts: of a row.
     chosen: pairs of a row and a block where rows are sorted by block, `blocks` of them.
     """
 
@@ -62,6 +62,13 @@ class Layout:
         if self.chosen:
             return ceil(self.chosen / block_m) + self.blocks
         return self.lists * ceil(self.rows / block_m)
+
+    def cut(self, heads: int, block_m: int) -> Layout:
+        """As the forward cuts lists of few rows, `heads` key heads in all."""
+        if self.parts > 1:
+            return self
+        pieces = pieces_of(heads * self.programs(block_m), self.keys)
+        return replace(self, lists=self.lists * pieces, keys=ceil(self.keys / pieces), parts=pieces)
 
     @property
     def pairs(self) -> float:
@@ -109,12 +116,21 @@ def unfit(region: AttentionRegion) -> str | None:
     return None
 
 
-def kernel_seconds(layout: Layout, region: AttentionRegion, gpu: Gpu, knobs: ListKnobs, kernel: str) -> float:
-    """Predicted time of one of KERNELS alone; inf where its tile does not fit."""
+def kernel_seconds(
+    layout: Layout,
+    region: AttentionRegion,
+    gpu: Gpu,
+    knobs: ListKnobs,
+    kernel: str,
+    compiled: CompiledFigures | None = None,
+) -> float:
+    """Predicted time of one of KERNELS alone; inf where its tile does not fit. compiled: what the compiler made of it."""
     s, tile = region.shape, knobs.of(kernel, layout.rows or knobs.block_m, layout.width)
+    layout = layout.cut(s.B * s.H, tile.block_m) if kernel == KERNELS[0] else layout
     rows = ceil(s.L * s.group / tile.block_m) if kernel == KERNELS[2] else layout.programs(tile.block_m)
     tiles = FlashTiles(tile.block_m, tile.block_n, tile.warps, tile.stages)
-    whole = replace(_bare(region), Hq=s.H, L=rows * tile.block_m, counts=_Lists(layout, kernel, s.S))
+    read_once = s.S if layout.chosen or kernel == KERNELS[2] else min(s.S, layout.lists * layout.keys)
+    whole = replace(_bare(region), Hq=s.H, L=rows * tile.block_m, S=read_once, counts=_Lists(layout, kernel, s.S))
     role = (ROLE[kernel],)
     if fits(whole, tiles, gpu, kernels=role) is not None:
         return inf
@@ -125,7 +141,8 @@ def kernel_seconds(layout: Layout, region: AttentionRegion, gpu: Gpu, knobs: Lis
     read *= (tile.block_m if kernel == KERNELS[2] else tile.block_n) * (s.E + s.Ev) * item * missed
     if kernel == KERNELS[1] and layout.width < LEAST:  # sums of float32 that are added one by one
         read += 2.0 * s.B * s.H * layout.lists * ceil(layout.rows / tile.block_m) * layout.keys * (s.E + s.Ev) * 4
-    return max(flash_seconds(whole, tiles, gpu, kernels=role), read / (gpu.bandwidth * MEMORY))
+    made = {} if compiled is None else {role[0]: compiled}
+    return max(flash_seconds(whole, tiles, gpu, made, kernels=role), read / (gpu.bandwidth * MEMORY))
 
 
 @lru_cache(maxsize=512)
