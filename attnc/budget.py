@@ -75,10 +75,12 @@ def within(
     options: Options,
     limit: float,
     calibration: Calibration | None = None,
+    seed: int = 0,
 ) -> Budgeted:
     """The choices of regions, approximations among them where `options.allow` names them and `limit` holds.
 
     named: the regions, each with its exact choice. calibration: errors that are known; None: those of `batches`.
+    seed: of the search.
     Raises: UsageError for a batch that the model does not run on, an output without floating-point tensors, weights
     that are supplied for a region that is not there, or a calibration of another model.
     """
@@ -89,7 +91,7 @@ def within(
         if calibration is not None:
             _check_same(calibration, named, units)
         with measuring(model, named, units, options, "autotune") as runs:
-            search = Budget(runs, named, units, batches, limit)
+            search = Budget(runs, named, units, batches, limit, seed)
             search.calibrate(calibration or begun(name_of(model), named, options, PAIRS, units), calibration is None)
             search.settle()
     choices = [_choice(units.get(name), region, options, search) for name, _, region in named]
@@ -130,6 +132,7 @@ class Budget:
     units: Mapping[str, Unit]
     batches: Sequence[Batch]
     limit: float
+    seed: int = 0
     verified: Verified | None = None
     taken: Tried | None = None
     rejected: dict[Assignment, float] = field(default_factory=dict)  # by batches held out: the error there
@@ -154,7 +157,13 @@ class Budget:
             + [(unit.settings[form] * unit.count, self.estimate(unit, form)) for form in self.options[name]]
             for name, unit in self.units.items()
         ]
-        self.search = FrontSearch(menus, lambda chosen: self.errors(chosen, self.used), self._constant())
+        forms = dict.fromkeys(form for found in self.options.values() for form in found)
+        uniform = [
+            tuple(found.index(form) + 1 if form in found else 0 for found in self.options.values()) for form in forms
+        ]
+        self.search = FrontSearch(
+            menus, lambda chosen: self.errors(chosen, self.used), self._constant(), uniform, self.seed
+        )
 
     def settle(self) -> None:
         """Search, then take what verifies."""

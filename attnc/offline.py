@@ -126,7 +126,7 @@ def autotune(
         asked = Settings(trials, seconds, how, seed=seed, workers=workers, folder=folder)
         if problems:
             tune(problems, asked, records=records_in(chosen.store))
-    return plan_of(model, graphs, batches, chosen, limit, known)
+    return plan_of(model, graphs, batches, chosen, limit, known, seed)
 
 
 def plan_of(
@@ -136,6 +136,7 @@ def plan_of(
     options: Options,
     limit: float,
     calibration: Calibration | None = None,
+    seed: int = 0,
 ) -> Plan:
     """The plan that follows from the records there are, with the approximations of `options.allow` within `limit`.
 
@@ -145,7 +146,7 @@ def plan_of(
     named = named_regions([(place, [_chosen_anew(r, exact) for r in regions]) for place, regions in graphs])
     if not options.allow:
         return Plan({name: region.choice for name, _, region in named if region.choice is not None}, device)
-    found = within(as_written(model), named, batches, options, limit, calibration)
+    found = within(as_written(model), named, batches, options, limit, calibration, seed)
     made = zip(named, found.choices, strict=True)
     return Plan({n.name: choice for n, choice in made if choice is not None}, device, found.front, found.verified)
 

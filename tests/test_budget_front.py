@@ -25,6 +25,7 @@ from attnc.options import Options
 from attnc.passes.choose import pays_from
 from attnc.plan import Plan
 from attnc.region import AttentionRegion
+from attnc.report import Report
 from attnc.rule_attention import AttentionRule, AttentionShape
 from tests.test_budget import E, Model
 
@@ -97,7 +98,7 @@ def test_the_last_third_is_held_out() -> None:
     assert [list(held_out(n)) for n in (1, 2, 3, 6, 7)] == [[0], [1], [2], [4, 5], [5, 6]]
 
 
-def test_the_shell_calibrates_and_tunes_by_the_file(tmp_path: Path, calibration) -> None:
+def test_the_shell_calibrates_and_tunes_by_the_file(tmp_path: Path, regions, calibration) -> None:
     here, file, plan = "tests.test_budget_front", str(tmp_path / "errors.json"), tmp_path / "plan.json"
     shared = [f"{here}:build", "--data", f"{here}:batches", "--device", "cpu"]
     asked = ["calibrate", *shared, "--forms", ",".join(FORMS), "--batches", "2", "--pairs", "20", "--out", file]
@@ -112,9 +113,7 @@ def test_the_shell_calibrates_and_tunes_by_the_file(tmp_path: Path, calibration)
     assert made.verified.fresh and made.verified.calibrated == 2 and len(made.front) > 1
     taken = next(choice for choice in made.choices.values() if choice.rewrites)
     assert taken.row_error > taken.error and taken.pays_from < LENGTH
-    with torch.no_grad():
-        model, inputs = build()
-        told = attnc.explain(model, *inputs, options={"plan": made, "allow": FORMS}).to_text(400)
+    told = Report((replace(regions[0].region, choice=taken),)).to_text(400)
     assert f"worst row {taken.row_error:.3g}" in told and f"pays from {taken.pays_from}" in told
 
 

@@ -1,11 +1,11 @@
 """The front of time and error: assignments of options to regions, tried end to end where that may change the choice.
 
 Errors of regions are estimated to add up, or to do so in their squares, as where they point different ways. That is the
-cheap fidelity: the fronts of both (`placement`) are bisected for the fastest assignment within the limit. Then NSGA-II
-asks for others, from those as its first generation, and only what is faster than the best within the limit, and near it
-by the estimate that fits better, is run; the rest is told as estimated. NSGA-II because options of a region are choices
-without a shape that a density of each could learn from a few dozen runs, and because crossing two assignments that hold
-mixes their layers, which is what placement searches.
+cheap fidelity: the fronts of both (`placement`), and of one setting everywhere, are bisected for what is the fastest
+within the limit. Then NSGA-II asks for others, from those as its first generation, and only what is faster than the
+best within it, and near it by the estimate that fits better, is run; the rest is told as estimated. NSGA-II because options
+of a region are choices without a shape that a density of each could learn from a few dozen runs, and because crossing
+two assignments that hold mixes their layers, which is what placement searches.
 
 Source: Deb et al. 2002, "A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II", IEEE TEC 6(2).
 """
@@ -60,11 +60,13 @@ class FrontSearch:
 
     menus: (seconds, estimated error of the model's output) of the options of each region, the exact one first.
     run: the errors of the model's output with an assignment. constant: seconds beside the regions.
+    uniform: one setting wherever it may be taken, an assignment for each: what is found is not worse than these.
     """
 
     menus: Menus
     run: Callable[[Assignment], Sequence[float]]
     constant: float = 0.0
+    uniform: Sequence[Assignment] = ()
     seed: int = 0
     checks: int = CHECKS
     tried: dict[Assignment, Tried] = field(default_factory=dict)
@@ -82,7 +84,11 @@ class FrontSearch:
                 self._try(chosen)
         else:
             for power in POWERS:
-                self._bisect(limit, power)
+                raised = [_raised(menu, power) for menu in self.menus]
+                self._bisect(additive_front(raised, (REACH * limit) ** power), limit)
+            alike = [self.exact, *self.uniform]
+            best = undominated([(self._seconds(chosen), self._sum(chosen, 1)) for chosen in alike])
+            self._bisect([alike[at] for at in best], limit)
             self._cross(limit, before + self.checks)
         held = [t for t in self.tried.values() if t.bound <= limit]
         return sorted(held, key=lambda t: (t.seconds, t.error))
@@ -100,9 +106,8 @@ class FrontSearch:
             self.tried[chosen] = Tried(chosen, self._seconds(chosen), tuple(self.run(chosen)))
         return self.tried[chosen]
 
-    def _bisect(self, limit: float, power: int) -> None:
-        """Try the front of what is estimated where what holds ends."""
-        curve = additive_front([_raised(menu, power) for menu in self.menus], (REACH * limit) ** power)
+    def _bisect(self, curve: Sequence[Assignment], limit: float) -> None:
+        """Try assignments, slow and exact ones first, where what holds ends."""
         low, high = 0, len(curve) - 1
         if high <= 0 or self._try(curve[high]).bound <= limit:
             return

@@ -65,6 +65,16 @@ def test_the_front_is_not_dominated_and_begins_with_what_is_exact() -> None:
     assert all(a[0] > b[0] and a[1] < b[1] for a, b in pairwise(points))
 
 
+def test_what_is_found_is_not_slower_than_one_setting_everywhere() -> None:
+    regions, near = 10, (1,) * 10
+    given = [[(1.0, 0.0), (0.5, 0.05), (0.6, 0.04)] for _ in range(regions)]
+
+    def run(chosen):  # errors that cancel only where every region has the first setting
+        return [0.001 if chosen == near else sum(at > 0 for at in chosen)]
+
+    assert FrontSearch(given, run, uniform=[near]).search(0.02)[0].chosen == near
+
+
 def test_few_assignments_are_all_tried_and_a_seed_gives_the_same() -> None:
     few = search(menus(2, 3), 1.0)
     few.search(0.01)
