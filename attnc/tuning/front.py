@@ -3,9 +3,9 @@
 Errors of regions are estimated to add up, or to do so in their squares, as where they point different ways. That is the
 cheap fidelity: the fronts of both (`placement`), and of one setting everywhere, are bisected for what is the fastest
 within the limit. Then NSGA-II asks for others, from those as its first generation, and only what is faster than the
-best within it, and near it by the estimate that fits better, is run; the rest is told as estimated. NSGA-II because options
-of a region are choices without a shape that a density of each could learn from a few dozen runs, and because crossing
-two assignments that hold mixes their layers, which is what placement searches.
+best within it, and near it by the estimate that fits better, is run; the rest is told as estimated. NSGA-II because
+options of a region are choices without a shape that a density of each could learn from a few dozen runs, and because
+crossing two assignments that hold mixes their layers, which is what placement searches.
 
 Source: Deb et al. 2002, "A Fast and Elitist Multiobjective Genetic Algorithm: NSGA-II", IEEE TEC 6(2).
 """
