@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.gallery_entry import any_of, ids, qkv, spell
+from tests.gallery_entry import NEG, any_of, ids, qkv, spell
 
 B, H, L, TOP, BLOCK = 2, 4, 33, 5, 8
 CHOSEN = {"mask": "chosen", "scale": 0.25}
@@ -73,9 +73,18 @@ def chosen_blocks_of_a_group(q, k, v, gate):
     return finish((q @ k.mT * 0.25).masked_fill(~(spread(keep) & causal(L)), -torch.inf), v)
 
 
+def chosen_by_importance(q, k, v, index):
+    """Doge: keys matter by themselves; two masks with the same finite fill, one in the other."""
+    mask = index.masked_fill(~causal(L), NEG)
+    active = torch.zeros_like(mask).scatter(-1, mask.topk(TOP, -1, sorted=False).indices, 1.0)
+    return finish(q @ k.mT * 0.25 + mask.masked_fill(active == 0.0, NEG).unsqueeze(1), v)
+
+
 ENTRIES = (
     spell(chosen_by_indexer_added, TOKENS, parameters=SCORES),
     spell(chosen_by_indexer_unset, TOKENS, parameters=SCORES),
+    spell(chosen_by_importance, {"mask": "chosen", "bias": True, "empty": any_of("mean", "never")}, train=False,
+          parameters=SCORES),
     spell(chosen_blocks, BLOCKS, parameters=GATES),
     spell(chosen_blocks_and_threshold, BLOCKS, parameters=GATES),
     spell(chosen_blocks_of_a_group, {**CHOSEN, "keep": any_of("(j // 8) in t0[b, h // 2, i, :3] and j - i <= 0")},

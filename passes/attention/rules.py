@@ -155,10 +155,11 @@ def _strip(e: Expr) -> _Stripped:
         for wanted, low, kept in ((p, no, yes), (predicate.logical_not(p), yes, no)):
             if _is_low(low):
                 inner = _strip(kept)
-                fills = (low.value, *inner.fills)
+                again = inner.fills == (low.value,) and inner.uniform and inner.reach == "chosen"
+                fills = inner.fills if again else (low.value, *inner.fills)
                 keep = predicate.conjunction(wanted, inner.keep)
                 reach = inner.reach if inner.fills else "chosen"
-                return _Stripped(inner.score, keep, fills, not inner.fills, reach)
+                return _Stripped(inner.score, keep, fills, again or not inner.fills, reach)
     if e.op == "lin" and e.kind == FLOAT:
         return _strip_sum(e)
     if e.op == "max" and any(_is_low(a) for a in e.args):

@@ -18,6 +18,8 @@ from attnc.passes.products import Product, product
 from attnc.passes.views import Index, Ranges, broadcast_index, through
 
 _CASTS = ("to", "_to_copy", "type_as", "float", "half", "bfloat16", "double")
+_PIECES = {"slice", "narrow", "select"}
+_SHIFTS = ("pad", "constant_pad_nd", "as_strided", "unfold")
 _DROPOUTS = ("dropout", "dropout_", "native_dropout")
 
 
@@ -57,8 +59,7 @@ def follow(anchor: fx.Node) -> Weights | NoMatch:
             readers += [u for u in users if u is not ahead[0]]
             users = ahead
         if len(users) != 1:
-            names = ", ".join(sorted(u.name for u in users)) or "nothing"
-            return NoMatch(f"the weights are read by {len(users)} nodes ({names}), one product is allowed", node)
+            return NoMatch(_read_by(users), node)
         (user,) = users
         final = product(user)
         if final is not None:
@@ -69,11 +70,26 @@ def follow(anchor: fx.Node) -> Weights | NoMatch:
         if user.op == "output":
             return NoMatch("the weights are an output of the graph", node)
         if not _carries(user, node):
-            return NoMatch(f"{op_name(user) or user.op} changes the weights before they meet the values", user)
+            return NoMatch(_changed_by(user), user)
         if op_name(user) in _DROPOUTS and len(user.args) > 2 and user.args[2]:
             dropout = float(user.args[1])
         node = user
         between.append(node)
+
+
+def _read_by(users: list[fx.Node]) -> str:
+    names = ", ".join(sorted(u.name for u in users)) or "nothing"
+    said = f"the weights are read by {len(users)} nodes ({names}), one product is allowed"
+    if len(users) > 1 and {op_name(u) for u in users} <= _PIECES:
+        said += ": as blocks of keys that were gathered for each block of rows are (BigBird), which are left as written"
+    return said
+
+
+def _changed_by(user: fx.Node) -> str:
+    said = f"{op_name(user) or user.op} changes the weights before they meet the values"
+    if op_name(user) in _SHIFTS:
+        said += ": as sliding chunks shift them from diagonals to columns (Longformer), which are left as written"
+    return said
 
 
 def carriers(anchor: fx.Node) -> list[list[fx.Node]] | None:

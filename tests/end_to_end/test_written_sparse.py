@@ -1,0 +1,102 @@
+"""Models of transformers that are written sparse are found as what they mean, and compute what eager computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import attnc
+from tests.gallery_run import attention
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+EXPERTS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
+
+
+def deepseek_v32() -> torch.nn.Module:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 1}
+    return transformers.DeepseekV32Model(
+        transformers.DeepseekV32Config(**SIZES, **LATENT, **EXPERTS, **INDEXER, **heads, max_position_embeddings=128)
+    )
+
+
+def doge() -> torch.nn.Module:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.DogeConfig(**SIZES, **heads, keep_window_size=8, max_position_embeddings=128)
+    return transformers.DogeModel(config)
+
+
+def minimax_m3() -> torch.nn.Module:
+    kinds = {"layer_types": ["minimax_m3_sparse"], "mlp_layer_types": ["dense"]}
+    blocks = {"index_block_size": 8, "index_topk_blocks": 3, "index_local_blocks": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "dense_intermediate_size": 64}
+    given = {**SIZES, **INDEXER, **kinds, **blocks, **heads, **experts, "shared_intermediate_size": 32}
+    del given["index_topk"]
+    given["max_position_embeddings"] = 128
+    return transformers.AutoModel.from_config(transformers.MiniMaxM3VLTextConfig(**given))
+
+
+def longformer() -> torch.nn.Module:
+    config = transformers.LongformerConfig(
+        **SIZES, num_attention_heads=2, attention_window=[8], max_position_embeddings=128, pad_token_id=1
+    )
+    return transformers.LongformerModel(config, add_pooling_layer=False)
+
+
+def bigbird() -> torch.nn.Module:
+    config = transformers.BigBirdConfig(
+        **SIZES, num_attention_heads=2, attention_type="block_sparse", block_size=4, num_random_blocks=2,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    return transformers.BigBirdModel(config, add_pooling_layer=False)
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(5, 64, (2, 64), generator=torch.Generator().manual_seed(0))
+
+
+def made(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build().eval()
+
+
+CHOSEN = {
+    deepseek_v32: ("j in t0[b, i, :8] and j - i <= 0", True),
+    minimax_m3: ("(j // 8) in t0[b, h // 2, i, :3] and j - i <= 0", False),
+    doge: ("j in t2[b, h // 2, i, :8] and j - i <= 0", False),
+}
+
+
+@pytest.mark.parametrize("build", CHOSEN, ids=lambda f: f.__name__)
+def test_indexer_and_dynamic_mask_run_as_lists(build) -> None:
+    keep, trains = CHOSEN[build]
+    model, tokens = made(build), ids()
+    options = {"inner": "aot_eager", "force": "listed", "strict": True}
+    compiled = torch.compile(model, backend="attnc", options=options)
+    with torch.set_grad_enabled(trains):
+        got, want = (f(input_ids=tokens).last_hidden_state for f in (compiled, model))
+    (region,) = attention(attnc.last_report(compiled))
+    assert region.choice.form == "listed" and region.facts["keep"] == keep
+    assert (got - want).abs().max() <= 1e-4
+    if not trains:
+        return
+    found = []
+    for out in (got, want):
+        model.zero_grad(set_to_none=True)
+        out.square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[1].items():
+        assert (found[0][name] - gradient).abs().max() <= 1e-4 * gradient.abs().max().clamp_min(1e-3), name
+
+
+@pytest.mark.parametrize(("build", "says"), [(longformer, "sliding chunks"), (bigbird, "blocks of keys")])
+def test_chunks_and_gathered_blocks_are_left_by_their_names(build, says: str) -> None:
+    with torch.no_grad():
+        report = attnc.explain(made(build), input_ids=ids())
+    assert any(says in item.reason for item in report.unmatched)
