@@ -3,6 +3,9 @@
     python benchmarks/recurrence_tuning.py cpu         ms of each chunk size, and what the default loses to the best
     python benchmarks/recurrence_tuning.py gpus        us of each chunk size with its best tiles by closed form; for the
                                                        best of all also by what the compiler makes of its kernels
+    python benchmarks/recurrence_tuning.py predicted   us of forward, and with backward, of seven mixers on GPUs that
+                                                       are not here, batch 4, 16 heads, from compiled kernels; one
+                                                       setting for all lengths, the best by closed form at 8,192 tokens
     python benchmarks/recurrence_tuning.py measured    the same for the shapes of shared/measurements, H100: gated and
                                                        Kimi delta rule, chunked prefill (stage scan); `alike`: kernels
                                                        of flash-linear-attention, `fastest`: of any library
@@ -10,15 +13,20 @@
 Whole: `python benchmarks/recurrence_tuning.py all --measured-folder ../shared/measurements`, on an idle machine (about
 ten minutes, half of it compiles, which are kept in the store). Mixers are those of `attnc.tuning.measure_recurrence`,
 forward, batch 1; float32 on the CPU, bf16 on GPUs. Times on the CPU are the median of repeated runs, checked against
-the core in float64 first. Writes results/cpu/recurrence_tuning.json, each part under its name.
+the core in float64 first. Writes results/cpu/recurrence_tuning.json, each part under its name; `predicted` and the
+chunk sizes of `gpus` as results/predicted/recurrence.json and .txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +34,12 @@ import torch
 from timing import RESULTS, ROOT, print_environment, print_table, write_result
 
 from attnc.cost_models.device import device_named
+from attnc.forms.base import Form
 from attnc.forms.chunked import Chunked
 from attnc.forms.recurrent import STEPS
 from attnc.region import Region
 from attnc.rule_recurrence import RecurrenceRule, RecurrenceShape
+from attnc.tuning.problem import Outcome
 from attnc.tuning.recurrence import RecurrenceProblem, recurrence_problem
 
 DELTA = RecurrenceRule(decay="token", delta=True, gate="write", qk_norm=1e-6, scale=128**-0.5, chunk=64)
@@ -41,9 +51,20 @@ MIXERS = {
     "gla": (RecurrenceRule(decay="channel", chunk=64), 4, 4, 128, 256),
     "lightning": (RecurrenceRule(decay="head", chunk=256), 16, 16, 128, 128),
 }
+BATCH, HEADS, STATES = 4, 16, 128  # of `predicted`; rows of the state of Mamba-2
+SYSTEMS = {
+    "linear": RecurrenceRule(scale=128**-0.5),
+    "lightning": MIXERS["lightning"][0],
+    "gla": MIXERS["gla"][0],
+    "delta_net": replace(DELTA, decay="none"),
+    "gated_delta": DELTA,
+    "kda": MIXERS["kda"][0],
+    "mamba2": MIXERS["mamba2"][0],
+}
+WIDTHS, CHOSEN_AT = (64, 128), 8192
 ALIKE = {"chunk_gated_delta_rule": "gated_delta", "chunk_kda": "kda"}  # kernels in Triton, of the same three parts
 GPUS = ("h100", "h200", "a100", "mi300x")
-CPU_LENGTHS, GPU_LENGTHS = (1024, 4096), (2048, 8192, 32768)
+CPU_LENGTHS, GPU_LENGTHS, PREDICTED = (1024, 4096), (2048, 8192, 32768), (2048, 4096, 8192, 16384, 32768)
 
 
 def region(name: str, length: int, dtype: str, batch: int = 1, heads: tuple[int, int] | None = None) -> Region:
@@ -87,6 +108,114 @@ def gpus(args: argparse.Namespace) -> list[dict[str, Any]]:
             ]
             _print("us", rows[-len(args.lengths or GPU_LENGTHS) :])
     return rows
+
+
+def predicted(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Kept after each device: there are hundreds of kernels to compile, which the store keeps too."""
+    rows, known = [], _measured_by_fla(args.measured_folder)
+    for device in args.devices:
+        own = []
+        for name in SYSTEMS:
+            for width in WIDTHS:
+                own += _times(name, width, device, known, args)
+                _print_times(own[-len(PREDICTED) :])
+        if not args.dry:
+            keep_predicted({"predicted": {"environment": print_environment(), "rows": own}})
+        rows += own
+    return rows
+
+
+def system(name: str, width: int, length: int, training: bool) -> Region:
+    K, keys = (STATES, 1) if name == "mamba2" else (width, HEADS)
+    shape = RecurrenceShape(BATCH, HEADS, length, K, width, keys)
+    return Region(name, "", SYSTEMS[name], shape, "bfloat16", "cuda", training=training)
+
+
+@cache
+def _setting(name: str, width: int, target: str | None) -> Form:
+    """Best with its backward by closed form, on the first device of a target."""
+    device = next(d for d in GPUS if device_named(d).target == target)
+    at = problem(system(name, width, CHOSEN_AT, True), device)
+    return min(at.space(), key=at.predict)
+
+
+def _times(
+    name: str, width: int, device: str, known: dict[tuple[str, int, str, int], float], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of one mixer on one device, by length."""
+    best, rows = _setting(name, width, device_named(device).target), []
+    for length in PREDICTED:
+        row = {"device": device, "mixer": name, "width": width, "length": length, "setting": best.spell()}
+        for column, training in (("forward", False), ("both", True)):
+            p = problem(system(name, width, length, training), device)
+            outcome = p.compile(best) if args.compile else Outcome(p.predict(best))
+            held = p.estimate(best, outcome.seconds, compiled=args.compile) if outcome.seconds else None
+            row |= {
+                f"{column}_us": outcome.seconds and 1e6 * outcome.seconds,
+                f"{column}_closed_us": 1e6 * p.predict(best),
+                f"{column}_interval_us": held and [1e6 * held.low, 1e6 * held.high],
+                f"{column}_failure": outcome.failure,
+            }
+        rows.append(row | {"fla_us": known.get((name, width, device, length))})
+    return rows
+
+
+def _measured_by_fla(folder: Path) -> dict[tuple[str, int, str, int], float]:
+    """Forward of flash-linear-attention's kernels at the very same sizes, us; the table has them for the H100 alone."""
+    if not (folder / "gdn.parquet").exists():
+        return {}
+    import pandas as pd
+
+    table = pd.read_parquet(folder / "gdn.parquet")
+    table = table[(table.stage == "scan") & table.kernel.isin(ALIKE) & (table.batch == BATCH)]
+    table = table[(table.v_heads == HEADS) & (table.k_heads == HEADS) & (table.head_k_dim == table.head_v_dim)]
+    return {
+        (ALIKE[str(r.kernel)], int(r.head_v_dim), str(r.gpu), int(r.seq)): float(r.latency_us)
+        for r in table.itertuples()
+    }
+
+
+def _print_times(rows: Sequence[dict[str, Any]]) -> None:
+    cells = [
+        [r["device"], r["mixer"], r["width"], r["length"], _digits(r["forward_us"]), _digits(r["both_us"])]
+        + [_digits(r["fla_us"]), r["setting"]]
+        for r in rows
+    ]
+    heads = ["device", "mixer", "width", "length", "forward us", "with backward us", "fla forward us, measured"]
+    print_table([*heads, "setting"], cells)
+
+
+def keep_predicted(parts: dict[str, Any]) -> None:
+    """results/predicted/recurrence.json and .txt; parts, and in them devices, that this run did not make stay."""
+    folder = RESULTS / "predicted"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recurrence.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, part in parts.items():
+        made = {row["device"] for row in part["rows"]}
+        before = [row for row in kept.get(name, {}).get("rows", ()) if row["device"] not in made]
+        kept[name] = {**part, "rows": before + part["rows"]}
+    path.write_text(json.dumps(kept, indent=1, default=str) + "\n", encoding="utf-8")
+    shown: dict[str, Callable[[list[dict[str, Any]]], None]] = {
+        "predicted": _print_times,
+        "gpus": lambda rows: _print("us", [{**r, "us": {int(n): t for n, t in r["us"].items()}} for r in rows]),
+    }
+    with redirect_stdout(text := io.StringIO()):
+        for name in (n for n in shown if n in kept):
+            print(f"{name}: {TITLES[name]}")
+            shown[name](kept[name]["rows"])
+            print()
+    path.with_suffix(".txt").write_text(text.getvalue(), encoding="utf-8")
+    print(f"written: {path} and .txt")
+
+
+TITLES = {
+    "predicted": f"batch {BATCH}, {HEADS} heads, bf16, state width x width (Mamba-2: {STATES} x width, one head of\n"
+    "keys). From compiled kernels, nothing measured; fla: shared/measurements/gdn.parquet, the Triton kernels of\n"
+    "flash-linear-attention in sglang on an H100, where the sizes are the same.",
+    "gpus": "us of each chunk size with its best tiles by closed form, batch 1, forward, sizes as in `MIXERS`; the\n"
+    "best of all also from its compiled kernels.",
+}
 
 
 def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -152,7 +281,7 @@ def _digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-PARTS = {"cpu": cpu, "gpus": gpus, "measured": measured}
+PARTS = {"cpu": cpu, "gpus": gpus, "predicted": predicted, "measured": measured}
 
 
 def main() -> None:
@@ -175,6 +304,10 @@ def main() -> None:
     path = RESULTS / "cpu" / "recurrence_tuning.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
     parts = {name: {"environment": before, "rows": rows} for name, rows in made.items()}
+    if "gpus" in parts:
+        keep_predicted({"gpus": parts["gpus"]})
+    if not (parts := {name: part for name, part in parts.items() if name not in TITLES}):
+        return
     write_result("recurrence_tuning", before, vars(args), {**kept, **parts})
 
 

@@ -50,10 +50,14 @@ KERNELS = {
 }
 
 
-def schedule_of(rule: RecurrenceRule, knobs: RecurrenceKnobs) -> BackwardKnobs:
-    """The schedule of a rule; untuned, with narrower tiles where `chunk_output_backward` would else spill."""
-    many = rule.low_rank or (rule.delta and rule.decay == "channel")
-    return knobs.backward or (BackwardKnobs(output_block_k=16) if many else BackwardKnobs())
+def schedule_of(rule: RecurrenceRule, knobs: RecurrenceKnobs, backend: str) -> BackwardKnobs:
+    """The schedule of a rule; untuned, where `chunk_output_backward` would else spill with narrower tiles, and on AMD
+    with fewer warps, whose threads may have twice the registers then. backend: "cuda" or "hip"."""
+    if knobs.backward is not None:
+        return knobs.backward
+    return BackwardKnobs(
+        output_block_k=16 if rule.low_rank or rule.delta else 32, output_warps=4 if backend == "hip" else 8
+    )
 
 
 @lru_cache(maxsize=8)
@@ -85,7 +89,7 @@ def backward(
 
     For rules without normaliser and exponential gate; those go through `gpu_recurrence_normalised`.
     """
-    schedule = schedule_of(rule, knobs)
+    schedule = schedule_of(rule, knobs, "hip" if torch.version.hip else "cuda")
     if saved is None:
         saved = forward(kernels, inputs, rule, knobs)[2]
     x = prepared(inputs, rule)

@@ -33,14 +33,7 @@ def normalised_backward(
     x, initial = prepared(inputs, rule), inputs.initial
     V, normalised = x.value.shape[3], rule.normaliser != "none"
     columns = V + normalised
-    exponential = rule.gate == "exp"
-    plain = replace(
-        rule,
-        normaliser="none",
-        out="state",
-        gate="write" if exponential else rule.gate,
-        decay="token" if exponential else rule.decay,
-    )
+    plain = without_normaliser(rule)
     wide = torch.cat([x.value, torch.ones_like(x.value[..., :1])], -1) if normalised else x.value
     first = None if initial is None else initial[..., :columns]
     inner = inputs._replace(
@@ -59,12 +52,24 @@ def normalised_backward(
         assert found.initial is not None
         missing = initial.shape[-1] - columns
         found = found._replace(initial=torch.nn.functional.pad(found.initial, (0, missing)))
-    if not exponential:
+    if rule.gate != "exp":
         return found
     assert x.maximum is not None
     of_maximum = torch.zeros_like(x.maximum) if of_maximum is None else of_maximum
     of_maximum[..., -1] += grad_state[..., -1].sum(-1)
     return _through_maximum(found, of_maximum, inputs, x.segments, rule)
+
+
+def without_normaliser(rule: RecurrenceRule) -> RecurrenceRule:
+    """The rule whose gradients those of `rule` go through."""
+    exponential = rule.gate == "exp"
+    return replace(
+        rule,
+        normaliser="none",
+        out="state",
+        gate="write" if exponential else rule.gate,
+        decay="token" if exponential else rule.decay,
+    )
 
 
 def _divided(

@@ -40,10 +40,11 @@ def backward_jobs(
     bonus: bool = False,
 ) -> list[Job]:
     """The jobs of the kernels that a rule's backward launches, in their order; arguments as of `recurrence_jobs`."""
-    mid, schedule = product_type(dtype, knobs.products), schedule_of(rule, knobs)
+    backend = target.partition(":")[0]
+    mid, schedule = product_type(dtype, knobs.products), schedule_of(rule, knobs, backend)
     constants = {
         **kinds_of(rule, low_rank=rule.low_rank, packed=rule.packed, bonus=bonus),
-        **types_of(dtype, knobs, target.partition(":")[0]),
+        **types_of(dtype, knobs, backend),
         **sizes_of(K, V, knobs),
         **dict.fromkeys(("GROUP", "GROUP_A", "GROUP_B"), group),
         "BLOCK_K": tile_width(K, schedule.block_k),

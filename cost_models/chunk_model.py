@@ -32,6 +32,8 @@ __all__ = ["ChunkKnobs", "ChunkWork", "chunk_fits", "chunk_interval", "chunk_sec
 LONGEST = 128  # tokens of a chunk
 SUB = 16  # tokens of a sub-chunk: decays by channel and the inverse go block by block
 OVERHEAD = 60  # registers of a thread beyond the tiles
+FORWARD = ("within", "state", "output")
+COLUMNS = 64  # of keys, in a tile of the launcher's
 # What a kernel of the backward does beside its twin of the forward: products, and bytes.
 BACKWARD = {"within": (3.0, 2.5), "state": (2.0, 1.5), "output": (3.0, 2.5)}
 DATA_CENTRE = ("sm90", "sm100", "sm103")
@@ -139,8 +141,7 @@ class _Step:
 
 def kernels_of(work: ChunkWork) -> tuple[str, ...]:
     """The kernels of a work, those of the backward with a "d" in front."""
-    forward = ("within", "state", "output")
-    return (*forward, *(f"d{name}" for name in reversed(forward))) if work.training else forward
+    return (*FORWARD, *(f"d{name}" for name in reversed(FORWARD))) if work.training else FORWARD
 
 
 def chunk_fits(work: ChunkWork, knobs: ChunkKnobs, device: Gpu) -> str | None:
@@ -148,16 +149,17 @@ def chunk_fits(work: ChunkWork, knobs: ChunkKnobs, device: Gpu) -> str | None:
     if knobs.chunk_size > LONGEST:
         return f"chunk_size={knobs.chunk_size}: kernels take chunks of up to {LONGEST} tokens. Use smaller chunks."
     for name in kernels_of(work):
-        step = _step(work, knobs, name.removeprefix("d"))
-        shared = _shared(step, knobs, name)
+        own = _launched(work, knobs, name, device)
+        step = _step(work, own, name.removeprefix("d"))
+        shared = _shared(work, own, name, device)
         what = f"{name} with chunk_size={knobs.chunk_size}, block_v={knobs.block_v}, warps={knobs.warps}"
         if shared > device.shared_per_block:
             return (
                 f"{what}, stages={knobs.stages}: needs {shared} bytes of shared memory, a block of {device.name} has "
                 f"{device.shared_per_block}. Use smaller chunks or blocks, or fewer stages."
             )
-        registers, room = _registers(step, knobs, device), max_registers(device)
-        if registers > room:
+        registers, room = _registers(step, own, device), max_registers(device)
+        if registers > room and name in FORWARD:
             return (
                 f"{what}: needs about {registers} registers a thread, {device.name} has {room}. Use smaller chunks or "
                 "blocks, or more warps."
@@ -202,6 +204,7 @@ def _figures(
     work: ChunkWork, knobs: ChunkKnobs, name: str, device: Gpu, compiled: CompiledFigures | None
 ) -> tuple[str, TileFigures] | None:
     forward = name.removeprefix("d")
+    knobs = _launched(work, knobs, name, device)
     step = _step(work, knobs, forward)
     more, moved = BACKWARD[forward] if forward != name else (1.0, 1.0)
     chunks, slices = ceil(work.L / knobs.chunk_size), ceil(work.V / knobs.block_v)
@@ -209,7 +212,7 @@ def _figures(
     along = chunks if forward == "state" else 1  # tiles that one block does after each other
     grid = float(blocks * (1 if forward == "state" else chunks))
     instruction = matrix_class(device.arch, step.rows, knobs.warps)
-    made: CompiledFigures = compiled or _guessed(step, knobs, name, device)
+    made: CompiledFigures = compiled or _guessed(work, step, knobs, name, device)
     held = occupancy(device, made.threads, made.registers, made.shared_bytes, 0)
     if held.blocks < 1:
         return None
@@ -254,9 +257,9 @@ class _Guess:
     instructions: Mapping[str, int]
 
 
-def _guessed(step: _Step, knobs: ChunkKnobs, name: str, device: Gpu) -> _Guess:
+def _guessed(work: ChunkWork, step: _Step, knobs: ChunkKnobs, name: str, device: Gpu) -> _Guess:
     wanted, room = _registers(step, knobs, device), max_registers(device)
-    threads, shared = knobs.warps * device.warp_size, _shared(step, knobs, name)
+    threads, shared = knobs.warps * device.warp_size, _shared(work, knobs, name, device)
     return _Guess(min(wanted, room), 4 * max(0, wanted - room), shared, threads, {})
 
 
@@ -280,7 +283,7 @@ def _step(work: ChunkWork, knobs: ChunkKnobs, kernel: str) -> _Step:
         flops = 2.0 * C * K * bv * (1 + fixes * (1.5 if work.low_rank else 1))
         read = C * item * (K * (1 + fixes) + bv)
         written = mid * bv * (K + fixes * C)
-        return _Step(0.0, flops, C * 2.0, 2.0 * K * bv + C * bv, read, written, K, K * bv + C * bv, 1 + 2 * fixes)
+        return _Step(0.0, flops, C * 2.0, 2.0 * K * bv + C * bv, read, written, K, _held(work, C, bv), 1 + 2 * fixes)
     flops = 2.0 * bv * C * (K + C * (2 if work.low_rank else 1))
     read = C * (item * K / group + mid * (bv + C)) + mid * K * bv
     return _Step(0.0, flops, C * 2.0, 2.0 * C * bv, read, item * C * bv, C, C * bv)
@@ -297,9 +300,50 @@ def _registers(step: _Step, knobs: ChunkKnobs, device: Gpu) -> int:
     return round(1.25 * step.sums / threads) + OVERHEAD
 
 
-def _shared(step: _Step, knobs: ChunkKnobs, name: str) -> int:
-    """Shared memory of a block: what is read, once for each stage where chunks follow each other."""
-    return ceil(step.read * (knobs.stages if name.endswith("state") else 1) * (1.5 if name.startswith("d") else 1.0))
+def _held(work: ChunkWork, C: int, bv: int) -> float:
+    """Numbers in the registers of `state`: the state, once more where it is made anew while products read it, and what
+    of a chunk is there at once. Of products in float32 as compiled for sm80, sm90 and gfx942; of narrower ones half."""
+    K, fixes = padded(work.K), work.corrected
+    if work.narrow:
+        return K * bv + C * bv
+    keys = 1 + (work.decay == "channel" and fixes > 0) + 2 * work.low_rank
+    return K * bv * (3 if fixes else 2) + C * bv * (1 + fixes) + C * K * keys + C * C * fixes
+
+
+def _launched(work: ChunkWork, knobs: ChunkKnobs, name: str, device: Gpu) -> ChunkKnobs:
+    """The knobs that a kernel runs with: those of the backward have a schedule of their own, but for the chunks."""
+    if name in FORWARD:
+        return knobs
+    if name == "dstate":
+        return ChunkKnobs(knobs.chunk_size, 32, 4, 2)
+    warps = 4 if name == "dwithin" or device.arch.startswith("gfx") else 8
+    return ChunkKnobs(knobs.chunk_size, padded(work.V), warps, 2)  # all columns of a chunk, one tile after the other
+
+
+def _shared(work: ChunkWork, knobs: ChunkKnobs, name: str, device: Gpu) -> int:
+    """Shared memory of a block, at most, as kernels compiled for sm80, sm89, sm90 and gfx942 have it.
+
+    Of the states all that is loaded of a chunk, once for each stage, and operands on their way to the matrix units;
+    of others the operands of their largest product.
+    """
+    C, K, item, mid, fixes = knobs.chunk_size, padded(work.K), work.item, work.between, work.corrected
+    bv, later = min(knobs.block_v, padded(work.V)), work.decay == "channel"
+    amd = device.arch.startswith("gfx")
+    apart = not amd and matrix_class(device.arch, C, knobs.warps) != "mma"  # operands lie in shared memory
+    stages = max(1, knobs.stages - 1) if amd else knobs.stages
+    if name == "state":
+        loads = C * item * (K * (1 + 2 * work.low_rank) + bv) + fixes * mid * C * C + 4 * C * K * later
+        return loads * stages + (mid * C * COLUMNS if amd else mid * COLUMNS * bv * apart)
+    if name == "dstate":
+        loads = C * (item * (K * (1 + (fixes > 0)) + bv) + 4 * K * later) + (fixes > 0) * mid * C * (K + bv)
+        return loads * stages if apart else ceil(0.8 * loads * stages)
+    if name == "within":
+        return mid * C * C + 4 * C * 32
+    if name == "dwithin":
+        return 2 * mid * C * (C + COLUMNS) * (fixes > 0)
+    if name == "output":
+        return max(mid * COLUMNS * bv + item * C * COLUMNS, mid * C * (C + bv))
+    return mid * C * 32 * (2 + (fixes > 0)) * stages + 4 * mid * C * C * apart + mid * C * 32
 
 
 @lru_cache(maxsize=256)

@@ -1,7 +1,7 @@
 """The kernels of a linear recurrence as a problem to search: the size of its chunks, and on GPUs tiles and warps.
 
-One search for all kernels, which share their chunks. On a GPU forward and backward are predicted by closed form, the
-forward refined by what the compiler makes of it; on this CPU chunks are measured.
+One search for all kernels, which share their chunks. On a GPU forward and backward are predicted by closed form and
+refined by what the compiler makes of them; on this CPU chunks are measured.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 
 from attnc.codegen.compile_stats import Compiled, Failure, Job, compile_job, compiled_folder
+from attnc.codegen.gpu_recurrence_normalised import without_normaliser
+from attnc.codegen.recurrence_backward_jobs import backward_jobs
 from attnc.codegen.recurrence_jobs import recurrence_jobs
 from attnc.cost_models.chunk_model import chunk_seconds
 from attnc.cost_models.device import Device, Gpu
@@ -28,7 +30,9 @@ from attnc.tuning.measure_recurrence import RecurrenceBench
 from attnc.tuning.problem import Outcome
 
 PART = "chunked"
-KERNELS = {"chunk_within": "within", "chunk_state": "state", "chunk_output": "output"}  # as the cost model names them
+# As the cost model names them; it knows nothing of the small ones, and of chunk_values_backward only that it must fit.
+KERNELS = {"chunk_within": "within", "chunk_state": "state", "chunk_output": "output"}
+KERNELS |= {f"{kernel}_backward": f"d{name}" for kernel, name in KERNELS.items()}
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,15 @@ class RecurrenceProblem:
         return f"{form.spell()}: {name} was compiled to {held}, with which no block fits an SM of {gpu.name}."
 
     def jobs(self, form: Chunked, gpu: Gpu) -> list[Job]:
-        """What is compiled ahead of time for a setting: the kernels of its forward."""
+        """What is compiled ahead of time for a setting: the kernels of its forward, and in training of its backward."""
         rule, s = self.region.rule, self.region.shape
         assert isinstance(rule, RecurrenceRule) and isinstance(s, RecurrenceShape) and gpu.target is not None
-        dtype = getattr(torch, self.region.dtype)
-        return recurrence_jobs(rule, dtype, s.group, s.K, s.V, form.kernels, gpu.target, bonus=rule.read == "before")
+        dtype, bonus = getattr(torch, self.region.dtype), rule.read == "before"
+        jobs = recurrence_jobs(rule, dtype, s.group, s.K, s.V, form.kernels, gpu.target, bonus=bonus)
+        if self.region.training:
+            plain, V = without_normaliser(rule), s.V + (rule.normaliser != "none")
+            jobs += backward_jobs(plain, dtype, s.group, s.K, V, form.kernels, gpu.target, bonus=bonus)
+        return jobs
 
     def measure(self, form: Form) -> Outcome:
         return self._bench.run(form)

@@ -72,7 +72,7 @@ def test_training_has_a_kernel_more_for_each_of_the_forward() -> None:
 
 def test_what_a_setting_lacks_is_said() -> None:
     device, work = gpu_named("l40s"), ChunkWork(1, 4, 4, 4096, 256, 256, "float32", delta=True)
-    why = chunk_fits(work, ChunkKnobs(128, 128, 4, 4), device)
+    why = chunk_fits(work, ChunkKnobs(64, 128, 8, 4), device)
     assert why is not None and "shared memory" in why and "smaller" in why
     narrow = chunk_fits(replace(work, K=128, V=128, dtype="bfloat16"), ChunkKnobs(64, 128, 1, 2), device)
     assert narrow is not None and "registers" in narrow
