@@ -34,6 +34,7 @@ from attnc.rule_attention import AttentionRule
 KERNELS = ("list_forward", "list_dq", "list_dkv")
 LEAST = 16  # rows, or keys, of the smallest product
 FILLED = 8  # rows that share a list from which on each list is a tile; below, rows are sorted by their blocks
+SHARE = 16384  # rows of a program of dk and dv: blocks that all rows choose take as many as they need
 MERGED = 16  # rows of a program that merges parts
 PROGRAMS = 256  # of the forward; lists are cut where there are fewer
 # What is rendered from a skeleton, a rule and the names of kernels.
@@ -277,15 +278,25 @@ def backward(
 
 
 def _transposed(lists: Arranged, x: Operands) -> dict[str, Any]:
-    """The tiles that list each block of keys, and where those of each begin."""
+    """The tiles that list each block of keys, in programs of at most SHARE rows; one each, to be deterministic."""
     (B, H, S, _), n = x.key.shape, lists.blocks.shape[1]
     count = blocks(S, lists.width)
-    bucket = torch.where(lists.blocks < 0, B * H * count, lists.place.unsqueeze(-1) * count + lists.blocks)
+    buckets, entries = B * H * count, lists.blocks.numel()
+    bucket = torch.where(lists.blocks < 0, buckets, lists.place.unsqueeze(-1) * count + lists.blocks)
     bucket, order = bucket.flatten().sort(stable=True)
-    starts = torch.searchsorted(bucket, torch.arange(B * H * count + 1, device=bucket.device))
+    start = torch.searchsorted(bucket, torch.arange(buckets + 1, device=bucket.device))
+    alone = torch.are_deterministic_algorithms_enabled()
+    share = max(1, entries if alone else SHARE // lists.rows.shape[1])
+    first, size = start[:-1], start[1:] - start[:-1]
+    last = blocks(size, share).cumsum(0)
+    each = torch.arange(blocks(entries, share) + buckets, device=bucket.device)
+    owner = torch.searchsorted(last, each, right=True).clamp(max=buckets - 1)
+    begin = first[owner] + (each - (last - blocks(size, share))[owner]) * share  # behind its end where there is none
     placed = lists.keeps == "diagonal" or lists.added is not None
-    columns = (order % n).int() if placed else None
-    return {"p_order": (order // n).int(), "p_columns": columns, "p_starts": starts, "BLOCKS": count}
+    return {
+        "p_order": (order // n).int(), "p_columns": (order % n).int() if placed else None, "BLOCKS": count,
+        "p_block": owner, "p_first": begin, "p_end": torch.minimum(begin + share, start[owner + 1]),
+    }  # fmt: skip
 
 
 def _run(
@@ -303,8 +314,9 @@ def _run(
     (B, Hq, L, E), (_, H, S, _), Ev = query.shape, key.shape, int(value.shape[3])
     (T, M), n = lists.rows.shape, lists.blocks.shape[1]
     tile = knobs.of(kernel, M, lists.width)
-    programs = B * H * blocks(S, lists.width) * blocks(lists.width, tile.block_n)
-    programs = programs if kernel == "list_dkv" else T * blocks(M, tile.block_m)
+    programs = T * blocks(M, tile.block_m)
+    if kernel == "list_dkv":
+        programs = len(given["p_block"]) * blocks(lists.width, tile.block_n)
     if 0 in (programs, L, S, n):
         return
     given = given | {

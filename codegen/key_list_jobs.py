@@ -17,7 +17,7 @@ from attnc.errors import LoweringError
 from attnc.expr import TRUE
 from attnc.rule_attention import AttentionRule
 
-WIDE = {"p_rows": torch.int64, "p_blocks": torch.int64, "p_place": torch.int64, "p_starts": torch.int64}
+WIDE = dict.fromkeys(("p_rows", "p_blocks", "p_place", "p_block", "p_first", "p_end"), torch.int64)
 NARROW = {"p_order": torch.int32, "p_columns": torch.int32, "p_added": torch.float32}
 COUNTS = {"B": "i32", "H": "i32", "N": "i32", "BLOCKS": "i32"}
 

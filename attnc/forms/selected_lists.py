@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import product
 from math import ceil, inf
 
-from attnc.codegen.gpu_key_lists import KERNELS, LEAST, ListKnobs, is_listed, pieces_of
+from attnc.codegen.gpu_key_lists import KERNELS, LEAST, SHARE, ListKnobs, is_listed, pieces_of
 from attnc.cost_models.device import Gpu
 from attnc.cost_models.device_kinds import LAUNCH_S
 from attnc.cost_models.tile_model import CompiledFigures, FlashTiles, FlashWork, TileCount, fits, flash_seconds
@@ -27,7 +27,11 @@ PREFIX = dict(zip(KERNELS, ("", "dq_", "dkv_"), strict=True))
 ROLE = dict(zip(KERNELS, ("forward", "dq", "dkv"), strict=True))  # in the model of tiles
 TILE = ("block_m", "block_n", "warps", "stages")
 CHOICES = ((16, 32, 64, 128), (16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4))
-QUICK = ((16, 64, 128), (32, 64, 128), (4, 8), (2, 3))  # where nothing was tuned
+QUICK = {  # where nothing was tuned
+    "list_forward": ((16, 64, 128), (32, 64, 128), (4, 8), (2, 3)),
+    "list_dq": ((16, 64), (32, 64), (4, 8), (2,)),
+    "list_dkv": ((32, 64), (32, 64), (4, 8), (2,)),
+}
 SORT_BYTES = 160.0  # that sorting a choice moves, counting and placing included
 MEMORY = 0.8  # share of the bandwidth of plain passes
 
@@ -91,7 +95,8 @@ class _Lists:
             return TileCount(x.programs(block_m) * longest, x.programs(block_m) * longest, longest)
         visited = x.pairs * ceil(x.width / block_n) / block_m
         mean = visited / ceil(self.S / block_n)
-        return TileCount(visited, visited, 2.0 * mean * block_m / block_n)  # some blocks are chosen more than others
+        longest = max(mean, min(2.0 * mean, SHARE / block_m))  # some blocks are chosen more than others
+        return TileCount(visited, visited, longest * block_m / block_n)
 
 
 def knobs_of(text: str) -> ListKnobs:
@@ -124,7 +129,7 @@ def kernel_seconds(
     kernel: str,
     compiled: CompiledFigures | None = None,
 ) -> float:
-    """Predicted time of one of KERNELS alone; inf where its tile does not fit. compiled: what the compiler made of it."""
+    """Predicted time of one of KERNELS alone, refined by what was compiled; inf where its tile does not fit."""
     s, tile = region.shape, knobs.of(kernel, layout.rows or knobs.block_m, layout.width)
     layout = layout.cut(s.B * s.H, tile.block_m) if kernel == KERNELS[0] else layout
     rows = ceil(s.L * s.group / tile.block_m) if kernel == KERNELS[2] else layout.programs(tile.block_m)
@@ -174,7 +179,7 @@ def best_lists(layout: Layout, region: AttentionRegion, gpu: Gpu) -> tuple[float
     if unfit(region) is not None:
         return inf, knobs
     for kernel in _kernels(layout, region):
-        tried = [_with(knobs, kernel, values) for values in product(*QUICK)]
+        tried = [_with(knobs, kernel, values) for values in product(*QUICK[kernel])]
         offers = [(kernel_seconds(layout, region, gpu, one, kernel), n) for n, one in enumerate(tried)]
         seconds, n = min(offers)
         total, knobs = total + seconds, tried[n]

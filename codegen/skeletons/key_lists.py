@@ -12,8 +12,9 @@ batch entry may need 64 bits.
 
 A program of the forward and of dq takes BLOCK_M rows of a tile and gathers BLOCK_N keys of its list at a time; blocks
 that BLOCK_N divides are read in one piece, others key by key. dk and dv of a block: the rows of all tiles that list it,
-gathered BLOCK_M at a time (order: tiles sorted by block; starts: where each block's begin), without atomics; SCATTER:
-by atomics from the tiles of dq instead, for lists of single keys, where a block fills no tile.
+gathered BLOCK_M at a time (order: tiles sorted by block; a program takes those from first to end of its block, added
+by atomics where a block has several programs); SCATTER: by atomics from the tiles of dq instead, for lists of single
+keys, where a block fills no tile.
 
 Holes: b is a scalar, h and i columns, j a row (`list_dkv`: rows and a column).
 
@@ -245,7 +246,8 @@ def list_dq(
 
 @triton.jit
 def list_dkv(
-    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, captured, p_rows, p_order, p_columns, p_starts, p_added,
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv, captured,
+    p_rows, p_order, p_columns, p_block, p_first, p_end, p_added,
     q_b, q_h, q_l, q_e, k_b, k_h, k_l, k_e, v_b, v_h, v_l, v_e, o_b, o_h, o_l, o_e, B, Hq, H, L, S, N, BLOCKS,
     E: tl.constexpr, E_MAIN: tl.constexpr, E_TAIL: tl.constexpr,
     EV: tl.constexpr, EV_MAIN: tl.constexpr, EV_TAIL: tl.constexpr,
@@ -253,23 +255,23 @@ def list_dkv(
     DIAGONAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys, added to what is there, contiguous float32; columns: of lists, in `order`."""
+    """dk and dv of a block of keys, of some tiles, added to what is there, contiguous float32; columns: of lists."""
     FACTOR: tl.constexpr = LOG2E if SCALE == 0.0 else SCALE * LOG2E
     KIND: tl.constexpr = p_q.dtype.element_ty
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     chunks: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     at = tl.program_id(0)
-    bucket = at // chunks
-    place = (bucket // BLOCKS).to(tl.int64)
+    bucket = tl.load(p_block + at // chunks)
+    first, end = tl.load(p_first + at // chunks) * M, tl.load(p_end + at // chunks) * M
+    place = bucket // BLOCKS
     b, h_k = place // H, place % H
     inside = at % chunks * BLOCK_N + tl.arange(0, BLOCK_N)
-    key = bucket % BLOCKS * WIDTH + inside
-    m_column = (inside < WIDTH) & (key < S)
-    key = tl.where(m_column, key, 0)
-    j = key[:, None]
+    wide = bucket % BLOCKS * WIDTH + inside
+    m_column = (inside < WIDTH) & (wide < S) & (first < end)
+    wide = tl.where(m_column, wide, 0)
+    j = wide.to(tl.int32)[:, None]
     p_k += b * k_b + h_k * k_h
     p_v += b * v_b + h_k * v_h
-    wide = key.to(tl.int64)
     k = tile(p_k, wide, k_l, k_e, m_column, 0, E_MAIN, E, True)
     v = tile(p_v, wide, v_l, v_e, m_column, 0, EV_MAIN, EV, True)
     k_tail, v_tail = k, v
@@ -281,7 +283,6 @@ def list_dkv(
     if EV_TAIL > 0:
         v_tail = tile(p_v, wide, v_l, v_e, m_column, EV_MAIN, EV_TAIL, EV, True)
         dv_tail = tl.zeros([BLOCK_N, EV_TAIL], tl.float32)
-    first, end = tl.load(p_starts + bucket) * M, tl.load(p_starts + bucket + 1) * M
     for low in tl.range(first, end, BLOCK_M):
         step = low + tl.arange(0, BLOCK_M)
         t = tl.load(p_order + step // M, mask=step < end, other=0).to(tl.int64)

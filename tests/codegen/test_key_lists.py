@@ -99,9 +99,11 @@ def test_every_layout_rule_length_and_type(layout, rule, length, poisoned_memory
         check(form, given, form.choose(given))
 
 
-def test_gradients_of_single_keys_are_added_by_atomics():
-    form = form_of("single")
-    given = given_of(form, "causal", Dims(5, 5, 2, 1), FP32)
+@pytest.mark.parametrize(("layout", "length"), [("single", 5), ("grouped", 9)])
+def test_gradients_of_single_keys_and_of_blocks_that_many_choose_are_added_by_atomics(layout, length, monkeypatch):
+    monkeypatch.setattr(gpu_key_lists, "SHARE", 16)  # rows of a program
+    form = form_of(layout)
+    given = given_of(form, "causal", Dims(length, length, 8, 1), FP32)
     check(form, given, form.choose(given))
 
 
