@@ -36,7 +36,7 @@ library = torch.library.Library("attnc", "FRAGMENT")
 
 def parse_selected(spelling: str) -> tuple[Selected, AttentionRule]:
     """The form and the rule of a spelling. Raises: UsageError if the form chooses no keys."""
-    return parse_generated(spelling, Selected, "one that chooses keys")
+    return parse_generated(spelling, Selected, "one that chooses keys")  # type: ignore[type-abstract]
 
 
 @torch.library.custom_op("attnc::selected", mutates_args=())

@@ -229,7 +229,7 @@ def _attend(
     _run(kernels, x, lists, knobs, KERNELS[0], given)
 
 
-def _sink(x: Operands) -> Tensor | float:
+def _sink(x: Operands) -> Tensor:
     """The sink's logits, broadcastable to (B, Hq, L); -inf where there is none."""
     if x.rule.sink is None:
         return torch.full((), -torch.inf, device=x.query.device)

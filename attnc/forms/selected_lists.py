@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import product
 from math import ceil, inf
+from typing import Any
 
 from attnc.codegen.gpu_key_lists import KERNELS, LEAST, SHARE, ListKnobs, is_listed, pieces_of
 from attnc.cost_models.device import Gpu
@@ -95,13 +96,13 @@ class _Lists:
             return TileCount(x.programs(block_m) * longest, x.programs(block_m) * longest, longest)
         visited = x.pairs * ceil(x.width / block_n) / block_m
         mean = visited / ceil(self.S / block_n)
-        longest = max(mean, min(2.0 * mean, SHARE / block_m))  # some blocks are chosen more than others
-        return TileCount(visited, visited, longest * block_m / block_n)
+        most = max(mean, min(2.0 * mean, SHARE / block_m))  # some blocks are chosen more than others
+        return TileCount(visited, visited, most * block_m / block_n)
 
 
 def knobs_of(text: str) -> ListKnobs:
     """The schedule that a knob spells: rows x keys x warps x stages, of the forward or of all kernels, "/" between."""
-    given: dict[str, int] = {}
+    given: dict[str, Any] = {}
     for prefix, part in zip(PREFIX.values(), text.split("/"), strict=False):
         given |= {prefix + name: int(value) for name, value in zip(TILE, part.split("x"), strict=True)}
     return ListKnobs(**given)
@@ -217,7 +218,8 @@ def _kernels(layout: Layout, region: AttentionRegion) -> tuple[str, ...]:
 
 
 def _with(knobs: ListKnobs, kernel: str, values: tuple[int, ...]) -> ListKnobs:
-    return replace(knobs, **{PREFIX[kernel] + name: value for name, value in zip(TILE, values, strict=True)})
+    given: dict[str, Any] = {PREFIX[kernel] + name: value for name, value in zip(TILE, values, strict=True)}
+    return replace(knobs, **given)
 
 
 assert {f.name for f in fields(ListKnobs)} > {prefix + name for prefix in PREFIX.values() for name in TILE}

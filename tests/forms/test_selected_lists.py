@@ -6,15 +6,19 @@ from dataclasses import replace
 from math import inf
 
 import pytest
+import torch
 
+from attnc import op_selected
 from attnc.codegen.gpu_key_lists import ListKnobs
 from attnc.cost_models.device import device_named
 from attnc.errors import UsageError
-from attnc.forms import parse_form
+from attnc.forms import parse_form, selected
 from attnc.forms.flash import Flash
 from attnc.forms.selected_lists import knobs_of, text_of
+from attnc.operands import Operands
 from attnc.region import AttentionRegion
 from attnc.rule_attention import AttentionRule, AttentionShape
+from tests.forms.rules import Dims, inputs, rule_of
 
 H100 = device_named("h100")
 CAUSAL = AttentionRule.parse("score=0.125 * s; keep=j <= i; empty=never")
@@ -74,6 +78,19 @@ def test_a_gpu_is_offered_kernels_to_try_and_a_cpu_none():
 def test_what_the_kernels_do_not_take_stays_a_mask(where):
     assert parse_form(SORTED)._on_gpu(where, H100)[1] == "table"
     assert replace(parse_form(SORTED), kernel="128x64x4x2").gpu_seconds(where, H100) == inf
+
+
+def test_a_run_on_a_gpu_takes_the_kernel_that_was_predicted(monkeypatch):
+    form, dims = parse_form("block_mixture{block=8,top_k=2}"), Dims(20, 20)
+    qkv, captured = inputs(dims, torch.float32, grad=False)
+    given = Operands(*qkv, captured, [], rule_of("causal", dims))
+    asked, called = [], []
+    monkeypatch.setattr(selected, "gpu_here", lambda: H100)
+    monkeypatch.setattr(selected.Selected, "_on_gpu", lambda self, *x: asked.append(x) or (1.0, "32x16x4x2"))
+    monkeypatch.setattr(torch.ops.attnc, "selected", lambda *x: called.append(x[-1]) or op_selected.selected(*x))
+    out, lse = form.gpu(given)
+    assert asked[0][0].shape.L == 20 and "kernel=32x16x4x2" in called[0]
+    assert all(torch.equal(one, two) for one, two in zip((out, lse), form.cpu(given), strict=True))
 
 
 def test_tiles_that_only_a_choice_says_stay_a_mask():
