@@ -1,11 +1,11 @@
 """Fit the coefficients of cost_models/tile_model.json on measured attention, and write them with their intervals.
 
-    python benchmarks/fit_tiles.py <folder of attn_prefill.parquet, attn_encoder.parquet, attn_decode.parquet> [rows]
+    python benchmarks/fit_tiles.py <folder of attn_prefill.parquet, attn_encoder.parquet, attn_decode.parquet> [kernels]
 
-Intervals are found for the closed form and for what is refined by compiling (tile_errors.py). rows: of a table and part
-whose settings are compiled, by default 24; with 0 what is compiled gets the closed form's intervals with the allowance
-on the low side: 60 prompts on the A100 were predicted a quarter slower when compiled. About ten minutes on one core,
-most of them for the compiler.
+Intervals are found for the closed form and for what is refined by compiling (tile_errors.py). kernels: of ours that are
+compiled for each table and part, those that the closed form chooses for most rows, by default 4; all their rows then
+count. A kind whose interval is too wide keeps the closed form's with an allowance on the low side. About ten minutes on
+one core, most of them for the compiler.
 
 The tables hold the best library for each shape, not our kernels. So a measured time is read as a constant of its table
 (launch, cache writes) plus the best setting of our space, faster by the share that a Triton kernel reaches of that
@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,7 +28,7 @@ import numpy as np
 import pandas as pd
 import sympy
 from scipy.optimize import least_squares
-from tile_errors import Predicted, compiled, intervals, lowered
+from tile_errors import Predicted, compiled, intervals, kernel_of, narrow
 
 from attnc.cost_models.device import gpu_named
 from attnc.cost_models.tile_kernels import matrix_class, tile_of
@@ -41,7 +42,7 @@ PARTS = ("a100", "h100", "rtxpro6000")
 # fused attention; vLLM's and FlexAttention's published comparisons).
 SHARE = {"a100": 1.0, "h100": 0.85, "rtxpro6000": 1.0}
 ROWS = 160  # of a table and part
-LEFT_OUT, COMPILED = 400, 24  # rows of a table and part that intervals are found on, and how many of them compiled
+LEFT_OUT, COMPILED = 400, 4  # rows of a table and part that intervals are found on, and kernels compiled for them
 # What an interval gets on either side where no table shows the kernel: the backward, other types than bf16 and fp16,
 # classes of GUESSED. Best dense matmuls, by which those are guessed, lie 51 to 87% of the peak apart (shared/gpus.md).
 ALLOWANCE = 1.3
@@ -209,8 +210,9 @@ def constants(x: np.ndarray) -> np.ndarray:
     return np.exp(x[: len(PRIORS) * len(FITTED)]).reshape(len(FITTED), len(PRIORS))
 
 
-def left_out(seen: Cases, every: Cases, compiled_rows: int) -> tuple[list[Predicted], list[Predicted]]:
-    """Rows of `every`, each predicted by a fit of `seen` without its part: closed form, and some of them compiled."""
+def left_out(seen: Cases, every: Cases, kernels: int) -> tuple[list[Predicted], list[Predicted]]:
+    """Rows of `every`, each predicted by a fit of `seen` without its part: closed form, and those of the `kernels` that
+    most rows of a table would run, compiled."""
     closed, made = [], []
     for p, part in enumerate(PARTS):
         x = Fit(seen.of(seen.part != p)).solved()
@@ -223,17 +225,22 @@ def left_out(seen: Cases, every: Cases, compiled_rows: int) -> tuple[list[Predic
             ends = [*fit.first[1:], len(bodies)]
             best = [int(a + np.argmin(bodies[a:b])) for a, b in zip(fit.first, ends, strict=True)]
             closed.append(Predicted(kind, part, bodies[best], rows.measured, SHARE[part]))
-            times = np.array([_compiled_seconds(fit, x, i, part) for i in best[:compiled_rows]])
-            known = np.isfinite(times)
-            print(f"{kind} {part}: {known.sum()} of {len(times)} settings compiled", flush=True)
-            made.append(Predicted(kind, part, times[known], rows.measured[: len(times)][known], SHARE[part]))
+            chosen = [kernel_of(*rows.setting[i], part) for i in best]
+            common = {kernel for kernel, _ in Counter(chosen).most_common(kernels)}
+            times = np.array([_compiled_seconds(fit, x, i, part) if kernel in common else np.nan
+                              for i, kernel in zip(best, chosen, strict=True)])  # fmt: skip
+            known = np.flatnonzero(np.isfinite(times))
+            slower = np.median(times[known] / bodies[best][known]) if len(known) else np.nan
+            print(f"{kind} {part}: {len(known)} of {len(times)} rows run {len(common)} of {len(set(chosen))} kernels; "
+                  f"compiled they take {slower:.2f} of the closed form's time", flush=True)  # fmt: skip
+            made.append(Predicted(kind, part, times[known], rows.measured[known], SHARE[part]))
     return closed, made
 
 
 def _compiled_seconds(fit: Fit, x: np.ndarray, i: int, part: str) -> float:
     """Seconds of one setting as compiled; NaN where it does not compile or then does not fit."""
     (work, tiles), device = fit.seen.setting[i], gpu_named(part)
-    stats = compiled(work, tiles, device)
+    stats = compiled(kernel_of(work, tiles, part))
     tile = tile_of("forward", tiles, work.E, work.Ev, work.kind, device)
     figures = None if stats is None else tile_figures(work, tiles, tile, device, stats)
     if figures is None:
@@ -242,7 +249,7 @@ def _compiled_seconds(fit: Fit, x: np.ndarray, i: int, part: str) -> float:
     return float(fit.seconds(*figures, *sm_figures(device), *constants(x)[fit.seen.kind[i]], LAUNCH) + beside)
 
 
-def main(folder: Path, compiled_rows: int = COMPILED) -> None:
+def main(folder: Path, kernels: int = COMPILED) -> None:
     seen = cases(folder)
     fit = Fit(seen)
     solved = fit.solved()
@@ -261,7 +268,7 @@ def main(folder: Path, compiled_rows: int = COMPILED) -> None:
     }
     for name, (like, changes, _) in GUESSED.items():
         classes[name] = {**classes[like], **changes}
-    closed, made = left_out(seen, cases(folder, any_rows), compiled_rows)
+    closed, made = left_out(seen, cases(folder, any_rows), kernels)
     found = intervals(closed, LAUNCH)
     text = {
         "source": "benchmarks/fit_tiles.py on NVIDIA aiconfigurator's tables (Apache-2.0), best libraries on "
@@ -272,7 +279,7 @@ def main(folder: Path, compiled_rows: int = COMPILED) -> None:
         "classes": classes,
         "interval": {
             "closed": found,
-            "compiled": intervals(made, LAUNCH) if compiled_rows else lowered(found, ALLOWANCE),
+            "compiled": narrow(intervals(made, LAUNCH), found, ALLOWANCE),
             "allowance": ALLOWANCE,
         },
     }

@@ -10,7 +10,8 @@ Source: as benchmarks/fit_tiles.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -22,12 +23,24 @@ from attnc.codegen.decode_jobs import decode_jobs
 from attnc.codegen.flash_jobs import flash_job
 from attnc.codegen.gpu_decode import DecodeKnobs
 from attnc.codegen.gpu_flash import FlashKnobs
-from attnc.cost_models.device import Gpu
+from attnc.cost_models.device import gpu_named
 from attnc.cost_models.tile_model import FlashTiles, FlashWork
 from attnc.rule_attention import AttentionRule
 
+WIDTH = 1.8  # of an interval, high over low, that is worth telling
+GROUP = 4  # query heads per key head of what is compiled
 REGIMES = (0.04, 0.12, 0.4)
 CONSTANTS = np.exp(np.linspace(np.log(1e-6), np.log(4e-5), 300))  # seconds tried for a table's constant
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A forward kernel of ours on a part. width: of a head; tiles without splits."""
+
+    part: str
+    causal: bool
+    width: int
+    tiles: FlashTiles
 
 
 @dataclass
@@ -74,29 +87,32 @@ def intervals(found: list[Predicted], launch: float) -> dict[str, dict]:
     return told
 
 
-def lowered(found: dict[str, dict], allowance: float) -> dict[str, dict]:
-    """Bounds with an allowance on the low side, by kind of call."""
-    return {
-        kind: {**{k: bounds[k] for k in ("edges", "high")}, "low": [round(v / allowance, 4) for v in bounds["low"]]}
-        for kind, bounds in found.items()
-    }
+def narrow(made: dict[str, dict], closed: dict[str, dict], allowance: float) -> dict[str, dict]:
+    """Bounds of what is compiled; where they are wider than WIDTH, the closed form's with an allowance below."""
+    told = {}
+    for kind, bounds in closed.items():
+        low = [round(v / allowance, 4) for v in bounds["low"]]
+        wide = {"edges": bounds["edges"], "high": bounds["high"], "low": low}
+        told[kind] = made[kind] if made[kind]["width"] <= WIDTH else wide
+    return told
 
 
-def compiled(work: FlashWork, tiles: FlashTiles, gpu: Gpu) -> Compiled | None:
-    """What the compiler makes of the forward with these knobs; None where it fails."""
-    assert gpu.target is not None
-    group, dtype = work.Hq // work.H, torch.bfloat16
+def kernel_of(work: FlashWork, tiles: FlashTiles, part: str) -> Kernel:
+    """The kernel that a setting runs: its loop over whole tiles is the same for every length, group and window."""
+    return Kernel(part, work.L > 1 and work.band.ahead == 0, work.E, replace(tiles, splits=1))
+
+
+@lru_cache(maxsize=1024)
+def compiled(kernel: Kernel) -> Compiled | None:
+    """What the compiler makes of a kernel; None where it fails."""
+    target, tiles, dtype = gpu_named(kernel.part).target, kernel.tiles, torch.bfloat16
+    assert target is not None
+    rule = AttentionRule.parse("score=0.125 * s" + ("; keep=j - i <= 0" if kernel.causal else ""))
     if tiles.pack:
-        knobs = DecodeKnobs(tiles.block_m, tiles.block_n, tiles.splits, tiles.warps, tiles.stages)
-        job = decode_jobs(_rule(work), (), dtype, group, work.E, work.Ev, knobs, gpu.target)[0]
+        knobs = DecodeKnobs(tiles.block_m, tiles.block_n, 8, tiles.warps, tiles.stages)
+        job = decode_jobs(rule, (), dtype, GROUP, kernel.width, kernel.width, knobs, target)[0]
     else:
         knobs = FlashKnobs(tiles.block_m, tiles.block_n, tiles.warps, tiles.stages)
-        job = flash_job("flash_forward", _rule(work), (), dtype, group, work.E, work.Ev, knobs, gpu.target)
+        job = flash_job("flash_forward", rule, (), dtype, GROUP, kernel.width, kernel.width, knobs, target)
     made = compile_job(job)
     return made if isinstance(made, Compiled) else None
-
-
-def _rule(work: FlashWork) -> AttentionRule:
-    keep = [] if work.band.ahead is None or work.L == 1 else ["j - i <= 0"]
-    keep += [] if work.band.back is None or work.L == 1 else [f"i - j <= {work.band.back}"]
-    return AttentionRule.parse("score=0.125 * s" + (f"; keep={' and '.join(keep)}" if keep else ""))

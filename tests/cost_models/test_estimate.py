@@ -50,18 +50,14 @@ def test_bounds_go_by_the_share_of_the_launch() -> None:
 # Tile model.
 
 
-def test_intervals_of_parts_left_out_hold_what_was_measured_and_are_narrow() -> None:
-    stored = fitted_table()["interval"]["closed"]
+@pytest.mark.parametrize("how", ["closed", "compiled"])
+def test_intervals_of_parts_left_out_hold_what_was_measured_and_are_narrow(how: str) -> None:
+    stored = fitted_table()["interval"][how]
     assert set(stored) == {"attn_prefill", "attn_encoder", "attn_decode"}
     for kind, found in stored.items():
-        assert 0.75 <= found["covered"] <= 0.88, kind
-        assert found["width"] <= 1.8, kind
-        assert len(found["low"]) == len(found["high"]) == len(found["edges"]) + 1
-        assert all(low < 1 < high for low, high in zip(found["low"], found["high"], strict=True))
-
-
-def test_bounds_of_what_is_compiled_enclose_the_prediction() -> None:
-    for found in fitted_table()["interval"]["compiled"].values():
+        if (how, kind) != ("compiled", "attn_prefill"):  # keeps the closed form's with an allowance
+            assert 0.75 <= found["covered"] <= 0.88, kind
+            assert found["width"] <= 1.8, kind
         assert len(found["low"]) == len(found["high"]) == len(found["edges"]) + 1
         assert all(low < 1 < high for low, high in zip(found["low"], found["high"], strict=True))
 
