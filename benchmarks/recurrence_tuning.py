@@ -146,6 +146,7 @@ def _times(
     best, rows = _setting(name, width, device_named(device).target), []
     for length in PREDICTED:
         row = {"device": device, "mixer": name, "width": width, "length": length, "setting": best.spell()}
+        row["compiled"] = args.compile
         for column, training in (("forward", False), ("both", True)):
             p = problem(system(name, width, length, training), device)
             outcome = p.compile(best) if args.compile else Outcome(p.predict(best))
@@ -178,11 +179,11 @@ def _measured_by_fla(folder: Path) -> dict[tuple[str, int, str, int], float]:
 def _print_times(rows: Sequence[dict[str, Any]]) -> None:
     cells = [
         [r["device"], r["mixer"], r["width"], r["length"], _digits(r["forward_us"]), _digits(r["both_us"])]
-        + [_digits(r["fla_us"]), r["setting"]]
+        + [_digits(r["fla_us"]), r["setting"], "compiled" if r.get("compiled", True) else "closed form"]
         for r in rows
     ]
     heads = ["device", "mixer", "width", "length", "forward us", "with backward us", "fla forward us, measured"]
-    print_table([*heads, "setting"], cells)
+    print_table([*heads, "setting", "from"], cells)
 
 
 def keep_predicted(parts: dict[str, Any]) -> None:
@@ -211,8 +212,8 @@ def keep_predicted(parts: dict[str, Any]) -> None:
 
 TITLES = {
     "predicted": f"batch {BATCH}, {HEADS} heads, bf16, state width x width (Mamba-2: {STATES} x width, one head of\n"
-    "keys). From compiled kernels, nothing measured; fla: shared/measurements/gdn.parquet, the Triton kernels of\n"
-    "flash-linear-attention in sglang on an H100, where the sizes are the same.",
+    "keys). From compiled kernels where it says so, nothing measured; fla: shared/measurements/gdn.parquet, the\n"
+    "Triton kernels of flash-linear-attention in sglang on an H100, where the sizes are the same.",
     "gpus": "us of each chunk size with its best tiles by closed form, batch 1, forward, sizes as in `MIXERS`; the\n"
     "best of all also from its compiled kernels.",
 }
