@@ -142,6 +142,7 @@ class AttentionRegion(Region):
     stored: types of query, key and value in memory, where some have 8 bits and the graph widens them; dtype is what it
     widens them to, and () means all three.
     weights: names and shapes of the weights that the options supply for it.
+    tiles_kept: share of tiles of 64 x 64 pairs that the mask does not empty on the inputs at hand, where it is one.
     """
 
     rule: AttentionRule
@@ -154,11 +155,13 @@ class AttentionRegion(Region):
     value_in_key: bool = False
     stored: tuple[str, ...] = ()
     weights: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    tiles_kept: float | None = None
 
     @property
     def facts(self) -> dict[str, Any]:
         own = {"group": self.shape.group, "mask": self.mask, "fill": self.fill, "captured": list(self.captured)}
         held = {"repeats_heads": self.repeats_heads, "value_in_key": self.value_in_key, "stored": list(self.stored)}
+        held["tiles_kept"] = self.tiles_kept
         return {**super().facts, **own, "sizes": list(self.sizes), **held}
 
     @property

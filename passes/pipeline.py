@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attnc.codegen.float8 import FLOAT8, name_of, widest_type
 from attnc.errors import CaptureError
+from attnc.forms.kept_tiles import share_kept
+from attnc.operands import Operands
 from attnc.options import Options
 from attnc.passes.attention.absorb import keep_latent
 from attnc.passes.attention.extent import cut_gradient, inside, leaves_of
@@ -62,6 +67,7 @@ class Analysis:
     notes: list[str] = field(default_factory=list)
     reordered: list[str] = field(default_factory=list)  # what was rewritten before it was lifted, a sentence each
     timings: dict[str, float] = field(default_factory=dict)
+    inputs: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # tensors that the graph is called with
 
     @property
     def regions(self) -> list[Region]:
@@ -93,8 +99,12 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         analysis.problems.append(str(exc))
         analysis.found += [Found(region) for region in flex_regions(gm.graph)]
         return analysis
+    for node, value in zip(analysis.gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
+        if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor) and not value.is_meta:
+            analysis.inputs[node] = value
     for part in bodies(analysis.gm):
         _analyse_part(part, analysis, options)
+    analysis.inputs.clear()  # an analysis may outlive the call
     analysis.notes += analysis.reordered + _unplaced(analysis, options)
     return analysis
 
@@ -163,13 +173,25 @@ def _attentions(facts: GraphFacts, analysis: Analysis, options: Options) -> set[
             analysis.unmatched.append(missed(anchor, match))
             continue
         with analysis.timed("choose"):
-            region = _supplied(describe(facts, match), options)
+            region = _supplied(_seen(describe(facts, match), match, analysis.inputs), options)
             region = choose(region, options) if not match.readers else replace(region, choice=_kept_weights(match))
         leaves = leaves_of(match)
         nodes = frozenset(inside(match, leaves)).difference(leaves)
         analysis.found.append(Found(region, match, facts, nodes))
         taken |= nodes
     return taken
+
+
+def _seen(region: AttentionRegion, match: Match, inputs: Mapping[fx.Node, torch.Tensor]) -> AttentionRegion:
+    """`region` with how much its mask keeps on the inputs at hand, where the mask of pairs is one of them."""
+    s, captured = region.shape, [inputs.get(node) for node in match.captured]
+    here = region.mask == "tensor" and region.device == "cpu" and s.is_static and not region.sizes
+    if not here or any(t is None for t in captured):
+        return region
+    with _disable_current_modes():
+        rows, keys = (torch.empty(s.B, *size, 0) for size in ((s.Hq, s.L), (s.H, s.S)))
+        given = Operands(rows, keys, keys, [t for t in captured if t is not None], (), region.rule)
+        return replace(region, tiles_kept=round(share_kept(given), 2))
 
 
 def _supplied(region: AttentionRegion, options: Options) -> AttentionRegion:

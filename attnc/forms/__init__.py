@@ -25,6 +25,7 @@ from attnc.forms.gated_blocks import GatedBlocks
 from attnc.forms.generated import BAR, IN
 from attnc.forms.hash_buckets import HashBuckets
 from attnc.forms.hierarchical import Hierarchical
+from attnc.forms.kept_tiles import KeptTiles
 from attnc.forms.key_importance import KeyImportance
 from attnc.forms.linear import LinearAttention
 from attnc.forms.listed import Listed
@@ -56,6 +57,7 @@ FORMS: tuple[type[Form], ...] = (
     Flash,
     FlashDecode,
     Listed,
+    KeptTiles,
     LowRank,
     Hierarchical,
     LinearAttention,

@@ -10,6 +10,7 @@ from attnc.expr_text import parse, spell
 from attnc.forms.listed import Listed, Listing, listing_of, unlisted
 from attnc.forms.masked import reference
 from attnc.operands import Operands
+from attnc.ops import attention as attend
 from attnc.rule_attention import AttentionRule
 from tests.gallery_chosen import ENTRIES, L, causal, finish
 from tests.gallery_run import assert_same, attention, attnc_compiled, run
@@ -98,5 +99,5 @@ def test_doubled_and_foreign_numbers_of_a_list_count_once_or_not_at_all(keep: st
     want = reference(given)[0]
     assert_close(reference(unlisted(given))[0], want)
     for form in ("listed", "dense"):
-        got = torch.ops.attnc.attention(query, key, value, [numbers], [], f"{form} | {rule.spell()}")[0]
+        got = attend(query, key, value, [numbers], [], f"{form} | {rule.spell()}")[0]
         assert_close(got, want)
