@@ -123,7 +123,7 @@ def units_of(named: Sequence[Named], options: Options, *, paying: bool) -> dict[
     for name, _, region in named:
         choice = region.choice
         exact = None if choice is None else choice.predicted_s or choice.written_s
-        if not isinstance(region, AttentionRegion) or exact is None:
+        if not isinstance(region, AttentionRegion) or choice is None or exact is None:
             continue  # nothing may replace it, or the options force what does
         offers, refused = approximations(region, options)
         settings = {form: seconds for seconds, form in offers if math.isfinite(seconds)}

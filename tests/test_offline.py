@@ -278,7 +278,7 @@ def test_trouble_in_reading_is_raised_as_it_is(monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise AttncError("cannot read it")
 
-    monkeypatch.setattr("attnc.offline.analyse", broken)
+    monkeypatch.setattr("attnc.graphs.analyse", broken)
     with pytest.raises(AttncError, match=r"^cannot read it$"):
         explain(Model(), inputs())
 

@@ -102,17 +102,12 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
             folder=kept / "studies",
         )
         asks = bool(allow or data or calibration or plan)
-        if asks and len(names) > 1:
-            raise UsageError(f"--device {device}: found {len(names)} devices, a plan is made for one. Name one.")
-        if asks:
-            checked_limit(max_error)
-        known = None if calibration is None else Calibration.load(calibration)
+        approximate = _approximations(names, allow or [], max_error, data, calibration) if asks else None
         with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the result
             call = _call(target, inputs or [], length, train)
             problems = problems_of(call, names, options)
             records = _tuned(problems, asked, Records(kept / "records"))
-            asked_for = Approximations(tuple(allow or ()), max_error, data, known)
-            made = _plan(call, names[0], train, asked_for, options) if asks else None
+            made = None if approximate is None else _plan(call, names[0], train, approximate, options)
         if plan is not None and made is not None:
             _write(plan, made)
         if as_json:
@@ -162,10 +157,22 @@ class Approximations:
     calibration: Calibration | None
 
 
+def _approximations(
+    devices: Sequence[str], allow: list[str], max_error: float, data: str | None, calibration: Path | None
+) -> Approximations:
+    """The options that make a plan. Raises: UsageError, ArtifactError."""
+    if len(devices) > 1:
+        raise UsageError(
+            f"--device {','.join(devices)}: found {len(devices)} devices, a plan is made for one. Name one."
+        )
+    names = [name for text in allow for name in listed(text, "--allow", "low_rank,hierarchical")]
+    known = None if calibration is None else Calibration.load(calibration)
+    return Approximations(tuple(names), checked_limit(max_error), data, known)
+
+
 def _plan(call: Call, device: str, train: bool, given: Approximations, options: Options) -> Plan:
     """The plan that follows from the records."""
-    names = [name for text in given.allow for name in listed(text, "--allow", "low_rank,hierarchical")]
-    asked: dict[str, Any] = {"allow": names, "max_error": given.max_error, "calibration": given.calibration}
+    asked: dict[str, Any] = {"allow": given.allow, "max_error": given.max_error, "calibration": given.calibration}
     if given.data is not None:
         asked["data"] = load_data(given.data)
     with torch.set_grad_enabled(train):
