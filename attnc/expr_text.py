@@ -188,14 +188,10 @@ def _listing(node: ast.expr) -> Expr:
     if not isinstance(node, ast.Subscript) or not isinstance(node.value, ast.Name) or node.value.id[0] != "t":
         raise KeyError(ast.dump(node))
     *index, numbers = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-    if (
-        not isinstance(numbers, ast.Slice)
-        or numbers.lower
-        or numbers.step
-        or not isinstance(numbers.upper, ast.Constant)
-    ):
+    count = numbers.upper if isinstance(numbers, ast.Slice) and not (numbers.lower or numbers.step) else None
+    if not isinstance(count, ast.Constant) or not isinstance(count.value, int):
         raise KeyError(ast.dump(node))
-    return listing(int(node.value.id[1:]), tuple(map(_parse, index)), int(numbers.upper.value))
+    return listing(int(node.value.id[1:]), tuple(map(_parse, index)), count.value)
 
 
 def _name(name: str) -> Expr:

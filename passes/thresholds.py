@@ -74,7 +74,8 @@ def _least(level: fx.Node, place: Index, ranges: Ranges) -> tuple[fx.Node | None
     top = node.args[0] if op_name(node) == "getitem" and node.args[1] == 0 else None
     if not isinstance(top, fx.Node) or op_name(top) != "topk":
         return None, ()
-    count, dim, largest, is_sorted = [*top.args[1:], *(-1, True, True)[len(top.args) - 2 :]]
+    asked: list[Any] = list(top.args[1:])
+    count, dim, largest, is_sorted = asked + [-1, True, True][len(asked) - 1 :]
     last = const(-1) if at[-1] == const(-1) else const(count - 1) if is_sorted and isinstance(count, int) else None
     along = dim % len(at) == len(at) - 1 and largest and not top.kwargs
     return (top, at[:-1]) if along and at[-1] == last else (None, ())

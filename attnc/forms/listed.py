@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from attnc.expr import BOOL, TRUE, Expr, H, I, J, load
 from attnc.expr_text import spell
 from attnc.forms.base import knob
 from attnc.forms.masked import reference
-from attnc.forms.selected import marked
+from attnc.forms.selected import BlockSelected, marked
 from attnc.forms.selected_lists import Layout
 from attnc.forms.token_lists import TokenLists
 from attnc.intervals import bounds
@@ -40,7 +40,8 @@ from attnc.rule_attention import AttentionRule
 SORTED = 64.0  # bytes moved for each number of a list, which is sorted
 
 
-class Listing(NamedTuple):
+@dataclass(frozen=True)
+class Listing:
     """The list of a rule: `count` numbers of captured tensor `slot` at `index`, of blocks of `width` keys, one for each
     `rows` query rows (0: one for all); rest: what the rule keeps besides."""
 
@@ -157,7 +158,7 @@ class Listed(TokenLists):
         return tuple(given.captured[-1].shape)
 
     def laid(self, chosen: Tensor, given: Operands) -> tuple[Operands, Sequence[KeyLists]]:
-        return (super().laid if self.block == self.rows == 1 else super(TokenLists, self).laid)(chosen, given)
+        return (TokenLists if self.block == self.rows == 1 else BlockSelected).laid(self, chosen, given)
 
     def kept(self, given: Operands) -> Operands:
         return unlisted(given)
@@ -179,10 +180,10 @@ class Listed(TokenLists):
         return s.group if heads_of(_found(region.rule), s.Hq, s.H) < s.Hq or s.Hq == s.H else 1
 
     def cost(self, region: AttentionRegion, device: Device) -> Cost:
-        return (super() if _is_single(region) else super(TokenLists, self)).cost(region, device)
+        return (TokenLists if _is_single(region) else BlockSelected).cost(self, region, device)
 
     def gathered(self, region: AttentionRegion) -> float:
-        return (super() if _is_single(region) else super(TokenLists, self)).gathered(region)
+        return (TokenLists if _is_single(region) else BlockSelected).gathered(self, region)
 
     def choosing(self, region: AttentionRegion) -> Work:
         found, s = _found(region.rule), region.shape

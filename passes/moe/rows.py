@@ -221,6 +221,9 @@ class _Asked:
         self.at = tuple(map(_unwrapped, index))
         return ZERO
 
+    def on_list(self, node: fx.Node, index: Index, axis: int) -> Expr | None:
+        return None
+
 
 def _unwrapped(position: Expr) -> Expr:
     """A position without the turn of negative ones: the element is the same."""
