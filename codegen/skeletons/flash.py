@@ -180,7 +180,8 @@ def flash_dq(
     """dq of one block of rows, and what its tiles add to the gradients of captured tensors.
 
     p_lse: lse in powers of two, +inf for rows without keys; o_: strides of d out, d_: of dq.
-    SWEEPS: with 2, a first pass over the tiles finds delta as sum_j p_ij (do_i . v_j) and writes it for `flash_dkv`.
+    SWEEPS: with 2, a first pass over the tiles finds delta as sum_j p_ij (do_i . v_j) / sum_j p_ij, which takes back what
+    rounding of lse does to all p of a row, and writes it for `flash_dkv`.
     """
     FACTOR: tl.constexpr = LOG2E if SCALE == 0.0 else SCALE * LOG2E
     count = tl.cdiv(L, BLOCK_M)
@@ -214,7 +215,7 @@ def flash_dq(
         low, high, full_low, full_high = visit(b, h, i_low, tl.minimum(i_low + BLOCK_M, L), L, S, captured)
         first, before, full, masked = split(low, high, full_low, full_high, S, i_low + BLOCK_M <= L, BLOCK_N)
     for sweep in tl.static_range(SWEEPS):
-        found = tl.zeros([BLOCK_M, 1], tl.float32)
+        found, total = tl.zeros([BLOCK_M, 1], tl.float32), tl.zeros([BLOCK_M, 1], tl.float32)
         for whole in tl.static_range(2):
             for t in tl.range(0, full if whole else masked):
                 j_low = low_of(p_list, first, t, before, full, masked, whole, TABLE, BLOCK_N)
@@ -230,6 +231,7 @@ def flash_dq(
                 p = weights(x, lse, b, h, i, j, m_ok, captured, FACTOR, whole == 0)
                 if sweep + 1 < SWEEPS:
                     found += tl.sum(p * dp, 1)[:, None]
+                    total += tl.sum(p, 1)[:, None]
                 else:
                     d_score = p * (dp - delta)
                     add_grads(d_score, s, b, h, i, j, m_ok, captured, captured_grads)
@@ -238,7 +240,8 @@ def flash_dq(
                     if E_TAIL > 0:
                         dq_tail = tl.dot(ds, k_tail, dq_tail, input_precision=PRECISION)
         if sweep + 1 < SWEEPS:
-            delta = found
+            total += tl.exp2((tl.zeros([BLOCK_M, 1], tl.float32) + sink(b, h, i, captured)) * LOG2E - lse)
+            delta = tl.where(total > 0.0, found / total, 0.0)
             tl.store(p_delta + at[:, None], delta, mask=m_row[:, None])
 
     left: tl.constexpr = 1.0 if SCALE == 0.0 else SCALE

@@ -74,7 +74,7 @@ LENGTHS = ((1, 1), (1, 70), (33, 33), (33, 200), (70, 33), (200, 200))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lengths", enumerate(LENGTHS), ids=str)
+@pytest.mark.parametrize("lengths", list(enumerate(LENGTHS)), ids=str)
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_out_and_lse_over_the_whole_table(name, dtype, lengths, poisoned_memory):
