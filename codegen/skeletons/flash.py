@@ -180,8 +180,8 @@ def flash_dq(
     """dq of one block of rows, and what its tiles add to the gradients of captured tensors.
 
     p_lse: lse in powers of two, +inf for rows without keys; o_: strides of d out, d_: of dq.
-    SWEEPS: with 2, a first pass over the tiles finds delta as sum_j p_ij (do_i . v_j) / sum_j p_ij, which takes back what
-    rounding of lse does to all p of a row, and writes it for `flash_dkv`.
+    SWEEPS: with 2, a first pass over the tiles finds delta as sum_j p_ij (do_i . v_j) / sum_j p_ij and writes it for
+    `flash_dkv`; the quotient takes back what rounding of lse does to all p of a row.
     """
     FACTOR: tl.constexpr = LOG2E if SCALE == 0.0 else SCALE * LOG2E
     count = tl.cdiv(L, BLOCK_M)
