@@ -106,7 +106,8 @@ class Arranged:
 
 def of_lists(lists: KeyLists) -> Arranged:
     """What any layout gives, as kernels take it."""
-    return Arranged(lists.rows, lists.blocks.contiguous(), lists.place, lists.width, lists.keeps, lists.added)
+    rows, listed_blocks, place = (t.contiguous() for t in (lists.rows, lists.blocks, lists.place))  # views of one head
+    return Arranged(rows, listed_blocks, place, lists.width, lists.keeps, lists.added)
 
 
 def of_choice(

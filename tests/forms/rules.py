@@ -74,5 +74,5 @@ def inputs(dims: Dims, dtype: torch.dtype = torch.float64, *, grad: bool = True)
     documents = (torch.arange(n) // 13).repeat(B, 1)
     present = torch.ones(B, n, dtype=torch.long)
     present[0, :5] = 0
-    present[1, n // 2 :] = 0
+    present[1:, n // 2 :] = 0
     return qkv, [documents, present, draw(dims.Hq), draw(dims.Hq, dims.L, dims.S)]
