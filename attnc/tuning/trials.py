@@ -46,6 +46,7 @@ class Trials:
         self.study = optuna.create_study(storage=self.storage, study_name=name, load_if_exists=True)
         self._id = self.storage.get_study_id_from_name(name)
         self._mine: set[int] = set()
+        self._seen = 0  # trials of the study when they were last read
         self._read: dict[int, Trial] = {}
         self._take_over()
 
@@ -84,6 +85,7 @@ class Trials:
         """Every trial whose setting is in the tree, by number."""
         self._take_over()
         found = self.study.get_trials(deepcopy=False)
+        self._seen = len(found)
         trials = []
         for trial in found:
             if trial.number not in self._read:
@@ -108,14 +110,17 @@ class Trials:
             return Trial(trial.number, form, "waiting")
         return Trial(trial.number, form, "elsewhere") if count - trial.number <= LAPSED else None
 
-    def ask(self, draft: Callable[[optuna.Study, FrozenTrial], Form]) -> Trial:
-        """Begin a trial with the setting that `draft` picks."""
+    def ask(self, draft: Callable[[optuna.Study, FrozenTrial], Form]) -> Trial | None:
+        """Begin a trial with the setting that `draft` picks, knowing what `all` gave; None where another process has
+        begun one since, so that no two try one setting."""
         self.study.sampler = chooser = Chooser(self.tree, draft)
         with self.owners.settled() if self.owners is not None else contextlib.nullcontext():
+            if len(self.study.get_trials(deepcopy=False)) != self._seen:
+                return None
             trial = self.study.ask()
             self._own(trial.number)
-        for name, (_, choices) in chooser.params.items():
-            trial.suggest_categorical(name, choices)
+            for name, (_, choices) in chooser.params.items():
+                trial.suggest_categorical(name, choices)
         form = form_of(self.tree, trial.params)
         if form is None:
             raise RuntimeError(f"trial {trial.number} names no setting of the space: {trial.params}")
