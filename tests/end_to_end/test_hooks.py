@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import attnc
-from attnc import offline
+from attnc import graphs
 from attnc.backend import attnc_backend
 from attnc.observe import Reader
 from attnc.passes.hooks import table as hooks
@@ -216,13 +216,13 @@ def test_functions_methods_partials_and_wrappers_are_met(
 
 def test_explain_reads_the_substituted_graph(library: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
-    entrance = offline.analyse
+    entrance = graphs.analyse
 
     def reading(gm, *rest):
         lengths.append(len(gm.graph.nodes))
         return entrance(gm, *rest)
 
-    monkeypatch.setattr(offline, "analyse", reading)
+    monkeypatch.setattr(graphs, "analyse", reading)
     attnc.explain(library.slow, torch.randn(3))
     assert lengths == [3]
 
