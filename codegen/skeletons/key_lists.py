@@ -67,7 +67,7 @@ def keys_of(p_list, low, count, S, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, I
     if WIDTH % BLOCK_N == 0:
         block = tl.load(p_list + low // WIDTH)
         first, key = tl.maximum(block, 0) * WIDTH + low % WIDTH, column
-        m_column = (block >= 0) & (first + column < S)
+        m_column = first + column < tl.where(block >= 0, S, 0)
     else:
         at = low + column
         key = tl.load(p_list + at // WIDTH, mask=at < count * WIDTH, other=-1) * WIDTH + at % WIDTH
@@ -267,7 +267,7 @@ def list_dkv(
     b, h_k = place // H, place % H
     inside = at % chunks * BLOCK_N + tl.arange(0, BLOCK_N)
     wide = bucket % BLOCKS * WIDTH + inside
-    m_column = (inside < WIDTH) & (wide < S) & (first < end)
+    m_column = (inside < tl.where(first < end, WIDTH, 0)) & (wide < S)  # of none, where the program has none
     wide = tl.where(m_column, wide, 0)
     j = wide.to(tl.int32)[:, None]
     p_k += b * k_b + h_k * k_h
