@@ -54,6 +54,8 @@ def new_model(seed: int = 0, context: int = CONTEXT) -> LlamaForCausalLM:
 
 def trained_model(path: Path = WEIGHTS) -> LlamaForCausalLM:
     """The model as trained, in float32 and evaluation mode."""
+    if not path.exists():
+        sys.exit(f"{path}: no weights there. Train them: python examples/train_byte_model.py --out {path}")
     model = new_model()
     missing, unknown = model.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
     if unknown or missing not in ([], ["lm_head.weight"]):  # the head is the embedding

@@ -1,10 +1,10 @@
-"""Train the small language model of bytes that the demo, the docs and the quality tables use.
+"""Train the small language model of bytes of `byte_model.py`, on which approximations can be judged.
 
     python examples/train_byte_model.py [--steps 3000] [--out examples/byte_model.safetensors] [--threads 2]
 
 Lengths grow from 128 to 1,024 bytes: short ones first, which teach to look back, then long ones, which teach to look
 far. Every 100 steps it judges itself, writes a line to the log beside the weights, and saves a checkpoint, from which
-the same command goes on after an interruption. 3,000 steps, 25 million bytes, take about 70 minutes on two cores.
+the same command goes on after an interruption. 3,000 steps are 25 million bytes.
 """
 
 from __future__ import annotations
