@@ -64,11 +64,11 @@ class _Sums:
     in one pass each, where a running average reads and writes every row several times.
     """
 
-    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
-        # A last row takes what tiles give for rows that they do not have.
-        self.out = torch.zeros(rows + 1, width, dtype=dtype)
-        self.total = torch.zeros(rows + 1, dtype=dtype)
-        self.level = torch.full((rows + 1,), -torch.inf, dtype=dtype)
+    def __init__(self, rows: int, width: int, like: Tensor, dtype: torch.dtype) -> None:
+        # A last row takes what tiles give for rows that they do not have. Not on the default device: on that of `like`.
+        self.out = like.new_zeros(rows + 1, width, dtype=dtype)
+        self.total = like.new_zeros(rows + 1, dtype=dtype)
+        self.level = like.new_full((rows + 1,), -torch.inf, dtype=dtype)
 
     def add(self, tile: KeyLists, part: Tensor, lse: Tensor) -> None:
         """Add tiles, `part` (T, m, Ev) being written over, to the rows they hold; a row is in one of them at most."""
@@ -106,7 +106,7 @@ def forward(operands: Operands, every: Sequence[KeyLists]) -> tuple[Tensor, Tens
     query, value = operands.query, operands.value
     B, Hq, L, _ = query.shape
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    sums = _Sums(B * Hq * L, value.shape[-1], wide)
+    sums = _Sums(B * Hq * L, value.shape[-1], query, wide)
     for lists in every:
         tables = Tables.of(operands, lists.width)
         for tile in _pieces(lists, tables):

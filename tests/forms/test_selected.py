@@ -167,3 +167,12 @@ def test_rows_that_the_mask_leaves_without_keys_give_what_the_rule_says() -> Non
             empty == "nan" and out[:, :, :4].isnan().all()
         )
         assert out[:, :, 4:].isfinite().all()
+
+
+def test_tensors_of_its_own_lie_where_the_queries_do_whatever_the_default_device() -> None:
+    x = torch.randn(1, 2, 40, 8)
+    spelling = "block_mixture{block=8,top_k=2} | score=0.3 * s; keep=j - i <= 0"
+    out, _ = ops.attention(x, x, x, [], [], spelling)
+    with torch.device("meta"):
+        again, _ = ops.attention(x, x, x, [], [], spelling)
+    assert torch.equal(again, out)
