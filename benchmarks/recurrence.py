@@ -14,7 +14,6 @@ results/cpu/recurrence.json, each part under its name.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import RESULTS, in_fresh_process, interleaved, peak_memory, print_environment, print_table, write_result
+from timing import exponent, in_fresh_process, interleaved, peak_memory, print_environment, print_table, write_part
 from torch import Tensor
 from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
@@ -262,9 +261,8 @@ def growth(args: argparse.Namespace) -> list[dict[str, Any]]:
             with torch.no_grad():
                 mixer.ours(x)
                 seconds.append(interleaved({"ours": lambda: mixer.ours(x)}, args.rounds)["ours"].best)  # noqa: B023
-        logs = torch.tensor([[math.log(n), 1.0] for n in GROWTH]), torch.tensor(seconds).log()[:, None]
-        exponent = torch.linalg.lstsq(*logs).solution[0].item()
-        rows.append({"mixer": name, "lengths": GROWTH, "ms": [1e3 * s for s in seconds], "exponent": exponent})
+        ms = [1e3 * s for s in seconds]
+        rows.append({"mixer": name, "lengths": GROWTH, "ms": ms, "exponent": exponent(GROWTH, seconds)})
     heads = ["mixer", *map(str, GROWTH), "exponent"]
     print_table(heads, [[r["mixer"], *(f"{ms:.1f}" for ms in r["ms"]), f"{r['exponent']:.3f}"] for r in rows])
     return rows
@@ -350,11 +348,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     before = print_environment()
     rows = PARTS[args.part](args)
-    if args.dry:
-        return
-    path = RESULTS / "cpu" / "recurrence.json"
-    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
-    write_result("recurrence", before, vars(args), {**kept, args.part: {"environment": before, "rows": rows}})
+    if not args.dry:
+        write_part("recurrence", before, vars(args), {args.part: rows})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import RESULTS, ROOT, print_environment, print_table, write_result
+from timing import RESULTS, ROOT, print_environment, print_table, write_part
 
 from attnc.cost_models.device import device_named
 from attnc.forms.base import Form
@@ -302,14 +302,10 @@ def main() -> None:
     made = {name: PARTS[name](args) for name in (PARTS if args.part == "all" else [args.part])}
     if args.dry:
         return
-    path = RESULTS / "cpu" / "recurrence_tuning.json"
-    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
-    parts = {name: {"environment": before, "rows": rows} for name, rows in made.items()}
-    if "gpus" in parts:
-        keep_predicted({"gpus": parts["gpus"]})
-    if not (parts := {name: part for name, part in parts.items() if name not in TITLES}):
-        return
-    write_result("recurrence_tuning", before, vars(args), {**kept, **parts})
+    if "gpus" in made:
+        keep_predicted({"gpus": {"environment": before, "rows": made["gpus"]}})
+    if parts := {name: rows for name, rows in made.items() if name not in TITLES}:
+        write_part("recurrence_tuning", before, vars(args), parts)
 
 
 if __name__ == "__main__":

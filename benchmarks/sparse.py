@@ -11,7 +11,6 @@ Writes results/cpu/sparse.json.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import RESULTS, interleaved, print_environment, print_table, write_result
+from timing import exponent, interleaved, print_environment, print_table, write_part
 from torch import Tensor
 
 from attnc.forms import parse_form
@@ -135,9 +134,8 @@ def growth(args: argparse.Namespace) -> list[dict[str, Any]]:
             with torch.no_grad():
                 case.ours()
                 seconds.append(interleaved({"ours": case.ours}, args.rounds)["ours"].best)
-        logs = torch.tensor([[math.log(n), 1.0] for n in GROWTH]), torch.tensor(seconds).log()[:, None]
-        exponent = torch.linalg.lstsq(*logs).solution[0].item()
-        rows.append({"case": name, "lengths": GROWTH, "ms": [1e3 * s for s in seconds], "exponent": exponent})
+        ms = [1e3 * s for s in seconds]
+        rows.append({"case": name, "lengths": GROWTH, "ms": ms, "exponent": exponent(GROWTH, seconds)})
     shown = [[r["case"], *(f"{ms:.1f}" for ms in r["ms"]), f"{r['exponent']:.3f}"] for r in rows]
     print_table(["case", *map(str, GROWTH), "exponent"], shown)
     return rows
@@ -157,11 +155,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     before = print_environment()
     rows = PARTS[args.part](args)
-    if args.dry:
-        return
-    path = RESULTS / "cpu" / "sparse.json"
-    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
-    write_result("sparse", before, vars(args), {**kept, args.part: {"environment": before, "rows": rows}})
+    if not args.dry:
+        write_part("sparse", before, vars(args), {args.part: rows})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import ctypes
 import gc
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -188,6 +189,21 @@ def write_result(name: str, before: Mapping[str, object], settings: Mapping[str,
     path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     print(f"written: {path}")
     return path
+
+
+def write_part(
+    name: str, before: Mapping[str, object], settings: Mapping[str, object], parts: Mapping[str, object]
+) -> Path:
+    """Keep each of `parts`, rows by name, in results/cpu/<name>.json with what it was measured on; others stay."""
+    path = RESULTS / "cpu" / f"{name}.json"
+    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
+    made = {part: {"environment": before, "rows": rows} for part, rows in parts.items()}
+    return write_result(name, before, settings, {**kept, **made})
+
+
+def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float:
+    """p of the least-squares fit of seconds = c * length**p."""
+    return statistics.linear_regression([math.log(n) for n in lengths], [math.log(s) for s in seconds]).slope
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
