@@ -34,6 +34,7 @@ from attnc.forms.low_rank import LowRank
 from attnc.forms.memory_blocks import MemoryBlocks
 from attnc.forms.neighborhood import Neighborhood
 from attnc.forms.page_bounds import PageBounds
+from attnc.forms.pooled_window import PooledWindow
 from attnc.forms.rectified import Rectified
 from attnc.forms.recurrent import RecurrentForm
 from attnc.forms.scan import Scan
@@ -75,6 +76,7 @@ FORMS: tuple[type[Form], ...] = (
     BlockScores,
     GatedBlocks,
     Rectified,
+    PooledWindow,
     PageBounds,
     MemoryBlocks,
     CompressedSelection,

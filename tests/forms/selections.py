@@ -96,6 +96,15 @@ SETTINGS = (
     Setting("rectified{rows=1,block=8,top_k=3,share=group}", "rectified{rows=1,block=8,top_k=99}", rules=("causal",)),
     *(
         Setting(
+            f"pooled_window{{block=8,window=12,{more}}}",
+            f"pooled_window{{block=256,window=200,{more}}}",
+            f"pooled_window{{block=8,window=24,{more}}}",
+            rules=("plain", "causal"),
+        )
+        for more in ("", "near=chunk,blocks=outside,weight=count")
+    ),
+    *(
+        Setting(
             f"page_bounds{{block=8,{more}}}",
             "page_bounds{block=8,top_k=9}",
             rules=("plain", "causal"),
