@@ -41,3 +41,9 @@ def sampled_columns(S: int, count: int, seed: int, device: torch.device) -> Tens
     chosen = torch.zeros(S, dtype=torch.bool)
     chosen[order[:count]] = True
     return chosen.to(device)
+
+
+def logs_of_counts(most: int, like: Tensor) -> Tensor:
+    """Logarithms of 1 .. most behind one of 0, which stands for 1; float64 where `like` is."""
+    counts = torch.arange(most + 1, device=like.device, dtype=torch.float64).clamp(min=1.0)
+    return counts.log().to(torch.float64 if like.dtype == torch.float64 else torch.float32)

@@ -44,6 +44,7 @@ from attnc.forms.spans import Spans
 from attnc.forms.spans_search import SpansSearch
 from attnc.forms.step import Step
 from attnc.forms.strided import Strided
+from attnc.forms.token_groups import TokenGroups
 from attnc.forms.token_top_k import TokenTopK
 from attnc.forms.vertical_slash import VerticalSlash
 from attnc.region import form_name
@@ -85,6 +86,7 @@ FORMS: tuple[type[Form], ...] = (
     CacheEviction,
     KeyImportance,
     HashBuckets,
+    TokenGroups,
     SpansSearch,
     Chunked,
     Scan,

@@ -5,7 +5,7 @@
 The gradient of a mean is shared among the keys of its block. Blocks cross whatever a mask cuts apart, and a score of
 positions says nothing of a mean: only a causal mask, or none, and scores of the product alone are taken.
 
-Source: Guo et al. 2022, "LongT5", arXiv:2112.07916, section 3.2 (global tokens from blocks, beside the local ones); Zhu
+Source: Guo et al. 2021, "LongT5", arXiv:2112.07916, section 3.2 (global tokens from blocks, beside the local ones); Zhu
 et al. 2021, "H-Transformer-1D", arXiv:2107.11906 (means of blocks).
 """
 

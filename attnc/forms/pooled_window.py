@@ -14,7 +14,7 @@ states, norms the sums and projects them as it does tokens, where a rewrite of a
 Combiner with its fixed pattern near=chunk,pooled=outside: the model takes the largest channel for the key of a span and
 weighs its values by a pooled query, where here both are means.
 
-Source: Guo et al. 2022, "LongT5: Efficient Text-To-Text Transformer for Long Sequences", arXiv:2112.07916, section
+Source: Guo et al. 2021, "LongT5: Efficient Text-To-Text Transformer for Long Sequences", arXiv:2112.07916, section
 3.2.2; Ren et al. 2021, "Combiner: Full Attention Transformer with Sparse Computation Cost", arXiv:2107.05768,
 section 3.
 Exact:  where every key is near and no block is pooled beside.

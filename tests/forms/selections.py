@@ -16,6 +16,14 @@ def _gate(dims: Dims) -> dict[str, tuple[int, ...]]:
     return {"gate_query": (dims.Hq, dims.E, 4), "gate_key": (dims.H, 3 * dims.E, 4)}
 
 
+def _centroids(dims: Dims) -> dict[str, tuple[int, ...]]:
+    return {"centroids": (dims.H, 5, dims.E)}
+
+
+def _group_scores(dims: Dims) -> dict[str, tuple[int, ...]]:
+    return {"group_scores": (dims.B, dims.S, 5)}
+
+
 def _indexer(dims: Dims) -> dict[str, tuple[int, ...]]:
     """An indexer of three heads of width 4."""
     return {
@@ -145,6 +153,20 @@ SETTINGS = (
         "hash_buckets{hash=bits,buckets=16,chunk=16,before=0,samples=20,window=0}",
         rules=("plain",),
         looks_ahead=True,
+    ),
+    *(
+        Setting(
+            f"token_groups{{top_k={top_k},window={window},{more}}}",
+            f"token_groups{{top_k={top_k},window=256,{more}}}",
+            f"token_groups{{top_k={top_k + 1},window={window},{more}}}",
+            rules,
+            weights=weights,
+            repeats=True,
+        )
+        for top_k, window, more, weights, rules in (
+            (2, 9, "sinks=3", _centroids, ("plain", "documents")),
+            (1, 0, "by=given", _group_scores, ("causal",)),
+        )
     ),
     *(
         Setting(
