@@ -89,10 +89,49 @@ def chunk_scan(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, An
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("hidden_states", "x", "z"), (B, L, H, P))
     shapes |= {"dt": (B, L, H), "A": (H,), "D": by_head, "dt_bias": (H,)}
     shapes |= {"B": (B, L, G, N), "C": (B, L, G, N), "initial_states": (B, H, P, N)}
-    drawn = _changed(_drawn(arguments, shapes, g), A=_negative, dt=torch.abs)
+    return _packed(_changed(_drawn(arguments, shapes, g), A=_negative, dt=torch.abs), L, g)
+
+
+def split_scan(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """zxbcdt (B, L, 2 M + 2 H P + 2 G N + H), weights by width, D (H,) or (H, P), states and seq_idx as in chunks."""
+    by_head = arguments["D"].dim() == 2
+    G, L, P, N = min(2, arguments["ngroups"]), _length(arguments), 4, 4
+    H = 2 * G
+    wide = arguments["D"].shape[0] * (arguments["D"].shape[1] if by_head else arguments["headdim"])
+    given = arguments["zxbcdt"].shape[-1] - wide - arguments["conv1d_weight"].shape[0] - arguments["D"].shape[0]
+    M, convolved, taps = 8 if given else 0, H * P + 2 * G * N, int(arguments["conv1d_weight"].shape[1])
+    out = M + H * P
+    shapes: dict[str, tuple[int, ...]] = {"zxbcdt": (B, L, 2 * M + H * P + convolved + H), "dt_bias": (H,), "A": (H,)}
+    shapes |= {"conv1d_weight": (convolved, taps), "conv1d_bias": (convolved,), "D": (H, P) if by_head else (H,)}
+    shapes |= {"rmsnorm_weight": (H * P,), "outproj_weight": (out, out), "outproj_bias": (out,)}
+    drawn = _changed(_drawn(arguments, {**shapes, "initial_states": (B, H, P, N)}, g), A=_negative)
+    return _packed(drawn, L, g) | {"ngroups": G, "headdim": None if arguments["headdim"] is None else P}
+
+
+def convolution(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """x (B, D, L), channels next to each other, weight (D, W), bias (D,), states (B, D, W - 1), seq_idx (B, L)."""
+    taps = int(arguments["weight"].shape[1])
+    shapes = {"x": (B, SHORT, 8), "weight": (8, taps), "bias": (8,), "initial_states": (B, taps - 1, 8)}
+    drawn = _drawn(arguments, shapes, g)
+    turned = {
+        name: x.detach().mT.requires_grad_() for name, x in drawn.items() if isinstance(x, Tensor) and x.dim() == 3
+    }
+    return _packed(drawn | turned, SHORT, g)
+
+
+def convolution_step(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
+    """x (B, D) or (B, D, L), conv_state (B, D, S), weight (D, W), bias (D,)."""
+    shapes: dict[str, tuple[int, ...]] = {"x": (B, 8, 2)[: arguments["x"].dim()], "bias": (8,)}
+    shapes |= {"conv_state": (B, 8, int(arguments["conv_state"].shape[-1]))}
+    return _written(_drawn(arguments, {**shapes, "weight": (8, int(arguments["weight"].shape[1]))}, g))
+
+
+def _packed(arguments: dict[str, Any], length: int, g: torch.Generator) -> dict[str, Any]:
+    """The arguments with sequences in a row where seq_idx (B, L) is given."""
     if isinstance(arguments.get("seq_idx"), Tensor):
-        drawn["seq_idx"] = (torch.rand(B, L, generator=g) < 0.2).cumsum(1).to(arguments["seq_idx"].dtype)
-    return drawn
+        starts = torch.rand(B, length, generator=g) < 0.2
+        arguments["seq_idx"] = starts.cumsum(1).to(arguments["seq_idx"].dtype)
+    return arguments
 
 
 def _heads(arguments: Mapping[str, Any], axis: int) -> int:
@@ -114,9 +153,13 @@ def chunk_state_update(arguments: Mapping[str, Any], g: torch.Generator) -> dict
 
 def equal_over_heads(arguments: Mapping[str, Any]) -> str | None:
     """Refuses a step of Mamba-2 whose decays are not known to be equal over the channels of a head."""
-    if any(arguments["A"].stride()[1:]) or arguments["dt"].stride()[-1]:
+    if any(_varies(arguments["A"], axis) for axis in (1, 2)) or _varies(arguments["dt"], 2):
         return "its decays are not expanded over the channels of a head, so they may differ"
     return None
+
+
+def _varies(x: Tensor, axis: int) -> bool:
+    return bool(x.stride(axis)) and x.shape[axis] != 1
 
 
 def rg_lru(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:

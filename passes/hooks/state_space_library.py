@@ -1,9 +1,11 @@
-"""What attnc's compiles trace in place of mamba_ssm's functions, called as functions: one operator each.
+"""What attnc's compiles trace in place of the functions of mamba_ssm and causal_conv1d, called as functions.
 
-Arguments come by name, because releases add some. The library computes in float32 and returns the dtype of its values.
+A scan becomes one operator, a short convolution the sum of its few taps. Arguments come by name, because releases add
+some. The libraries compute in float32 and return the dtype of their values.
 
 Source: the public documentation of mamba_ssm (Gu and Dao 2023, arXiv:2312.00752; Dao and Gu 2024, arXiv:2405.21060),
-`selective_scan_fn`, `mamba_chunk_scan_combined`, `selective_state_update`.
+`selective_scan_fn`, `mamba_chunk_scan_combined`, `mamba_split_conv1d_scan_combined`, `selective_state_update`; of
+causal_conv1d, `causal_conv1d_fn`, `causal_conv1d_update`.
 """
 
 from __future__ import annotations
@@ -65,6 +67,90 @@ def state_update(
     return step(state, x, dt, A, B, C, D, dt_bias, dt_softplus, z)
 
 
+def split_scan(
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor | None, dt_bias: Tensor, A: Tensor, D: Tensor,
+    chunk_size: int, initial_states: Tensor | None = None, seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, float("inf")), return_final_states: bool = False,
+    activation: str | None = "silu", rmsnorm_weight: Tensor | None = None, rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None, outproj_bias: Tensor | None = None, headdim: int | None = None,
+    ngroups: int = 1, norm_before_gate: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """A whole block of Mamba-2 after its first projection: zxbcdt (B, L, 2 M + 2 H P + 2 G N + H) holds M gated units
+    beside the scan, its gate, what is convolved, its steps; the norm is by group, (H P / G) wide; out (B, L, M + H P)
+    or as wide as the rows of outproj_weight; states (B, H, P, N)."""
+    heads, width = D.shape if D.dim() == 2 else (D.shape[0], headdim)
+    inner, convolved = heads * width, conv1d_weight.shape[0]
+    beside = (zxbcdt.shape[-1] - inner - convolved - heads) // 2
+    units, gate, taken, dt = zxbcdt.split([2 * beside, inner, convolved, heads], -1)
+    taken = convolution(taken.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation)
+    keys = (convolved - inner) // 2
+    x, B, C = taken.transpose(1, 2).split([inner, keys, keys], -1)
+    x, B, C = x.unflatten(-1, (heads, width)), B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1))
+    z = gate.unflatten(-1, (heads, width)) if rmsnorm_weight is None else None
+    out, state = chunk_scan(
+        x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, True, dt_limit, return_final_states=True
+    )
+    out = out.flatten(2)
+    if rmsnorm_weight is not None:
+        out = _gated_norm(out, gate, rmsnorm_weight, rmsnorm_eps, ngroups, norm_before_gate)
+    if beside:
+        first, second = units.float().chunk(2, -1)
+        out = torch.cat([(F.silu(first) * second).to(out.dtype), out], -1)
+    if outproj_weight is not None:
+        out = F.linear(out, outproj_weight, outproj_bias)
+    return (out, state) if return_final_states else out
+
+
+def _gated_norm(out: Tensor, gate: Tensor, weight: Tensor, eps: float, groups: int, before: bool) -> Tensor:
+    """The root mean square of each group is made 1, `before` the gate or after it."""
+    given, by = out.float(), F.silu(gate.float())
+    given = given if before else given * by
+    normed = F.rms_norm(given.unflatten(-1, (groups, -1)), (given.shape[-1] // groups,), eps=eps).flatten(-2)
+    normed = normed * weight.float()
+    return (normed * by if before else normed).to(out.dtype)
+
+
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None, return_final_states: bool = False, activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Each channel's own sum over the last W tokens: x (B, D, L), weight (D, W), bias (D,), states (B, D, W - 1);
+    seq_idx (B, L): sequences in a row, below zero where there is none and the output is zero."""
+    before = weight.shape[1] - 1
+    tokens = F.pad(x, (before, 0)) if initial_states is None else torch.cat([initial_states.to(x.dtype), x], -1)
+    out = _taps(tokens, weight, bias, activation, seq_idx).to(x.dtype)
+    return (out, tokens[..., tokens.shape[-1] - before :]) if return_final_states else out
+
+
+def convolution_step(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """The next tokens of it, x (B, D) or (B, D, L), after the last ones, conv_state (B, D, W - 1 or more), which is
+    overwritten."""
+    given = x[..., None] if x.dim() == 2 else x
+    tokens = torch.cat([conv_state.to(x.dtype), given], -1)
+    conv_state.copy_(tokens[..., given.shape[-1] :])
+    read = tokens[..., conv_state.shape[-1] - weight.shape[1] + 1 :]
+    return _taps(read, weight, bias, activation, None).to(x.dtype).view(x.shape)
+
+
+def _taps(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, documents: Tensor | None
+) -> Tensor:
+    """(B, D, L) in float32 of W - 1 + L tokens: W products that one loop computes, where a depthwise convolution of
+    torch is a call of its own."""
+    taps, length = weight.shape[1], tokens.shape[-1] - weight.shape[1] + 1
+    names = None if documents is None else F.pad(documents, (taps - 1, 0), value=-1)
+    out = tokens.new_zeros((), dtype=torch.float32) if bias is None else bias.float()[:, None]
+    for tap in range(taps):
+        term = tokens[..., tap : tap + length].float() * weight[:, tap, None].float()
+        if names is not None:
+            term = term * (names[:, tap : tap + length] == documents)[:, None]
+        out = out + term
+    out = out if activation is None else F.silu(out)
+    return out if documents is None else out * (documents >= 0)[:, None]
+
+
 def _finished(out: Tensor, given: Tensor, skip: Tensor | None, z: Tensor | None) -> Tensor:
     """The values beside the state, and the gate, in float32; then the dtype of the values."""
     if skip is not None:
@@ -79,10 +165,11 @@ def refused(known: Callable[..., Any]) -> Callable[[Mapping[str, Any]], str | No
     unknown = unfit(known)
 
     def refuse(arguments: Mapping[str, Any]) -> str | None:
-        A, B = arguments["A"], arguments["B"]
-        if A.is_complex() or B.is_complex():
+        if any(isinstance(arguments.get(name), Tensor) and arguments[name].is_complex() for name in "AB"):
             return "its decays are complex"
-        if known is selective_scan and min(B.dim(), arguments["C"].dim()) < 3:
+        if arguments.get("activation") not in (None, "silu", "swish"):
+            return f"its activation is {arguments['activation']!r}, and silu is the one it has"
+        if known is selective_scan and min(arguments["B"].dim(), arguments["C"].dim()) < 3:
             return "its B or C are the same for all tokens"
         if known is state_update and arguments["state"].dim() == 4:
             return samples.equal_over_heads(arguments) or unknown(arguments)
@@ -91,17 +178,25 @@ def refused(known: Callable[..., Any]) -> Callable[[Mapping[str, Any]], str | No
     return refuse
 
 
+_SAMPLES: dict[Callable[..., Any], Callable[..., dict[str, Any]]] = {
+    selective_scan: samples.selective_scan,
+    chunk_scan: samples.chunk_scan,
+    split_scan: samples.split_scan,
+    state_update: samples.selective_state_update,
+    convolution: samples.convolution,
+    convolution_step: samples.convolution_step,
+}
+
+
 def sampled(known: Callable[..., Any]) -> Callable[[Mapping[str, Any], torch.Generator], dict[str, Any]]:
     """Small arguments on the device of the call, where the library's kernels are."""
 
     def sample(arguments: Mapping[str, Any], g: torch.Generator) -> dict[str, Any]:
-        draw: Callable[..., dict[str, Any]] = {
-            selective_scan: samples.selective_scan,
-            chunk_scan: samples.chunk_scan,
-        }.get(known, samples.selective_state_update)
+        draw = _SAMPLES[known]
         if known is state_update and arguments["state"].dim() == 4:
             draw = samples.chunk_state_update
-        drawn, device = draw(arguments, g), arguments["A"].device
+        drawn = draw(arguments, g)
+        device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
         tensors = {name: x for name, x in drawn.items() if isinstance(x, Tensor)}
         return drawn | {n: x.detach().to(device).requires_grad_(x.requires_grad) for n, x in tensors.items()}
 

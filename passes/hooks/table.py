@@ -56,10 +56,10 @@ def _library(name: str, substitute: Callable[..., Any], *ways: str) -> list[Hook
     return [Hook(f"fla.ops.{name}*", f"{way}_{name}", substitute, library.sample, refuse, by_name=True) for way in ways]
 
 
-def _mamba(name: str, substitute: Callable[..., Any]) -> Hook:
-    """The row of a function of mamba_ssm."""
+def _mamba(name: str, substitute: Callable[..., Any], module: str = "mamba_ssm.*") -> Hook:
+    """The row of a function of mamba_ssm, or of causal_conv1d, which belongs to it."""
     draw, refuse = mamba.sampled(substitute), mamba.refused(substitute)
-    return Hook("mamba_ssm.*", name, substitute, draw, refuse, by_name=True)
+    return Hook(module, name, substitute, draw, refuse, by_name=True)
 
 
 # fmt: off
@@ -117,7 +117,10 @@ HOOKS: tuple[Hook, ...] = (
     *_library("hgrn", library.hgrn, "chunk", "fused_recurrent"),
     _mamba("selective_scan_fn", mamba.selective_scan),
     _mamba("mamba_chunk_scan_combined", mamba.chunk_scan),
+    _mamba("mamba_split_conv1d_scan_combined", mamba.split_scan),
     _mamba("selective_state_update", mamba.state_update),
+    _mamba("causal_conv1d_fn", mamba.convolution, "causal_conv1d*"),
+    _mamba("causal_conv1d_update", mamba.convolution_step, "causal_conv1d*"),
 )
 # fmt: on
 
