@@ -87,6 +87,13 @@ def norm_over_the_tokens(p, x):
     return F.linear(h / (h.pow(2).mean(1, keepdim=True) + 1e-6).sqrt(), p.down)
 
 
+@lookalike(refusal="conv1d runs over the hidden units of several products at once",
+           weights={"up": UP, "taps": (FF, 1, 3), "down": (2, D, FF // 2)})
+def convolution_before_a_product_for_each_half(p, x):
+    h = F.conv1d(F.linear(x, p.up).transpose(1, 2), p.taps, padding=1, groups=FF)
+    return p.down[:, None] @ F.silu(h).unflatten(1, (2, -1)).transpose(0, 1)
+
+
 @lookalike((B, 9, D), refusal="two activations", weights={"up": UP, "taps": (FF, 1, 3), "down": DOWN})
 def activation_on_both_sides_of_a_convolution(p, x):
     h = F.conv1d(F.relu(F.linear(x, p.up)).transpose(1, 2), p.taps, padding=1, groups=FF)

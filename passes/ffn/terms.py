@@ -229,7 +229,11 @@ class Reader:
         return self._step(self.read(node.args[0], index), name)
 
     def _runs_over(self, node: fx.Node, own: Index, others: Index) -> None:
-        if any(x.names() & self.tokens.keys() for x in own) or any(x.names() & self.hidden.keys() for x in others):
+        of = frozenset().union(*(x.names() for x in own))
+        if of & self.tokens.keys() and of & self.hidden.keys():
+            told = "runs over the hidden units of several products at once, each of which takes its own part of them"
+            raise Unliftable(f"{op_name(node)} {told}", node)
+        if of & self.tokens.keys() or any(x.names() & self.hidden.keys() for x in others):
             raise Unliftable(f"{op_name(node)} does not run over the hidden axis", node)
 
     def _convolution(self, node: fx.Node, index: Index) -> int:
