@@ -23,6 +23,7 @@ from attnc.forms.flash import Flash
 from attnc.forms.flash_decode import FlashDecode
 from attnc.forms.gated_blocks import GatedBlocks
 from attnc.forms.generated import BAR, IN
+from attnc.forms.gist_blocks import GistBlocks
 from attnc.forms.hash_buckets import HashBuckets
 from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.kept_tiles import KeptTiles
@@ -74,6 +75,7 @@ FORMS: tuple[type[Form], ...] = (
     Neighborhood,
     Spans,
     BlockMixture,
+    GistBlocks,
     BlockScores,
     GatedBlocks,
     Rectified,

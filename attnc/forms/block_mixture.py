@@ -55,12 +55,12 @@ class BlockMixture(ScoredBlocks):
     def keeps_all(self, region: AttentionRegion) -> bool:
         return super().keeps_all(region) and (self.mass in (0, 100) or self.kept_blocks(region.shape.S) == 1)
 
-    def summaries(self, key: Tensor) -> Tensor:
+    def summaries(self, given: Operands) -> Tensor:
         """What stands for the keys of each block, (B, H, blocks, E), float32 or float64."""
-        return block_means(key, self.block)
+        return block_means(given.key, self.block)
 
     def choose(self, given: Operands) -> Tensor:
-        mean = self.summaries(given.key)
+        mean = self.summaries(given)
         score, last = products(given.query.to(mean.dtype), mean), last_keys(given)
         own, score = positions_of(given, last), joined(score, self.choice_heads(given), "sum")
         if self.mass:

@@ -10,8 +10,8 @@ overlap, and adds up softmaxes of single spans, weighted by the softmax of their
 the anchors are the attention's own keys, spans are cut side by side, and one softmax is taken over all chosen keys, so
 that more spans lead to dense attention; the search has no gradient.
 
-Source: concavity-ai/superlinear, "Superlinear Multi-Step Attention" (package and model card), search in two steps; Lu
-et al. 2025, "MoBA", arXiv:2502.13189, equations 5 to 8 (the own span is kept and counted).
+Source: Huang 2026, "Superlinear Multi-Step Attention", arXiv:2601.18401 (search in two steps); Lu et al. 2025, "MoBA",
+arXiv:2502.13189, equations 5 to 8 (the own span is kept and counted).
 Exact:  where top_k spans are all there are.
 """
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attnc.codegen.selectors_blocks import wide
 from attnc.forms.block_mixture import BlockMixture
+from attnc.operands import Operands
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class SpansSearch(BlockMixture):
 
     name: ClassVar[str] = "spans_search"
 
-    def summaries(self, key: Tensor) -> Tensor:
+    def summaries(self, given: Operands) -> Tensor:
         """The last key of each span, (B, H, spans, E)."""
+        key = given.key
         last = key[:, :, self.block - 1 :: self.block]
         spare = key.shape[2] % self.block > 0  # the last span is short
         return wide(torch.cat([last, key[:, :, -1:]], 2) if spare else last)

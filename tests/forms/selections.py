@@ -24,6 +24,10 @@ def _group_scores(dims: Dims) -> dict[str, tuple[int, ...]]:
     return {"group_scores": (dims.B, dims.S, 5)}
 
 
+def _summaries(dims: Dims) -> dict[str, tuple[int, ...]]:
+    return {"summaries": (dims.B, dims.H, -(-dims.S // 8), dims.E)}
+
+
 def _indexer(dims: Dims) -> dict[str, tuple[int, ...]]:
     """An indexer of three heads of width 4."""
     return {
@@ -64,6 +68,20 @@ SETTINGS = (
         "block_mixture{block=16,top_k=99,mass=100,pick=head}",
         "block_mixture{block=16,top_k=99,mass=70,pick=head}",
         looks_ahead=True,
+    ),
+    *(
+        Setting(
+            f"gist_blocks{{block=8,top_k=3,{more}}}",
+            f"gist_blocks{{block=8,top_k=25,{more}}}",
+            f"gist_blocks{{block=8,top_k=4,{more}}}",
+            rules,
+            weights=weights,
+            repeats=True,
+        )
+        for more, weights, rules in (
+            ("gists=2,sinks=4", _none, ("plain", "causal", "documents")),
+            ("gists=0,share=group", _summaries, ("causal",)),
+        )
     ),
     *(
         Setting(
