@@ -24,18 +24,17 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from attnc.codegen.key_lists import NONE, KeyLists, listed, of_tiles
-from attnc.codegen.selectors import last_keys, positions_of
+from attnc.codegen.key_lists import KeyLists, listed, of_tiles
 from attnc.codegen.selectors_groups import group_lists, key_groups, top_groups
 from attnc.codegen.selectors_hash import logs_of_counts
+from attnc.codegen.selectors_near import blocks_between, never_ahead, row_positions, tile_spans
 from attnc.cost_models.cost import Work
 from attnc.expr import FLOAT, INT, B, H, I, J, add, const, floordiv, load, sub
 from attnc.forms.base import knob
 from attnc.forms.selected import Selected, divided
 from attnc.operands import Operands
-from attnc.predicate import conjunction, disjunction, distances, eq, le, lt, where
+from attnc.predicate import conjunction, disjunction, eq, le, lt, where
 from attnc.region import ITEM_BYTES, AttentionRegion
 
 TILE, NEAR = 64, 16  # rows of a tile near its keys, and keys of a block of those
@@ -89,7 +88,7 @@ class TokenGroups(Selected):
 
     def _ruled(self, chosen: Tensor, given: Operands, *, held: bool) -> Operands:
         """The choice as a mask; held: weights are less how often `laid` holds a pair."""
-        slot, position = len(given.captured), _positions(given)
+        slot, position = len(given.captured), row_positions(given)
         head = const(0) if chosen.shape[1] == 1 else H if given.group == 1 else floordiv(H, const(given.group))
         row = load(slot, (B if position.shape[0] > 1 else const(0), I), INT)
         count = range(chosen.shape[-1])
@@ -104,34 +103,28 @@ class TokenGroups(Selected):
         captured = [*given.captured, position, _of_rows(chosen, position), chosen]
         rule = replace(given.rule, keep=conjunction(given.rule.keep, keep))
         if held:
-            low, high = self._blocks(given, position)
+            low, high = self._span(given, position)
             tile, block = divided(I, _tile(given)), divided(J, NEAR)
             beside = conjunction(le(load(slot + 3, (tile,), INT), block), le(block, load(slot + 4, (tile,), INT)))
             places = [*shared, first, *([beside] if self.window else [])]
             times = add(*(where(p, const(1), const(0)) for p in places))
-            captured += [low, high, logs_of_counts(len(places), given.key)]
+            captured += [low.clamp(min=0) // NEAR, high // NEAR, logs_of_counts(len(places), given.key)]
             rule = replace(rule, score=sub(rule.score, load(slot + 5, (times,), FLOAT)))
         return given._replace(captured=captured, rule=rule)
 
-    def _blocks(self, given: Operands, position: Tensor) -> tuple[Tensor, Tensor]:
-        """First and last block of keys near each tile of rows, (tiles,)."""
-        L, S, tile = given.query.shape[2], given.key.shape[2], _tile(given)
-        spare = -L % tile
-        low = F.pad(position, (0, spare), value=S).unflatten(1, (-1, tile)).amin((0, 2))
-        high = F.pad(position, (0, spare), value=NONE).unflatten(1, (-1, tile)).amax((0, 2))
-        last = high + (0 if _is_causal(given) else self.window - 1)
-        return (low - self.window + 1).clamp(min=0) // NEAR, last.clamp(max=S - 1) // NEAR
+    def _span(self, given: Operands, position: Tensor) -> tuple[Tensor, Tensor]:
+        """First and last key near each tile of rows, (tiles,)."""
+        low, high = tile_spans(position, _tile(given), given.key.shape[2])
+        return low - self.window + 1, high + (0 if never_ahead(given) else self.window - 1)
 
     def laid(self, chosen: Tensor, given: Operands) -> tuple[Operands, Sequence[KeyLists]]:
         (B, Hq, L, _), heads, device = given.query.shape, given.key.shape[1], chosen.device
-        shape, position, tile = (B, Hq, heads, L), _positions(given), _tile(given)
+        shape, position, tile = (B, Hq, heads, L), row_positions(given), _tile(given)
         rows = _of_rows(chosen, position)
-        found = group_lists(rows, chosen, position, shape, self.total(given), is_causal=_is_causal(given))
+        found = group_lists(rows, chosen, position, shape, self.total(given), is_causal=never_ahead(given))
         if self.window:
-            low, high = self._blocks(given, position)
-            at = low.unsqueeze(-1) + torch.arange(int((high - low).max()) + 1, device=device)
-            near = torch.where(at <= high.unsqueeze(-1), at, NONE).view(1, 1, len(low), -1)
-            found += of_tiles(near, shape, tile, NEAR, "rule")
+            near = blocks_between(*self._span(given, position), given.key.shape[2], NEAR)
+            found += of_tiles(near[None, None], shape, tile, NEAR, "rule")
         if self.sinks:
             first = torch.arange(min(self.sinks, given.key.shape[2]), device=device)
             found.append(listed(first.expand(1, 1, -(-L // tile), -1), shape, tile, 1))
@@ -153,18 +146,8 @@ class TokenGroups(Selected):
         return self.window >= region.shape.S
 
 
-def _is_causal(given: Operands) -> bool:
-    return distances(given.rule.keep)[0] is not None
-
-
 def _tile(given: Operands) -> int:
     return min(TILE, given.query.shape[2])
-
-
-def _positions(given: Operands) -> Tensor:
-    """Position of each row's own token among the keys, (1 or B, L)."""
-    found = positions_of(given, last_keys(given)).amax(1).clamp(min=0)
-    return found.expand(found.shape[0], given.query.shape[2])
 
 
 def _of_rows(groups: Tensor, position: Tensor) -> Tensor:

@@ -222,6 +222,13 @@ SETTINGS = (
         )
         for policy in ("h2o", "tova", "h2o_local")
     ),
+    Setting(
+        "head_policies{recover=55,sinks=2,window=9,heavy=12,last=20}",
+        "head_policies{recover=100}",
+        "head_policies{recover=70,sinks=2,window=9,heavy=12,last=20}",
+        ("plain", "causal", "documents"),
+        looks_ahead=True,
+    ),
     *(
         Setting(
             f"key_importance{{top_k=12,{more}}}",
