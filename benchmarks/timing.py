@@ -181,9 +181,11 @@ def print_environment() -> dict[str, object]:
 # What is shown and kept.
 
 
-def write_result(name: str, before: Mapping[str, object], settings: Mapping[str, object], rows: object) -> Path:
-    """Keep `rows` in results/cpu/<name>.json with what they were measured on, before and after."""
-    path = RESULTS / "cpu" / f"{name}.json"
+def write_result(
+    name: str, before: Mapping[str, object], settings: Mapping[str, object], rows: object, folder: str = "cpu"
+) -> Path:
+    """Keep `rows` in results/<folder>/<name>.json with what they were measured on, before and after."""
+    path = RESULTS / folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": before, "load_average_after": os.getloadavg(), "settings": settings, "rows": rows}
     path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
@@ -192,13 +194,17 @@ def write_result(name: str, before: Mapping[str, object], settings: Mapping[str,
 
 
 def write_part(
-    name: str, before: Mapping[str, object], settings: Mapping[str, object], parts: Mapping[str, object]
+    name: str,
+    before: Mapping[str, object],
+    settings: Mapping[str, object],
+    parts: Mapping[str, object],
+    folder: str = "cpu",
 ) -> Path:
-    """Keep each of `parts`, rows by name, in results/cpu/<name>.json with what it was measured on; others stay."""
-    path = RESULTS / "cpu" / f"{name}.json"
+    """Keep each of `parts`, rows by name, in results/<folder>/<name>.json with what it was made on; others stay."""
+    path = RESULTS / folder / f"{name}.json"
     kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
     made = {part: {"environment": before, "rows": rows} for part, rows in parts.items()}
-    return write_result(name, before, settings, {**kept, **made})
+    return write_result(name, before, settings, {**kept, **made}, folder)
 
 
 def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float:
