@@ -46,7 +46,7 @@ def selected(
     """out and lse of the spelled attention, and what it chose."""
     form, rule = parse_selected(spelling)
     given = Operands(query, key, value, captured, sizes, rule)
-    chosen = form.choose(given)
+    chosen = form.choice_of(given)
     if query.device.type == "cpu":
         return *cpu_key_lists.forward(*form.laid(chosen, given)), chosen
     return *walk(form, chosen, given), chosen

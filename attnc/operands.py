@@ -17,6 +17,13 @@ from attnc.reading import Axis, Value, as_tensor, read, span
 from attnc.rule_attention import AttentionRule
 
 
+def hint(size: Any) -> int:
+    """A size as it was at compile time, without a guard."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else 1
+    return int(size)
+
+
 class Operands(NamedTuple):
     """The operands of one attention; `_replace` gives those of a changed one."""
 

@@ -143,6 +143,7 @@ class AttentionRegion(Region):
     widens them to, and () means all three.
     weights: names and shapes of the weights that the options supply for it.
     tiles_kept: share of tiles of 64 x 64 pairs that the mask does not empty on the inputs at hand, where it is one.
+    crosses: whether the rows are of another sequence than the keys.
     """
 
     rule: AttentionRule
@@ -156,12 +157,13 @@ class AttentionRegion(Region):
     stored: tuple[str, ...] = ()
     weights: tuple[tuple[str, tuple[int, ...]], ...] = ()
     tiles_kept: float | None = None
+    crosses: bool = False
 
     @property
     def facts(self) -> dict[str, Any]:
         own = {"group": self.shape.group, "mask": self.mask, "fill": self.fill, "captured": list(self.captured)}
         held = {"repeats_heads": self.repeats_heads, "value_in_key": self.value_in_key, "stored": list(self.stored)}
-        held["tiles_kept"] = self.tiles_kept
+        held |= {"tiles_kept": self.tiles_kept, "crosses": self.crosses}
         return {**super().facts, **own, "sizes": list(self.sizes), **held}
 
     @property

@@ -13,7 +13,7 @@ SCHEMA_ID = "attnc.report/2"
 # Fields of a choice that reports of this schema were written without at first.
 LATER = ("error", "low_s", "high_s", "row_error", "mass", "kept", "pays_from")
 # Of an attention; what a report does not tell is the default.
-LATER_FACTS = ("value_in_key", "stored", "weights", "tiles_kept")
+LATER_FACTS = ("value_in_key", "stored", "weights", "tiles_kept", "crosses")
 _TEXTS = ("kind", "path", "node", "dtype", "device", "written")
 
 

@@ -223,6 +223,16 @@ def linear_score(score: Expr) -> tuple[float, Expr] | None:
     """Split `factor * s + rest`; None where `s` appears in any other way."""
     constant, terms = terms_of(score)
     factor, rest = 0.0, []
+    @property
+    def is_square(self) -> bool:
+        """Whether there are as many queries as keys, at every length where lengths are symbolic."""
+        return self.text("L") == self.text("S")
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether the numbers of queries and keys are known at compile time."""
+        return not {"L", "S"} & set(self.symbols)
+
     for atom, coef in terms:
         if atom == SCORE:
             factor = float(coef)

@@ -7,15 +7,18 @@ Source: Lu et al. 2025, "MoBA", arXiv:2502.13189, equations 4 to 6.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from attnc.codegen.key_lists import NONE
-from attnc.expr import TRUE
+from attnc.expr import BOOL, TRUE, ZERO, B, H, I, J, load
 from attnc.operands import Operands
-from attnc.predicate import distances
+from attnc.predicate import conjunction, disjunction, distances
 from attnc.reading import as_tensor, picked, read
+from attnc.rule_attention import MASKING, lowered
 
 READ = 1 << 24  # pairs of a mask read at a time
 
@@ -30,13 +33,44 @@ def last_keys(given: Operands) -> Tensor:
     least = distances(keep)[0]
     if least is not None:  # i - j >= least
         return (rows - least).clamp(max=S - 1)
-    step = max(1, READ // (S * given.query.shape[0] * given.query.shape[1]))
+    return _last_read(given, rows)
+
+
+def _last_read(given: Operands, rows: Tensor) -> Tensor:
+    """`last_keys`, from the mask itself."""
+    (B, Hq, L, _), S = given.query.shape, given.key.shape[2]
+    if not all(isinstance(n, int) for n in (B, L, S)):  # in a graph, which has no loop over rows
+        return _last_of(given, rows, S)
+    step = max(1, READ // (S * B * Hq))
     return torch.cat([_last_of(given, rows[..., n : n + step], S) for n in range(0, L, step)], 2)
+
+
+def with_masks_of_scores(given: Operands) -> Operands:
+    """The operands with keys that a mask of the run takes out, by what it adds to their scores, as keys not kept.
+
+    For what chooses keys alone: a row that keeps none is left as it is, for its scores then say what it gives. The
+    tensors that stand behind those of the rule stay the last ones.
+    """
+    rule = given.rule
+    added = lowered(rule.score)
+    if added is None:
+        return given
+    high = ~(given.tensor(added) <= -MASKING)
+    parts = (rule.score, rule.keep, rule.sink or TRUE)
+    slot = 1 + max(x.args[0] for e in parts for x in e.walk() if x.op == "load")
+    there = load(slot, tuple(ZERO if n == 1 else at for n, at in zip(high.shape, (B, H, I, J), strict=True)), BOOL)
+    captured = [*given.captured[:slot], high, *given.captured[slot:]]
+    masked = given._replace(captured=captured, rule=replace(rule, keep=conjunction(rule.keep, there)))
+    rows = torch.arange(given.query.shape[2], device=high.device).view(1, 1, -1)
+    lost = _last_read(masked, rows) < 0
+    captured.insert(slot + 1, lost)
+    left = load(slot + 1, (*(ZERO if n == 1 else at for n, at in zip(lost.shape, (B, H), strict=False)), I), BOOL)
+    return given._replace(captured=captured, rule=replace(rule, keep=conjunction(rule.keep, disjunction(there, left))))
 
 
 def _last_of(given: Operands, rows: Tensor, S: int) -> Tensor:
     B, Hq, device = given.query.shape[0], given.query.shape[1], rows.device
-    positions = torch.arange(S, device=device)
+    positions = torch.arange(S, device=device).view(1, 1, 1, S)
     at = {
         "b": torch.arange(B, device=device).view(B, 1, 1, 1),
         "h": torch.arange(Hq, device=device).view(Hq, 1, 1),

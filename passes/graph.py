@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from attnc import operands
 from attnc.expr import ONE, ZERO, Expr, add, const, floordiv, maximum, minimum, mod, mul, size
 
 
@@ -117,10 +118,7 @@ def hint(value: Any) -> int:
     """The size seen at compile time, without a guard."""
     if isinstance(value, fx.Node):
         value = value.meta["val"]
-    if isinstance(value, torch.SymInt):
-        node = value.node
-        return int(node.hint) if node.has_hint() else 1
-    return int(value)
+    return operands.hint(value)
 
 
 def shape_of(node: fx.Node) -> tuple[Expr, ...]:
@@ -145,6 +143,7 @@ class GraphFacts:
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self._root: dict[fx.Node, fx.Node] = {}
         self.writes: dict[fx.Node, list[int]] = {}
+        self.origins: dict[fx.Node, int] = {}  # inputs that nodes are made of, see `attention.crossing`
         for node in graph.nodes:
             self._alias(node)
 

@@ -20,6 +20,7 @@ from attnc.forms.kept_tiles import share_kept
 from attnc.operands import Operands
 from attnc.options import Options
 from attnc.passes.attention.absorb import keep_latent
+from attnc.passes.attention.crossing import crosses
 from attnc.passes.attention.extent import cut_gradient, inside, leaves_of
 from attnc.passes.attention.flex import flex_regions
 from attnc.passes.attention.folded import fold_heads
@@ -259,4 +260,5 @@ def describe(facts: GraphFacts, match: Match) -> AttentionRegion:
         value_in_key=bool(match.within),
         stored=tuple(map(name_of, dtypes)) if narrow else (),
         training=any(map(facts.needs_grad, [*sources, *match.captured])),
+        crosses=crosses(facts, match),
     )

@@ -11,6 +11,7 @@ from torch import fx
 
 from attnc.codegen.float8 import FLOAT8, wide_type, widest_type
 from attnc.expr import Expr, size
+from attnc.expr_text import spell
 from attnc.ops import ATTENTION, parse_attention, spell_attention
 from attnc.passes.attention.lift import Match, sizes_of
 from attnc.passes.attention.operands import batch_of
@@ -52,15 +53,11 @@ def shape_of_match(match: Match) -> AttentionShape:
         if e.is_const:
             values.append(int(e.value))
         else:
-            symbolic[name] = _text(e)
+            symbolic[name] = spell(e)
             values.append(_hint(match, name))
     batch, length_q, length_k = values
     heads = match.q_heads, match.key.heads(match.q_heads)
     return AttentionShape(batch, *heads, length_q, length_k, *match.widths, symbols=symbolic)
-
-
-def _text(e: Expr) -> str:
-    return e.args[0] if e.op == "size" else "expr"
 
 
 def _hint(match: Match, name: str) -> int:

@@ -160,6 +160,9 @@ class AttentionForm(Form):
         if phase not in self.phases:
             return f"{self.name} serves {' and '.join(self.phases)}, found {phase}; leave it as written there."
         return None
+        if region.crosses and self.approximates:
+            found = f"{region.shape.text('L')} queries of {region.shape.text('S')} keys"
+            return f"{self.name} is for rows among their own keys, found cross-attention, {found}; leave it as written."
 
     @abstractmethod
     def cpu(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:

@@ -116,7 +116,7 @@ class BlockSparse(AttentionForm):
     def _refuse_band(self, region: AttentionRegion) -> str | None:
         shape, (least, most) = region.shape, distances(region.rule.keep)
         names = [shape.symbols.get(name) for name in ("L", "S")]
-        if (shape.L, names[0]) != (shape.S, names[1]) or "expr" in names:
+        if (shape.L, names[0]) != (shape.S, names[1]):
             return (
                 "block_sparse{provider=band} needs as many keys as queries, found "
                 f"L={names[0] or shape.L}, S={names[1] or shape.S}; use dense."
@@ -197,7 +197,8 @@ class BlockSparse(AttentionForm):
         keys = rows = masks = 0
         for g in groups:
             count = len(g.rows) * self.block_m
-            keys += 0 if g.shared else len(g.rows) * g.width * self.block_n
+            is_view = s.B == 1 and g.step is not None and is_run(g.cols[0][g.still :])
+            keys += 0 if g.shared or is_view else len(g.rows) * g.width * self.block_n
             rows += 0 if g.stride == 1 else count
             repeated = g.step is not None
             masks += (self.block_m if repeated else count) * g.width * self.block_n

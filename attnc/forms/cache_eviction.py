@@ -49,10 +49,10 @@ class CacheEviction(TokenLists):
 
     def unfit(self, region: AttentionRegion) -> str | None:
         s, least = region.shape, distances(region.rule.keep)[0]
-        if s.L != s.S:
+        if not s.is_square:
             return (
-                f"cache_eviction drops keys from the first token on, found {s.L} queries for {s.S} keys; "
-                "use token_top_k or page_bounds there."
+                f"cache_eviction drops keys from the first token on, found {s.text('L')} queries of {s.text('S')} "
+                "keys; use token_top_k or page_bounds there."
             )
         if least is None or least < 0:
             return (

@@ -66,7 +66,7 @@ class HashBuckets(Selected):
 
     def turns(self, S: int) -> int:
         """Rounds of hashing: one chunk needs no more than one."""
-        return self.rounds if self.chunk < S else 1
+        return self.rounds if self.rounds > 1 and self.chunk < S else 1
 
     def chosen_shape(self, given: Operands) -> tuple[int, ...]:
         (B, Hq, L, _), S = given.query.shape, given.key.shape[2]
@@ -154,8 +154,8 @@ class HashBuckets(Selected):
 
     def unfit(self, region: AttentionRegion) -> str | None:
         s = region.shape
-        if s.L != s.S:
-            return f"hash_buckets sorts as many rows as keys, found {s.L} x {s.S}; use token_top_k."
+        if not s.is_square:
+            return f"hash_buckets sorts as many rows as keys, found {s.text('L')} x {s.text('S')}; use token_top_k."
         if self.buckets < 2 or self.buckets & (self.buckets - 1):
             return f"hash_buckets takes a power of two of buckets, found {self.buckets}; use 64."
         if self.hash == "given" and "buckets" not in dict(region.weights):

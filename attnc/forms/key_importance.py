@@ -42,7 +42,7 @@ class KeyImportance(TokenLists):
     share: str = knob("group", "head", role="semantic")
 
     def kept_blocks(self, S: int) -> int:
-        return min(max(self.top_k, self.sinks + self.window), S)
+        return torch.sym_min(max(self.top_k, self.sinks + self.window), S)
 
     def choice_heads(self, given: Operands) -> int:
         return given.query.shape[1] if self.share == "head" else given.key.shape[1]

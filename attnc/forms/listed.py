@@ -128,6 +128,9 @@ class Listed(TokenLists):
         if self.block or self.rows:
             return f"{self.spell()} is an operator's spelling, which says what the rule does; use listed."
         if isinstance(found, Listing):
+        if not region.shape.has_lengths:
+            s = region.shape
+            return f"listed takes lengths of the compile, found {s.text('L')} x {s.text('S')}; use dynamic=False."
             return None
         return f"listed gathers the keys of one list of the run that every row keeps, {found}; use dense."
 

@@ -47,10 +47,10 @@ class MemoryBlocks(ScoredBlocks):
 
     def unfit(self, region: AttentionRegion) -> str | None:
         s = region.shape
-        if s.L != s.S:
+        if not s.is_square:
             return (
-                f"memory_blocks ranks keys by the queries behind them, found {s.L} queries for {s.S} keys; "
-                "use page_bounds or block_mixture there."
+                f"memory_blocks ranks keys by the queries behind them, found {s.text('L')} queries of "
+                f"{s.text('S')} keys; use page_bounds or block_mixture there."
             )
         return None
 

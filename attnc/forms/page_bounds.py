@@ -15,17 +15,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from attnc.codegen.selectors import joined, last_keys, positions_of
 from attnc.codegen.selectors_blocks import bounds
+from attnc.codegen.selectors_tokens import at_pairs
 from attnc.cost_models.cost import Work
-from attnc.expr import TRUE
 from attnc.expr_text import spell
 from attnc.forms.base import knob
-from attnc.forms.selected import ScoredBlocks, is_prefix
+from attnc.forms.selected import ScoredBlocks, ends
 from attnc.operands import Operands
 from attnc.region import ITEM_BYTES, AttentionRegion
+from attnc.rule_attention import lowered
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,21 @@ class PageBounds(ScoredBlocks):
     share: str = knob("head", "group", role="semantic")
 
     def unfit(self, region: AttentionRegion) -> str | None:
-        if self.window == 0 and region.rule.keep != TRUE and not is_prefix(region.rule.keep):
+        rule = region.rule
+        if self.sinks and self.window == 0 and not (ends(rule.keep) and lowered(rule.score) is None):
             return (
-                "page_bounds with window=0 may choose no key that a row keeps, found the mask "
-                f"{spell(region.rule.keep)}; use window=1."
+                "page_bounds with sinks and window=0 may choose no key that a row keeps, found the mask "
+                f"{spell(rule.keep)} and the scores {spell(rule.score)}; use window=1."
             )
         return None
 
     def choose(self, given: Operands) -> Tensor:
-        last = last_keys(given)
-        score = joined(bounds(given.query, given.key, last, self.block), self.choice_heads(given), "amax")
+        last, heads = last_keys(given), self.choice_heads(given)
+        score = joined(bounds(given.query, given.key, last, self.block), heads, "amax")
+        if not ends(given.rule.keep):  # a page of which a row keeps nothing is none of its pages
+            keep = joined(at_pairs(given, given.rule.keep, 0, given.query.shape[2]), heads, "any")
+            kept = F.pad(keep, (0, -keep.shape[-1] % self.block)).unflatten(-1, (-1, self.block)).any(-1)
+            score = score.masked_fill(~kept, -torch.inf)
         return self.best(score, positions_of(given, last), last, given)
 
     def choosing(self, region: AttentionRegion) -> Work:

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from attnc.codegen.key_lists import NONE, KeyLists, listed, near_rows, of_rows, of_tiles
-from attnc.codegen.selectors import joined, near_blocks, top_blocks
+from attnc.codegen.selectors import joined, near_blocks, top_blocks, with_masks_of_scores
 from attnc.cost_models.cost import Cost, Work
 from attnc.cost_models.device import Device, Gpu
 from attnc.cost_models.roofline import BACKWARD, seconds
 from attnc.cost_models.tile_model import FlashWork, TileCount, fits, flash_seconds
-from attnc.expr import BOOL, B, Expr, H, I, J, const, floordiv, load
+from attnc.expr import BOOL, TRUE, B, Expr, H, I, J, const, floordiv, load, terms_of
 from attnc.expr_text import parse
 from attnc.forms.base import AttentionForm, Form, knob
 from attnc.forms.flash import Flash, work_of
@@ -73,9 +73,13 @@ class Selected(AttentionForm):
     def choose(self, given: Operands) -> Tensor:
         """The choice, int64, of shape `chosen_shape`; no gradient."""
 
+    def choice_of(self, given: Operands) -> Tensor:
+        """The choice among the keys that no mask of the run takes out, be it one that is added to scores."""
+        return self.choose(with_masks_of_scores(given))
+
     @abstractmethod
     def chosen_shape(self, given: Operands) -> tuple[int, ...]:
-        """Shape of the choice, from the shapes of the operands alone."""
+        """Shape of the choice, from the shapes of the operands alone, which may be symbols of a graph: no guards."""
 
     @abstractmethod
     def laid(self, chosen: Tensor, given: Operands) -> tuple[Operands, Sequence[KeyLists]]:
@@ -110,11 +114,6 @@ class Selected(AttentionForm):
     def refuse(self, region: AttentionRegion) -> str | None:
         if reason := self.unserved(region):
             return reason
-        if not region.shape.is_static:
-            return (
-                f"{self.name} chooses among keys whose number is known at compile time, found {region.shape.text('L')} "
-                f"x {region.shape.text('S')}; mark the lengths with dynamic=False."
-            )
         return self.unfit(region)
 
     def unfit(self, region: AttentionRegion) -> str | None:
@@ -122,7 +121,7 @@ class Selected(AttentionForm):
         return None
 
     def is_exact(self, region: AttentionRegion) -> bool:
-        return self.refuse(region) is None and self.keeps_all(region)
+        return self.refuse(region) is None and region.shape.has_lengths and self.keeps_all(region)
 
     def cost(self, region: AttentionRegion, device: Device) -> Cost:
         s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)
@@ -184,7 +183,7 @@ class Selected(AttentionForm):
 
     def kept(self, given: Operands) -> Operands:
         with torch.no_grad():
-            chosen = self.choose(given)
+            chosen = self.choice_of(given)
         return self.narrowed(chosen, given)
 
     def gpu(self, given: Operands) -> tuple[Tensor, Tensor]:
@@ -300,7 +299,7 @@ class ScoredBlocks(BlockSelected):
 
     def kept_blocks(self, S: int) -> int:
         always = always_blocks(self.sinks, self.window, self.block, self.tile_rows)
-        return min(max(self.top_k, always), -(-S // self.block))
+        return torch.sym_min(max(self.top_k, always), -(-S // self.block))
 
     def choice_heads(self, given: Operands) -> int:
         return {"head": given.query.shape[1], "group": given.key.shape[1], "all": 1}[self.share]
@@ -337,6 +336,14 @@ def is_prefix(keep: Expr) -> bool:
     """Whether `keep` is `j <= i + a constant` and no more."""
     least = distances(keep)[0]
     return least is not None and keep == parse(f"j - i <= {-least}")
+
+
+def ends(keep: Expr) -> bool:
+    """Whether `keep` is `j <= a number of the row` and no more: it takes no key out before the last one."""
+    if keep.op != "le":
+        return keep == TRUE
+    terms = dict(terms_of(keep.args[0])[1])
+    return terms.pop(J, 0) == 1 and not any("j" in atom.names() for atom in terms)
 
 
 @dataclass(frozen=True)

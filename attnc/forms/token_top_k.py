@@ -72,7 +72,7 @@ class TokenTopK(TokenLists):
         return (not self.indexed or self.share == "head") and (self.blocks + self.heads > 0 or self.block == 128)
 
     def kept_blocks(self, S: int) -> int:
-        return min(max(self.top_k, self.sinks + self.window), S)
+        return torch.sym_min(max(self.top_k, self.sinks + self.window), S)
 
     def keeps_all(self, region: AttentionRegion) -> bool:
         S = region.shape.S
@@ -98,6 +98,11 @@ class TokenTopK(TokenLists):
                 )
             return None
         s, given = region.shape, dict(region.weights)
+        if not s.has_lengths:
+            return (
+                f"token_top_k{{scorer=indexer}} takes index tensors of one length, found {s.text('L')} x "
+                f"{s.text('S')}; use scorer=exact, or dynamic=False."
+            )
         HI, DI = (tuple(given.get("index_query", ())) + (0,) * 4)[1:4:2]
         wanted = dict(zip(WEIGHTS, ((s.B, HI, s.L, DI), (s.B, s.S, DI), (s.B, s.L, HI)), strict=True))
         if {name: tuple(given[name]) for name in WEIGHTS if name in given} == wanted:

@@ -53,7 +53,8 @@ class VerticalSlash(Selected):
 
     def counts(self, L: int, S: int) -> tuple[int, int]:
         """Columns and diagonals of a list."""
-        return min(max(self.columns, self.sinks), S), min(max(self.diagonals, self.window), L + S - 1)
+        least = max(self.columns, self.sinks), max(self.diagonals, self.window)
+        return torch.sym_min(least[0], S), torch.sym_min(least[1], L + S - 1)
 
     def chosen_shape(self, given: Operands) -> tuple[int, ...]:
         (B, Hq, L, _), (heads, S) = given.query.shape, given.key.shape[1:3]

@@ -264,11 +264,15 @@ def named(batch: Expr, heads: Expr, length_q: Expr, length_k: Expr, width: Expr)
 
 
 def _operands(facts, sides, sizes, names: Ranges, end: fx.Node) -> list[Operand] | NoMatch:
-    """Query, key and value behind their views; a constant factor is peeled off query and key only."""
-    batch, q_heads, (length_q, length_k), (width, width_v) = sizes
+    """Query, key and value behind their views; a constant factor is peeled off query and key only.
+
+    sizes: batch, query heads, lengths and widths. A cache of values may have a symbol of its own for its length, which
+    scaled_dot_product_attention alone demands to be that of the keys.
+    """
+    batch, q_heads, (length_q, length_k, *length_v), (width, width_v) = sizes
     query = Roles(I, var("e"), q_heads, (batch, length_q, width))
     key = Roles(J, var("e"), q_heads, (batch, length_k, width))
-    value = Roles(J, var("e"), q_heads, (batch, length_k, width_v), scalars=False)
+    value = Roles(J, var("e"), q_heads, (batch, (*length_v, length_k)[0], width_v), scalars=False)
     operands = []
     for (node, index), roles in zip(sides, (query, key, value), strict=True):
         operand = trace_operand(facts, node, index, roles, names, end)
@@ -334,7 +338,7 @@ def _lift_sdpa(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
         at = (B, head, position, var("e"))[4 - rank :]
         sides.append((node, tuple(ZERO if s == ONE and x in (B, head) else x for x, s in zip(at, shape, strict=True))))
     widths = shapes[0][-1], shapes[2][-1]
-    operands = _operands(facts, sides, (batch, q_heads, lengths, widths), ranges, anchor)
+    operands = _operands(facts, sides, (batch, q_heads, (*lengths, shapes[2][-2]), widths), ranges, anchor)
     if isinstance(operands, NoMatch):
         return operands
     pulling = Lift(facts, anchor)
