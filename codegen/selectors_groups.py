@@ -30,16 +30,21 @@ def key_groups(key: Tensor, centroids: Tensor, count: int) -> Tensor:
 
 
 def members(groups: Tensor, heads: int, total: int) -> Tensor:
-    """Positions of the keys of each group, ascending, NONE behind them: (B, 1 or H, S, n) -> (B * H * total, most)."""
+    """Positions of the keys of each group, ascending, NONE behind them: (B, 1 or H, S, n) -> (B * H * total, most).
+
+    A negative number is no group.
+    """
     B, _, S, n = groups.shape
     device = groups.device
     place = torch.arange(B * heads, device=device).view(B, heads, 1, 1)
-    bucket, order = (place * total + groups).flatten().sort(stable=True)
-    count = torch.bincount(bucket, minlength=B * heads * total)
+    there = torch.where(groups < 0, B * heads * total, place * total + groups)
+    bucket, order = there.flatten().sort(stable=True)
+    count = torch.bincount(bucket, minlength=B * heads * total + 1)
     within = torch.arange(len(bucket), device=device) - (count.cumsum(0) - count)[bucket]
-    found = torch.full((len(count), int(count.max())), NONE, device=device)
+    within[bucket == len(count) - 1] = 0
+    found = torch.full((len(count), int(count[:-1].max())), NONE, device=device)
     found[bucket, within] = order // n % S
-    return found
+    return found[:-1]
 
 
 def group_lists(
@@ -47,12 +52,12 @@ def group_lists(
 ) -> list[KeyLists]:
     """Tiles of the rows of a group and its keys, as many times as a row and a key share groups.
 
-    rows, keys: groups (B, 1 or H, L or S, n) of `total`; position: of the rows among the keys, (1 or B, L); shape: B,
-    Hq, H, L. is_causal: no row keeps a key behind its position.
+    rows: groups (B, 1 or H or Hq, L, n) of `total`, negative for none; keys: the same, (B, 1 or H, S, n); position: of
+    the rows among the keys, (1 or B, L); shape: B, Hq, H, L. is_causal: no row keeps a key behind its position.
     """
     B, Hq, H, L = shape
     table = members(keys, H, total)
-    spread = rows.expand(B, H, *rows.shape[2:]).repeat_interleave(Hq // H, 1)
+    spread = rows if rows.shape[1] == Hq else rows.expand(B, H, *rows.shape[2:]).repeat_interleave(Hq // H, 1)
     position = position.expand(B, L)
     found = []
     for one in spread.unbind(-1):

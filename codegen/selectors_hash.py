@@ -47,3 +47,20 @@ def logs_of_counts(most: int, like: Tensor) -> Tensor:
     """Logarithms of 1 .. most behind one of 0, which stands for 1; float64 where `like` is."""
     counts = torch.arange(most + 1, device=like.device, dtype=torch.float64).clamp(min=1.0)
     return counts.log().to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def halves_of(bucket: Tensor, buckets: int, half: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Chunk of each token as a row and as a key of the halves of segments of 2 * half tokens, -1 and -2 for none.
+
+    bucket: (..., L). Keys are those of first halves, all complete, sorted by bucket and cut into chunks; rows those of
+    the second halves behind them, sorted and spread over as many chunks.
+    """
+    L, device = bucket.shape[-1], bucket.device
+    at = torch.arange(L, device=device)
+    own, segment = at // half, at // (2 * half)
+    rank = ranks(own * buckets + bucket) - own * half
+    chunks, rows = -(-half // chunk), (L - own * half).clamp(max=half)
+    second = own % 2 == 1
+    behind = ~second & ((own + 1) * half < L)
+    of_rows = torch.where(second, segment * chunks + rank * chunks // rows, -1)
+    return of_rows, torch.where(behind, segment * chunks + rank // chunk, -2)

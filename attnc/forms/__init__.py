@@ -25,6 +25,7 @@ from attnc.forms.gated_blocks import GatedBlocks
 from attnc.forms.generated import BAR, IN
 from attnc.forms.gist_blocks import GistBlocks
 from attnc.forms.hash_buckets import HashBuckets
+from attnc.forms.hash_halves import HashHalves
 from attnc.forms.head_policies import HeadPolicies
 from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.kept_tiles import KeptTiles
@@ -90,6 +91,7 @@ FORMS: tuple[type[Form], ...] = (
     HeadPolicies,
     KeyImportance,
     HashBuckets,
+    HashHalves,
     TokenGroups,
     SpansSearch,
     Chunked,

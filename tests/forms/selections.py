@@ -172,6 +172,14 @@ SETTINGS = (
         rules=("plain",),
         looks_ahead=True,
     ),
+    Setting(
+        "hash_halves{least=16,chunk=8,samples=5,buckets=16,sinks=2,window=5}",
+        "hash_halves{least=16,chunk=8,samples=256,buckets=16}",
+        "hash_halves{least=16,chunk=8,samples=9,buckets=16,sinks=2,window=5}",
+        ("causal", "documents"),
+        looks_ahead=True,
+        repeats=True,
+    ),
     *(
         Setting(
             f"token_groups{{top_k={top_k},window={window},{more}}}",
