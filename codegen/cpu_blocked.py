@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -21,7 +22,7 @@ from attnc.codegen.cpu_composed import composed
 from attnc.codegen.cpu_flash import Part, flash
 from attnc.codegen.cpu_groups import Group, grouped, is_run
 from attnc.codegen.cpu_scores import additive, constant_bias, factor_of, is_zero
-from attnc.codegen.tiles import blocks, visited
+from attnc.codegen.tiles import blocks, decided, kept_keys, visited
 from attnc.expr import Expr, I, J, add, const
 from attnc.operands import Operands
 from attnc.predicate import rebuild
@@ -48,6 +49,22 @@ class Problem:
     @property
     def S(self) -> int:  # noqa: N802  the house's name of the key length
         return self.given.key.shape[2]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the bounds of a mask are taken over, beside rows and keys."""
+        sizes = tuple(self.given.sizes) if all(isinstance(n, int) for n in self.given.sizes) else ()
+        return {"B": self.query.shape[0], "Hq": self.query.shape[1], "sizes": sizes}
+
+    def span(self, group: Group) -> tuple[int, int]:
+        """The first row of a group, and where the last one ends."""
+        return group.rows[0] * self.block_m, min((group.rows[-1] + 1) * self.block_m, self.query.shape[2])
+
+    def keep(self, group: Group, at: Sequence[int]) -> Expr:
+        """The mask at positions `at` of the group's visits, without what is the same throughout."""
+        seen = [row[n] for row in group.cols for n in at if row[n] >= 0]
+        keys = min(seen) * self.block_n, min((max(seen) + 1) * self.block_n, self.S)
+        return decided(self.rule.keep, self.span(group), keys, **self.facts)
 
     @property
     def ragged(self) -> int | None:
@@ -116,16 +133,18 @@ def _run(p: Problem, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
     if bias is None:
         out, lse = _composed(p, group, query, rows, len(full) == group.width, sink)
     else:
+        parts = _still(p, group, rows, bias)
+        moving = range(group.still, group.width)
+        full = [n for n in full if n in moving]
         # Merging two parts costs about as much as masking a thousand keys.
         split = (
             is_zero(bias)
-            and 2 * len(full) >= group.width
-            and (len(full) == group.width or len(full) * p.block_n >= 1024)
+            and 2 * len(full) >= len(moving)
+            and (len(full) == len(moving) or len(full) * p.block_n >= 1024)
         )
-        parts = []
         if split:
             parts.append(Part(*_keys(p, group, full)))
-        rest = [n for n in range(group.width) if not (split and n in full)]
+        rest = [n for n in moving if not (split and n in full)]
         if rest:
             mask = _mask(p, group, rest, rows, bias)
             parts.append(Part(*_keys(p, group, rest), mask))
@@ -140,6 +159,20 @@ def _run(p: Problem, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
         return out, lse
     out = out.view(B, nb, Hq, -1, out.shape[-1]).transpose(2, 3).reshape(B, -1, Hq, out.shape[-1]).transpose(1, 2)
     return out, lse.view(B, nb, Hq, -1).transpose(1, 2).reshape(B, Hq, -1)
+
+
+def _still(p: Problem, group: Group, rows: torch.Tensor, bias: Expr) -> list[Part]:
+    """The keys that all query blocks see while the others move along, no more of each run than some row keeps."""
+    nb, parts = len(group.rows), []
+    for lo, hi in _runs(group.cols[0][: group.still]):
+        first, end, whole = kept_keys(p.rule.keep, p.span(group), (lo * p.block_n, min(hi * p.block_n, p.S)), **p.facts)
+        if first == end:
+            continue
+        cols = torch.arange(first, end, device=p.query.device)[None]
+        mask = None if whole and is_zero(bias) else _added(p, rows, cols, p.rule.keep, bias, nb)
+        key, value = (t.narrow(2, first, end - first).unsqueeze(1) for t in (p.given.key, p.given.value))
+        parts.append(Part(*(t.expand(-1, nb, -1, -1, -1).flatten(0, 1) for t in (key, value)), mask))
+    return parts
 
 
 def _nothing(p: Problem, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,7 +235,7 @@ def _gathered(p: Problem, group: Group, at: list[int], table: torch.Tensor) -> t
         table = F.pad(table, (0, 0, 0, count * bn - S))
     table = table.unflatten(2, (count, bn))  # (B, H, count, bn, E)
     step = group.step
-    if step is not None:
+    if step is not None and min(at) >= group.still:
         firsts = [group.cols[0][n] for n in at]
         if is_run(firsts):
             view = windows(table.flatten(2, 3), firsts[0] * bn, len(at) * bn, step * bn, nb)
@@ -236,7 +269,7 @@ def _columns(p: Problem, group: Group, at: list[int]) -> tuple[torch.Tensor, tor
         seen = [group.cols[0][n] for n in at]
         pieces = [torch.arange(lo * bn, min(hi * bn, p.S), device=device) for lo, hi in _runs(seen)]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
-    if group.step is not None:
+    if group.step is not None and min(at) >= group.still:
         firsts = torch.cat([index + group.cols[0][n] * bn for n in at])
         moves = torch.arange(len(group.rows), device=device) * (group.step * bn)
         cols = firsts + moves[:, None]
@@ -247,10 +280,10 @@ def _columns(p: Problem, group: Group, at: list[int]) -> tuple[torch.Tensor, tor
     return (cols.clamp(max=p.S - 1), cols < p.S) if dead else (cols, None)
 
 
-def _repeats(p: Problem, group: Group, e: Expr) -> bool:
-    """Whether `e` is the same on every block of the group, moved along."""
+def _repeats(p: Problem, group: Group, e: Expr, at: Sequence[int]) -> bool:
+    """Whether `e` is the same at visits `at` of every block of the group, moved along."""
     step = group.step
-    if step is None or group.stride is None or e.has("load"):
+    if step is None or group.stride is None or e.has("load") or min(at) < group.still:
         return False
     along = {I: add(I, const(group.stride * p.block_m)), J: add(J, const(step * p.block_n))}
     return rebuild(e, along.get) == e
@@ -283,12 +316,20 @@ def merged(t: torch.Tensor, B: int, nb: int) -> torch.Tensor:
 
 def _mask(p: Problem, group: Group, at: list[int], rows: torch.Tensor, bias: Expr) -> torch.Tensor:
     cols, exist = _columns(p, group, at)
-    if exist is None and _repeats(p, group, p.rule.keep) and _repeats(p, group, bias):
+    keep = p.keep(group, at)
+    if exist is None and _repeats(p, group, keep, at) and _repeats(p, group, bias, at):
         rows, cols = rows[:1], cols[:1]
-    keep = value_at(p.given, p.rule.keep, rows, cols)
+    return _added(p, rows, cols, keep, bias, 1 if group.shared else len(group.rows), exist)
+
+
+def _added(
+    p: Problem, rows: torch.Tensor, cols: torch.Tensor, mask: Expr, bias: Expr, nb: int,
+    exist: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """What is added to the scores of `rows` and `cols`, -inf where nothing is kept."""
+    keep = value_at(p.given, mask, rows, cols)
     keep = keep if exist is None else keep & exist.view(1, exist.shape[0], 1, 1, -1)
     added = None if is_zero(bias) else value_at(p.given, bias, rows, cols)
-    nb = 1 if group.shared else len(group.rows)
     return merged(additive(keep, added, p.query.dtype), p.query.shape[0], nb)
 
 
@@ -310,8 +351,9 @@ def _composed(
 
     keep: torch.Tensor | bool = True
     if not full or exist is not None:
-        same = exist is None and _repeats(p, group, p.rule.keep)
-        keep = value_at(p.given, p.rule.keep, rows[:1] if same else rows, cols[:1] if same else cols)
+        mask = p.keep(group, at)
+        same = exist is None and _repeats(p, group, mask, at)
+        keep = value_at(p.given, mask, rows[:1] if same else rows, cols[:1] if same else cols)
         keep = keep if exist is None else keep & exist.view(1, exist.shape[0], 1, 1, -1)
         keep = merged(as_tensor(keep, query), B, nb)
     out, lse, _ = composed(query, key, value, score, keep, sink=None if sink is None else merged(sink, B, nb))

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
+from functools import cached_property, lru_cache
+from itertools import dropwhile, pairwise
 
 # Share of the tiles that may be added to save calls: each call is compiled and launched on its own.
 SPARE = 0.06
@@ -44,13 +44,20 @@ class Group:
         gaps = {b - a for a, b in pairwise(self.rows)}
         return 1 if not gaps else gaps.pop() if len(gaps) == 1 else None
 
-    @property
+    @cached_property
     def step(self) -> int | None:
-        """By how many key blocks the visits move from one row to the next, where that is the same throughout."""
+        """By how many key blocks the visits move from one row to the next, where that is the same throughout, but for
+        the first ones, which may stay where they are."""
         if self.shared or any(n < 0 for cols in self.cols for n in cols) or self.stride is None:
             return None
-        steps = {b - a for one, two in pairwise(self.cols) for a, b in zip(one, two, strict=True)}
+        moves = [{two[n] - one[n] for one, two in pairwise(self.cols)} for n in range(self.width)]
+        steps = set().union(*dropwhile(lambda found: found == {0}, moves))
         return steps.pop() if len(steps) == 1 and min(steps) > 0 else None
+
+    @cached_property
+    def still(self) -> int:
+        """How many of the visits, the first ones, are the same for all rows while the others move by `step`."""
+        return 0 if self.step is None else next(n for n in range(self.width) if self.cols[0][n] != self.cols[1][n])
 
     def tiles(self) -> int:
         return len(self.rows) * self.width

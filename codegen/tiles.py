@@ -17,8 +17,9 @@ from functools import lru_cache
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from attnc.expr import BOOL, FLOAT, Expr
+from attnc.expr import BOOL, FALSE, FLOAT, TRUE, Expr
 from attnc.intervals import Bound, bounds
+from attnc.predicate import rebuild
 from attnc.reading import Axis, read
 
 
@@ -182,3 +183,41 @@ def visited(
         tuple((n, full) for n, (seen, full) in enumerate(zip(row, whole, strict=True)) if seen)
         for row, whole in zip(may, must, strict=True)
     )
+
+
+@lru_cache(maxsize=512)
+def kept_keys(
+    keep: Expr, rows: tuple[int, int], keys: tuple[int, int], *, B: int = 1, Hq: int = 1, sizes: tuple[int, ...] = ()
+) -> tuple[int, int, bool]:
+    """Of keys (first, end) those that some of the rows (first, end) may keep, as a run, and whether all rows keep all
+    of it."""
+    with _disable_current_modes():
+        at = torch.arange(*keys)
+        box = {**_box(rows, keys, B, Hq), "j": (at, at)}
+        may, must = (torch.as_tensor(flag).expand(len(at)) for flag in bounds(keep, box, sizes) or (True, False))
+        some = at[may].tolist()
+        if not some:
+            return keys[0], keys[0], True
+        first, end = some[0], some[-1] + 1
+        return first, end, bool(must[first - keys[0] : end - keys[0]].all())
+
+
+@lru_cache(maxsize=512)
+def decided(
+    keep: Expr, rows: tuple[int, int], keys: tuple[int, int], *, B: int = 1, Hq: int = 1, sizes: tuple[int, ...] = ()
+) -> Expr:
+    """A mask that is the same for rows (first, end) and keys (first, end), without the comparisons that say the same of
+    all of them."""
+    box = _box(rows, keys, B, Hq)
+
+    def constant(x: Expr) -> Expr | None:
+        if x.op not in ("le", "eq", "le2", "eq2"):
+            return None
+        may, must = bounds(x, box, sizes) or (True, False)
+        return FALSE if not may else TRUE if must else None
+
+    return rebuild(keep, constant)
+
+
+def _box(rows: tuple[int, int], keys: tuple[int, int], B: int, Hq: int) -> dict[str, Bound]:
+    return {"b": (0, B - 1), "h": (0, Hq - 1), "i": (rows[0], rows[1] - 1), "j": (keys[0], keys[1] - 1)}

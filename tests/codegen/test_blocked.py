@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from attnc.codegen import cpu_blocked, cpu_scores
 from attnc.codegen.cpu_blocked import blocked
 from attnc.codegen.cpu_flash import Part, flash
 from attnc.forms.masked import reference
@@ -41,6 +44,26 @@ def agree(rule: AttentionRule, qkv: list[torch.Tensor], **schedule: int) -> None
 def test_few_calls_compute_the_same(text: str, limit: int) -> None:
     qkv = [draw(2, 4, 90, 16), draw(2, 2, 70, 16), draw(2, 2, 70, 16)]
     agree(AttentionRule.parse(text), qkv, block_m=16, block_n=16, limit=limit)
+
+
+@pytest.mark.parametrize("score", ["0.25 * s; sink=0.3", "9.0 * tanh(0.1 * s)", "0.25 * s - 0.01 * j"])
+def test_first_keys_and_a_band_compute_the_same_for_every_score(score: str) -> None:
+    rule = AttentionRule.parse(f"score={score}; keep=((j <= 19) or (i - j <= 20)) and j <= i")
+    agree(rule, [draw(2, 4, 150, 8), draw(2, 2, 150, 8), draw(2, 2, 150, 8)], block_m=16, block_n=8)
+
+
+def test_the_mask_of_a_band_behind_first_keys_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = AttentionRule.parse("score=0.25 * s; keep=((j <= 3) or (i - j <= 20)) and j <= i")
+    read = []
+
+    def additive(keep: torch.Tensor, *rest: Any) -> torch.Tensor:
+        read.append(keep.numel())
+        return cpu_scores.additive(keep, *rest)
+
+    monkeypatch.setattr(cpu_blocked, "additive", additive)
+    query, key, value = draw(1, 2, 4096, 8), draw(1, 1, 4096, 8), draw(1, 1, 4096, 8)
+    blocked(Operands(query, key, value, [], [], rule), block_m=16, block_n=8)
+    assert sum(read) <= 64 * 48 + 16 * 40  # the rows whose band begins among the first keys, and a tile of the others
 
 
 def test_a_wide_window_runs_in_two_parts() -> None:
