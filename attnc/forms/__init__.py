@@ -50,6 +50,7 @@ from attnc.forms.strided import Strided
 from attnc.forms.token_groups import TokenGroups
 from attnc.forms.token_top_k import TokenTopK
 from attnc.forms.vertical_slash import VerticalSlash
+from attnc.forms.z_order import ZOrder
 from attnc.region import form_name
 from attnc.rule_attention import AttentionRule
 from attnc.rule_recurrence import RecurrenceRule
@@ -94,6 +95,7 @@ FORMS: tuple[type[Form], ...] = (
     HashHalves,
     TokenGroups,
     SpansSearch,
+    ZOrder,
     Chunked,
     Scan,
     Step,

@@ -180,6 +180,12 @@ SETTINGS = (
         looks_ahead=True,
         repeats=True,
     ),
+    Setting(
+        "z_order{top_k=6,chunk=8,window=9,sinks=2}",
+        "z_order{top_k=256,chunk=8,window=8}",
+        "z_order{top_k=10,chunk=8,window=9,sinks=2}",
+        ("plain", "causal", "documents"),
+    ),
     *(
         Setting(
             f"token_groups{{top_k={top_k},window={window},{more}}}",
