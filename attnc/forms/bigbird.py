@@ -33,6 +33,7 @@ class BigBird(Narrowed):
     """
 
     name: ClassVar[str] = "bigbird"
+    counts_keys: ClassVar[bool] = True
     block: int = knob(64, 128, role="semantic", unit="tokens")
     window: int = knob(3, 5, 9, role="semantic", unit="blocks")
     globals: int = knob(1, 0, 2, role="semantic", unit="blocks")

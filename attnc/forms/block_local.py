@@ -26,6 +26,7 @@ class BlockLocal(Narrowed):
     """block: tokens of a block; back: neighbours on each side; globals: first tokens that attend and are attended."""
 
     name: ClassVar[str] = "block_local"
+    counts_keys: ClassVar[bool] = True
     block: int = knob(512, 128, 256, 1024, role="semantic", unit="tokens")
     back: int = knob(0, 1, 2, role="semantic", unit="blocks")
     globals: int = knob(0, 16, role="semantic", unit="tokens")

@@ -50,6 +50,7 @@ class Neighborhood(Narrowed):
     """
 
     name: ClassVar[str] = "neighborhood"
+    counts_keys: ClassVar[bool] = True
     grid: str = knob("line", role="semantic", unit="sizes as 12x10", pattern=NUMBERS)
     kernel: str = knob("255", "127", "511", role="semantic", unit="sizes as 7x7", pattern=NUMBERS)
     stride: str = knob("1", "64", role="semantic", unit="steps as 2x2", pattern=NUMBERS)

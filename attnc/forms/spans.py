@@ -30,6 +30,7 @@ class Spans(Narrowed):
     """heads: sinks/window of runs of heads, as "4/1024:64/512+5%:all"; each entry serves as many query heads."""
 
     name: ClassVar[str] = "spans"
+    counts_keys: ClassVar[bool] = True
     heads: str = knob(
         "4/1024",
         "64/512+5%",

@@ -18,7 +18,7 @@ from attnc.forms.bigbird import BigBird
 from attnc.forms.dense import Dense
 from attnc.forms.flash import Flash
 from attnc.forms.masked import reference
-from attnc.forms.narrowed import Frame, Narrowed, frame_of
+from attnc.forms.narrowed import Frame, Narrowed, frame_of, region_of
 from attnc.operands import Operands
 from attnc.predicate import conjunction
 from attnc.region import AttentionRegion
@@ -149,15 +149,10 @@ def test_more_budget_never_removes_a_key(setting: Setting) -> None:
 
 
 def kept(form: Narrowed, given: Operands) -> torch.Tensor:
-    at = frame_of(given.rule, shape_of(given))
+    at = frame_of(region_of(given))
     assert isinstance(at, Frame)
     keep = given.tensor(conjunction(given.rule.keep, form.pattern(at)))
     return keep.expand(*given.query.shape[:3], given.key.shape[2])
-
-
-def shape_of(given: Operands) -> AttentionShape:
-    (B, Hq, L, E), (_, H_, S, _) = given.query.shape, given.key.shape
-    return AttentionShape(B, Hq, H_, L, S, E, given.value.shape[-1])
 
 
 def one_of_each_form():
@@ -302,10 +297,11 @@ def test_a_refusal_is_a_sentence(spelling: str, where: AttentionRegion, says: st
     assert why is not None and says in why and why.endswith(".")
 
 
-def test_symbolic_lengths_are_refused_and_their_neighbours_are_not() -> None:
+def test_symbolic_lengths_are_refused_by_patterns_that_count_keys_alone() -> None:
     where = region()
     moving = replace(where, shape=replace(where.shape, symbols={"L": "s0", "S": "s0"}))
-    assert "dynamic=False" in form_of("sliding_window").refuse(moving)
+    assert "dynamic=False" in form_of("neighborhood{grid=64x64,kernel=7}").refuse(moving)
+    assert form_of("sliding_window").refuse(moving) is None and not form_of("sliding_window").is_exact(moving)
     for spelling in ("sliding_window", "sinks_window", "longformer", "neighborhood{grid=64x64,kernel=7}"):
         for one in (where, region(rule="empty=never"), replace(where, training=True), replace(where, device="cuda")):
             assert form_of(spelling).refuse(one) is None
