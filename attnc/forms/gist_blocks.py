@@ -51,6 +51,8 @@ class GistBlocks(BlockMixture):
         s = region.shape
         if self.gists > self.block:
             return f"gist_blocks holds its gists in blocks, found {self.gists} in blocks of {self.block}; use fewer."
+        if not self.gists and not s.has_lengths:
+            return f"gist_blocks{{gists=0}} takes summaries of one length, found {s.text('S')} keys; use dynamic=False."
         found, wanted = dict(region.weights).get("summaries"), (s.B, s.H, -(-s.S // self.block), s.E)
         if self.gists or (found is not None and tuple(found) == wanted):
             return super().unfit(region)

@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnc.codegen.key_lists import NONE, KeyLists, listed
-from attnc.codegen.selectors_hash import buckets_of, ranks, sampled_columns
+from attnc.codegen.selectors_hash import buckets_of, logs_of_counts, ranks, sampled_columns
 from attnc.cost_models.cost import Work
+from attnc.errors import UsageError
 from attnc.expr import BOOL, FLOAT, INT, ZERO, B, Expr, H, I, J, add, const, load, mod, sub
 from attnc.forms.base import knob
 from attnc.forms.selected import Selected, divided
@@ -76,10 +77,24 @@ class HashBuckets(Selected):
         """The places of all rows, then of all keys."""
         rounds = self.turns(given.key.shape[2])
         if self.hash == "given":
-            place = ranks(given.captured[-1][:, :, :rounds])
+            place = ranks(self._given(given))
             return torch.cat([place, place], -1)
         query, key = (ranks(buckets_of(x, self.hash, self.buckets, rounds, self.seed)) for x in given[:2])
         return torch.cat([query, key.repeat_interleave(given.group, 1)], -1)
+
+    def _given(self, given: Operands) -> Tensor:
+        """The buckets of the call. Raises: UsageError where they are no numbers of these tokens."""
+        (B, Hq, L, _), rounds = given.query.shape, self.turns(given.key.shape[2])
+        found = given.captured[-1] if given.captured else None
+        if found is not None and found.dim() == 4 and not found.is_floating_point():
+            found = found[:, :, :rounds]
+            if tuple(found.shape) == (B, Hq, rounds, L):
+                return found
+        seen = "none" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
+        raise UsageError(
+            f"hash_buckets{{hash=given,rounds={self.rounds}}}: buckets are {seen}, allowed are integers of shape "
+            f"(B, Hq, rounds, L) = {(B, Hq, rounds, L)}. Pass them behind the captured tensors of the rule."
+        )
 
     def narrowed(self, chosen: Tensor, given: Operands) -> Operands:
         return self._ruled(chosen, given, held=False)
@@ -95,7 +110,7 @@ class HashBuckets(Selected):
         apart = [mod(sub(one, other), const(rounds * chunks)) for one in places[0] for other in places[1]]
         found = [le(a, const(self.before)) for a in apart]
         count = add(*(where(f, const(1), const(0)) for f in found))
-        logs = _logs(rounds * rounds + 2, given.key)
+        logs = logs_of_counts(rounds * rounds + 2, given.key)
 
         def log(times: Expr) -> Expr:
             return load(slot + 3, (times,), FLOAT)
@@ -158,9 +173,15 @@ class HashBuckets(Selected):
             return f"hash_buckets sorts as many rows as keys, found {s.text('L')} x {s.text('S')}; use token_top_k."
         if self.buckets < 2 or self.buckets & (self.buckets - 1):
             return f"hash_buckets takes a power of two of buckets, found {self.buckets}; use 64."
-        if self.hash == "given" and "buckets" not in dict(region.weights):
-            return "hash_buckets{hash=given} needs buckets (B, Hq, rounds, L) of the call; use hash=rotation."
-        return None
+        if self.hash != "given":
+            return None
+        found = tuple(dict(region.weights).get("buckets", ()))
+        if len(found) == 4 and found[2] >= self.rounds and (*found[:2], found[3]) == (s.B, s.Hq, s.L):
+            return None
+        return (
+            f"hash_buckets{{hash=given}} needs buckets (B, Hq, rounds, L) = {(s.B, s.Hq, self.rounds, s.L)} of the "
+            f"call, found {found or 'none'}; use hash=rotation."
+        )
 
     def pairs(self, region: AttentionRegion) -> float:
         s = region.shape
@@ -175,12 +196,6 @@ class HashBuckets(Selected):
 
     def keeps_all(self, region: AttentionRegion) -> bool:
         return self.chunk >= region.shape.S or self.samples >= region.shape.S
-
-
-def _logs(most: int, like: Tensor) -> Tensor:
-    """Logarithms of 1 .. most behind one of 0, which stands for 1."""
-    counts = torch.arange(most + 1, device=like.device, dtype=torch.float64).clamp(min=1.0)
-    return counts.log().to(torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
 def _cut(place: Tensor, chunk: int) -> Tensor:

@@ -62,7 +62,7 @@ class HashHalves(Selected):
 
     def unfit(self, region: AttentionRegion) -> str | None:
         s, keep = region.shape, region.rule.keep
-        if not s.is_static or s.L != s.S:
+        if not s.has_lengths or s.L != s.S:
             return (
                 f"hash_halves halves as many rows as keys, their number known at compile time, found {s.text('L')} x "
                 f"{s.text('S')}; use token_top_k."

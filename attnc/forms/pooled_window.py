@@ -68,10 +68,10 @@ class PooledWindow(PooledKeys):
 
     def unfit(self, region: AttentionRegion) -> str | None:
         s = region.shape
-        if region.rule.keep == TRUE and s.L not in (1, s.S):
+        if region.rule.keep == TRUE and s.text("L") != "1" and not s.is_square:
             return (
-                f"pooled_window needs the positions of queries among the keys, found {s.L} queries of {s.S} keys "
-                "without a causal mask; leave it as written."
+                f"pooled_window needs the positions of queries among the keys, found {s.text('L')} queries of "
+                f"{s.text('S')} keys without a causal mask; leave it as written."
             )
         return super().unfit(region)
 

@@ -64,6 +64,8 @@ class TokenGroups(Selected):
 
     def unfit(self, region: AttentionRegion) -> str | None:
         s, name = region.shape, self.tensor_name
+        if self.by == "given" and not s.has_lengths:
+            return f"token_groups{{by=given}} takes scores of one length, found {s.text('S')} keys; use dynamic=False."
         found = tuple(dict(region.weights).get(name, ()))
         wanted, text = ((s.H, "G", s.E), "(H, G, E)") if self.by == "key" else ((s.B, s.S, "G"), "(B, S, G)")
         if len(found) == 3 and all(w in ("G", n) for w, n in zip(wanted, found, strict=True)):
