@@ -183,9 +183,9 @@ def enter(entrance: Callable[..., Any], tx: Any, fn: Any, args: Any, kwargs: Any
     trace = _TRACES.setdefault(tx.output.tracing_context, Trace())
     path = path_in(tx.nn_module_stack)
     if function.__code__.co_name != function.__name__:  # a decorator's wrapper: who does the work?
-        before = trace.hits.get(hook, 0)
+        before = sum(trace.hits.values())  # the other library may have a row too
         result = entrance(tx, fn, args, kwargs, *rest, **options)
-        if trace.hits.get(hook, 0) == before and not _refused(trace, hook):
+        if sum(trace.hits.values()) == before and not _refused(trace, hook):
             trace.named.append(_supplied(hook, function, path))
         return result
     why = _why_not(hook, function, args, kwargs, trace)
@@ -363,7 +363,8 @@ def _patches(name: str, module: Any) -> list[str]:
     """Functions of the table in `module` whose work is done by what was defined outside of their library."""
     held = getattr(module, "__dict__", {})
     rows = [h for last, rows in _rows(HOOKS).items() if last in held for h in rows if h.names(name, last)]
-    made = {h: [str(getattr(f, "__module__", None)) for f in _workers(held[h.name])] for h in rows}
+    known = {h: [f for f in _workers(held[h.name]) if not isinstance(f, FunctionType) or not hook_of(f)] for h in rows}
+    made = {h: [str(getattr(f, "__module__", None)) for f in makers] for h, makers in known.items()}
     return [
         f"hook {hook.name}: in {name} it is supplied by {maker}; its calls are left to it"
         for hook, makers in made.items()

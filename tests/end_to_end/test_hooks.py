@@ -303,6 +303,18 @@ def test_an_op_that_another_library_supplies_is_named_and_left_to_it(library: ty
         assert_close(with_attnc(model, x), model(x))
 
 
+def test_an_op_that_a_library_of_the_table_supplies_is_substituted(
+    library: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = types.ModuleType(f"kernels{next(COUNT)}")
+    exec(LIBRARY, kernels.__dict__)
+    monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
+    table(monkeypatch, *hooks.HOOKS, Hook("kernels*", "slow", fast, small))
+    library.wrapped.__closure__[0].cell_contents = kernels.slow
+    report = attnc.explain(lambda x: library.wrapped(x, 2), torch.randn(2, 4))
+    assert not report.unmatched and not report.notes
+
+
 @pytest.fixture(autouse=True)
 def table_restored() -> Iterator[None]:
     yield
