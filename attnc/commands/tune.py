@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from attnc.batches import stream_of
 from attnc.budget import checked_limit, told
 from attnc.calibration import Calibration
 from attnc.commands.target import (
@@ -104,7 +105,7 @@ def command(problems_of: ProblemsOf) -> Callable[..., None]:
         asks = bool(allow or data or calibration or plan)
         approximate = _approximations(names, allow or [], max_error, data, calibration) if asks else None
         with contextlib.redirect_stdout(sys.stderr):  # standard output belongs to the result
-            call = _call(target, inputs or [], length, train)
+            call, approximate = _given(_call(target, inputs or [], length, train), approximate)
             problems = problems_of(call, names, options)
             records = _tuned(problems, asked, Records(kept / "records"))
             made = None if approximate is None else _plan(call, names[0], train, approximate, options)
@@ -149,11 +150,11 @@ def _call(target: str, inputs: list[str], length: int | None, train: bool) -> Ca
 
 @dataclass(frozen=True)
 class Approximations:
-    """What the options --allow, --max-error, --data and --calibration say."""
+    """What the options --allow, --max-error, --data and --calibration say; data: what --data names, once loaded."""
 
     allow: tuple[str, ...]
     max_error: float
-    data: str | None
+    data: Any
     calibration: Calibration | None
 
 
@@ -170,11 +171,23 @@ def _approximations(
     return Approximations(tuple(names), checked_limit(max_error), data, known)
 
 
+def _given(call: Call, asked: Approximations | None) -> tuple[Call, Approximations | None]:
+    """The call, with the first of the data as its inputs where it has none, and `asked` with its data loaded."""
+    if asked is None or asked.data is None:
+        return call, asked
+    data = load_data(asked.data)
+    data = list(data) if isinstance(data, Iterator) else data  # read again below
+    if not call.args and not call.kwargs and isinstance(call.model, torch.nn.Module):
+        args, kwargs = next(stream_of(data, "tune"))
+        call = replace(call, args=args, kwargs=kwargs)
+    return call, replace(asked, data=data)
+
+
 def _plan(call: Call, device: str, train: bool, given: Approximations, options: Options) -> Plan:
     """The plan that follows from the records."""
     asked: dict[str, Any] = {"allow": given.allow, "max_error": given.max_error, "calibration": given.calibration}
     if given.data is not None:
-        asked["data"] = load_data(given.data)
+        asked["data"] = given.data
     with torch.set_grad_enabled(train):
         return autotune(call.model, *call.args, device=device, trials=0, options=options, **asked, **call.kwargs)
 
