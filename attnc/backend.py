@@ -26,6 +26,7 @@ from attnc.passes.apply import apply_choices
 from attnc.passes.capture import ambient_autocast_off, device_of
 from attnc.passes.choose import checked_forms
 from attnc.passes.hooks import table as hooks
+from attnc.passes.lengths import guard_choices
 from attnc.passes.pipeline import Analysis, analyse
 from attnc.region import AS_WRITTEN
 from attnc.report import Report
@@ -88,6 +89,8 @@ def _rewritten(
     analysis = Analysis(None)
     try:
         analysis = analyse(gm, example_inputs, options)
+        if options.plan is None and options.force is None:
+            guard_choices(analysis)
         return analysis, apply_choices(analysis, gm, options) if analysis.gm is not None else None
     except Exception as exc:  # a fault of attnc's must not stop a model that runs without it
         if options.strict and isinstance(exc, AttncError):

@@ -34,7 +34,8 @@ class Choice:
            measured in float64 on the user's data, the worst of the batches; row_error: that of the worst single row.
     low_s, high_s: the interval of predicted_s; both or none.
     mass, kept: of an approximation that drops pairs, the share of the exact probabilities that it keeps, and of pairs.
-    pays_from: the length from which an approximation is predicted to be faster than what is written.
+    pays_from: the length from which an approximation is predicted to be faster than what is written; where nothing is
+    rewritten, that from which something would be.
     """
 
     form: str

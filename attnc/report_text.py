@@ -94,7 +94,7 @@ def _measured(choice: Choice) -> Iterator[str]:
     """What is known of an approximation."""
     shares = ("error", choice.error), ("worst row", choice.row_error), ("mass", choice.mass), ("kept", choice.kept)
     yield from (f"{name} {share:.3g}" for name, share in shares if share is not None)
-    if choice.pays_from is not None:
+    if choice.pays_from is not None and choice.rewrites:
         yield f"pays from {choice.pays_from}"
 
 

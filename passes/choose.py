@@ -123,14 +123,15 @@ def _choose(
         at = crossover(region, allowed, allow, device)
         when = f"; from length {at} on it would" if at is not None else ""
         figures = f"{_milliseconds(time)} against {_milliseconds(written)} as written"
-        reason = f"{best.spell()} is not predicted to pay ({figures}){when}"
+        reason = f"{best.spell()} is not predicted to pay{_example(region)} ({figures}){when}"
         return Choice(
-            AS_WRITTEN, reason, written, written, refused, offered, low_s=as_written.low, high_s=as_written.high
-        )
+            AS_WRITTEN, reason, written, written, refused, offered, low_s=as_written.low, high_s=as_written.high,
+            pays_from=at,
+        )  # fmt: skip
     is_tuned = record is not None and best == record[0]
     found = record[1] if record is not None and is_tuned else best.estimate(region, device)
     by = "tuned, " if is_tuned else ""
-    reason = f"{by}predicted {written / time:.1f}x faster than as written on {device.name}"
+    reason = f"{by}predicted {written / time:.1f}x faster than as written on {device.name}{_example(region)}"
     exact = best.is_exact(region)
     reason += "" if exact else f"; {best.name} is an approximation by name"
     least = None if exact else pays_from(best, region, device)
@@ -150,6 +151,12 @@ def _unfit(region: AttentionRegion) -> str | None:
     if region.device not in DEVICES:
         return f"no form is lowered for {region.device} yet, only for {', '.join(DEVICES)}"
     return None
+
+
+def _example(region: AttentionRegion) -> str:
+    """For which lengths figures are where others may come."""
+    s = region.shape
+    return "" if s.has_lengths else f" at the example's {s.L} x {s.S}"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -38,6 +38,7 @@ from attnc.forms.generated import DTYPES
 from attnc.forms.masked import SETTLED, reference, settle_empty
 from attnc.forms.narrowed import gpu_here, region_of
 from attnc.forms.selected_lists import Layout, best_lists, knobs_of, list_seconds, list_settings, text_of
+from attnc.forms.selected_lists import unfit as unwalked
 from attnc.operands import Operands
 from attnc.predicate import conjunction, distances
 from attnc.region import ITEM_BYTES, AttentionRegion
@@ -187,10 +188,11 @@ class Selected(AttentionForm):
         return self.narrowed(chosen, given)
 
     def gpu(self, given: Operands) -> tuple[Tensor, Tensor]:
-        kernel, gpu = self.kernel, gpu_here()
+        kernel, gpu, region = self.kernel, gpu_here(), region_of(given)
+        if kernel == BEST and not region.shape.is_static and unwalked(region) is None:
+            return self.cpu(given)  # one operator: what chooses sees the sizes of the run, and guards none
         if kernel == BEST:
-            is_known = gpu is not None and all(isinstance(n, int) for t in given[:3] for n in t.shape)
-            kernel = self._on_gpu(region_of(given), gpu)[1] if gpu is not None and is_known else TABLE
+            kernel = TABLE if gpu is None else self._on_gpu(region, gpu)[1]
         if kernel == TABLE:
             return ON_GPU.gpu(self.kept(given))
         return replace(self, kernel=kernel).cpu(given)  # the same operator, which looks where its tensors lie
