@@ -26,6 +26,7 @@ from attnc.forms.generated import BAR, IN
 from attnc.forms.gist_blocks import GistBlocks
 from attnc.forms.hash_buckets import HashBuckets
 from attnc.forms.hash_halves import HashHalves
+from attnc.forms.head_blocks import HeadBlocks
 from attnc.forms.head_policies import HeadPolicies
 from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.kept_tiles import KeptTiles
@@ -79,6 +80,7 @@ FORMS: tuple[type[Form], ...] = (
     Spans,
     BlockMixture,
     GistBlocks,
+    HeadBlocks,
     BlockScores,
     GatedBlocks,
     Rectified,

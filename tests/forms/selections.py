@@ -83,6 +83,12 @@ SETTINGS = (
             ("gists=0,share=group", _summaries, ("causal",)),
         )
     ),
+    Setting(
+        "head_blocks{sizes=8:16,budget=32,sinks=4}",
+        "head_blocks{sizes=8:16,budget=256}",
+        "head_blocks{sizes=8:16,budget=48,sinks=4}",
+        ("plain", "causal"),
+    ),
     *(
         Setting(
             f"block_scores{{rows=16,block=8,top_k=5,{more}}}",
