@@ -22,6 +22,11 @@ def build() -> tuple[nn.Module, tuple[torch.Tensor]]:
     return model, (x,)
 
 
+def bare() -> nn.Module:
+    """A model without inputs."""
+    return made(12)[0]
+
+
 def batches() -> list[torch.Tensor]:
     return drawn(L, L)
 
@@ -43,9 +48,10 @@ def shell(*arguments: str):
     return CliRunner().invoke(app, [*arguments])
 
 
-def test_the_shell_makes_the_same_plan(tmp_path: Path) -> None:
+@pytest.mark.parametrize("factory", ["build", "bare"])
+def test_the_shell_makes_the_same_plan_from_inputs_and_from_data_alone(factory: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    found = shell(*SHELL, "--plan", str(file), "--json")
+    found = shell(f"tests.commands.test_tune_plan:{factory}", *SHELL[1:], "--plan", str(file), "--json")
     assert found.exit_code == 0, found.output
     plan = Plan.from_json(file.read_text())
     assert plan.choices == autotuned(*made(12), data=batches()).choices
