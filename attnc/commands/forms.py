@@ -1,4 +1,4 @@
-"""`attnc forms`: the ways attnc can compute a region, their knobs, and where they come from."""
+"""`attnc forms`: the ways attnc can compute a region, their knobs, systems that they are, and systems that none is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attnc.forms import FORMS, Form, form_named
+from attnc.forms.sparse_systems import REFUSED, systems_of
 
 
 def run(
@@ -25,6 +26,10 @@ def run(
         knobs = [f"{k} ({knob.role}): {', '.join(map(str, knob.choices))}" for k, knob in form().knobs().items()]
         table.add_row(form.name, _told(form).partition("\n")[0], "\n".join(knobs) or "none")
     Console().print(table)
+    refused = Table("sparse system", "why no form is it")
+    for system in REFUSED:
+        refused.add_row(system.name, system.why)
+    Console().print(refused)
 
 
 def _told(form: type[Form]) -> str:
@@ -32,5 +37,6 @@ def _told(form: type[Form]) -> str:
 
 
 def _page(form: type[Form]) -> str:
-    """The form's own file says it best: formula, source, when it is exact; then the default spelling."""
-    return f"{form().spell()}\n\n{_told(form)}"
+    """The default spelling; then the form's own file: formula, source, when it is exact; then systems as settings."""
+    systems = [f"{s.name}: {s.spelling}{f' ({s.around})' if s.around else ''}" for s in systems_of(form.name)]
+    return "\n\n".join([form().spell(), _told(form), *(["\n".join(systems)] if systems else [])])
