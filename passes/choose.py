@@ -264,16 +264,15 @@ def pays_from(form: Form, region: AttentionRegion, device: Device) -> int | None
     longest of LENGTHS is.
 
     A form that pays at one length pays at all longer ones: LENGTHS are bisected, and between two of them the ratio of
-    both times is taken to be a power of the length.
+    both times is taken to be a power of the length. Kernels are in the setting that is best for `region`.
     """
+    taken = form.by_length(region, device)
 
     @cache
     def gain(length: int) -> float:
         """Predicted time of the form over that as written; infinite where the form refuses."""
         there = _at_length(region, length)
-        if form.refuse(there) is not None or form.misfit(there, device) is not None:
-            return math.inf
-        return form.seconds(there, device) / written_seconds(there, device)
+        return taken(there) / written_seconds(there, device)
 
     own = max(region.shape.L, region.shape.S)
     lengths = sorted({*LENGTHS, own})

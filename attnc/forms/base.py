@@ -7,9 +7,10 @@ Source: the pass and its spelling as in xDSL (`xdsl/passes.py`); knobs as values
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -90,6 +91,18 @@ class Form(ABC):
         if isinstance(device, Gpu):
             return self.gpu_seconds(region, device)
         return seconds(self.cost(region, device), device, region.dtype)
+
+    def by_length(self, region: Any, device: Device) -> Callable[[Any], float]:
+        """`seconds` of regions that differ from `region` in length alone, inf where the form does not apply.
+
+        For asking at many lengths: what is searched for `region` serves the others.
+        """
+
+        def taken(other: Any) -> float:
+            applies = self.refuse(other) is None and self.misfit(other, device) is None
+            return self.seconds(other, device) if applies else math.inf
+
+        return taken
 
     def estimate(self, region: Any, device: Device) -> Estimate:
         """`seconds` with the interval that holds about 80% of measured times of predictions of its sort."""

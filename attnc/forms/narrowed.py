@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
@@ -161,6 +162,18 @@ class Narrowed(AttentionForm):
         form, narrowed = self._lowered(region, gpu)
         return form.gpu_estimate(narrowed, gpu)
 
+    def by_length(self, region: AttentionRegion, device: Device) -> Callable[[AttentionRegion], float]:
+        found = _exact_forms(self.narrow(region), device)
+
+        def taken(other: AttentionRegion) -> float:
+            if self.refuse(other) is not None:
+                return math.inf
+            there = self.narrow(other)
+            fit = (form for form in found if form.refuse(there) is None and form.misfit(there, device) is None)
+            return min((form.seconds(there, device) for form in fit), default=math.inf)
+
+        return taken
+
     def _lowered(self, region: AttentionRegion, device: Device) -> tuple[AttentionForm, AttentionRegion]:
         found = self.lowered(region, device)
         if found is None:
@@ -278,13 +291,14 @@ def _keeps_all(pattern: Expr, keep: Expr, B: int, Hq: int, L: int, S: int) -> bo
 @lru_cache(maxsize=1024)
 def _fastest(region: AttentionRegion, device: Device) -> AttentionForm | None:
     """The exact form of least predicted time, the earlier one where two are alike."""
-    offers: list[tuple[float, int, Form]] = []
-    for start in EXACT[region.device]:
-        for form in start.space(region, device)[:1]:
-            offers.append((form.seconds(region, device), len(offers), form))
-    found = min(offers)[2] if offers else None
-    assert found is None or isinstance(found, AttentionForm)
-    return found
+    return min(_exact_forms(region, device), key=lambda form: form.seconds(region, device), default=None)
+
+
+@lru_cache(maxsize=1024)
+def _exact_forms(region: AttentionRegion, device: Device) -> tuple[AttentionForm, ...]:
+    """Each exact form that applies, in its best setting."""
+    found = [form for start in EXACT[region.device] for form in start.space(region, device)[:1]]
+    return tuple(form for form in found if isinstance(form, AttentionForm))
 
 
 def region_of(given: Operands) -> AttentionRegion:

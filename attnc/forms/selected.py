@@ -17,7 +17,7 @@ Exact:  where the knobs keep every key. An approximation by name elsewhere, take
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -161,6 +161,14 @@ class Selected(AttentionForm):
             return table, TABLE
         found, knobs = best_lists(layout, region, gpu)
         return (found, text_of(knobs, region.training)) if found < table else (table, TABLE)
+
+    def by_length(self, region: AttentionRegion, device: Device) -> Callable[[AttentionRegion], float]:
+        layout = self._layout(region) if isinstance(device, Gpu) and self.kernel == BEST else None
+        if layout is None or not isinstance(device, Gpu):
+            return super().by_length(region, device)
+        kernels = TABLE, text_of(best_lists(layout, region, device)[1], region.training)
+        times = [replace(self, kernel=kernel).by_length(region, device) for kernel in kernels]
+        return lambda other: min(taken(other) for taken in times)
 
     def _layout(self, region: AttentionRegion) -> Layout | None:
         """The tiles of kernels that walk the lists; None where only a choice that was made says them."""
