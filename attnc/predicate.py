@@ -217,6 +217,8 @@ def where(p: Expr, yes: Expr, no: Expr) -> Expr:
         return yes if p.value else no
     if FLOAT in (yes.kind, no.kind) and yes.kind != no.kind:
         yes, no = to_float(num(yes)), to_float(num(no))
+    yes = yes.args[1] if yes.op == "where" and yes.args[0] == p else yes
+    no = no.args[2] if no.op == "where" and no.args[0] == p else no
     if yes == no:
         return yes
     if yes.kind == BOOL and no.kind == BOOL:

@@ -145,6 +145,7 @@ class AttentionRegion(Region):
     weights: names and shapes of the weights that the options supply for it.
     tiles_kept: share of tiles of 64 x 64 pairs that the mask does not empty on the inputs at hand, where it is one.
     crosses: whether the rows are of another sequence than the keys.
+    columns: keys that a row is written over where these are cut out of all, in chunks; 0: all.
     """
 
     rule: AttentionRule
@@ -159,12 +160,13 @@ class AttentionRegion(Region):
     weights: tuple[tuple[str, tuple[int, ...]], ...] = ()
     tiles_kept: float | None = None
     crosses: bool = False
+    columns: int = 0
 
     @property
     def facts(self) -> dict[str, Any]:
         own = {"group": self.shape.group, "mask": self.mask, "fill": self.fill, "captured": list(self.captured)}
         held = {"repeats_heads": self.repeats_heads, "value_in_key": self.value_in_key, "stored": list(self.stored)}
-        held |= {"tiles_kept": self.tiles_kept, "crosses": self.crosses}
+        held |= {"tiles_kept": self.tiles_kept, "crosses": self.crosses, "columns": self.columns}
         return {**super().facts, **own, "sizes": list(self.sizes), **held}
 
     @property

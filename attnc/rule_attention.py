@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from attnc.errors import UsageError
-from attnc.expr import FLOAT, SCORE, TRUE, Expr, I, J, terms_of
+from attnc.expr import BOOL, FLOAT, SCORE, TRUE, Expr, I, J, terms_of
 from attnc.expr_text import parse, spell
 from attnc.rule import Rule, Shape
 
@@ -35,7 +35,12 @@ def run_masks(score: Expr, learned: Callable[[int], bool] = lambda slot: False) 
     Such a part is a float of each key or row, or a lookup times what only a mask is multiplied by. learned: whether a
     captured tensor, by its slot, has a gradient; a bias that learns does not come near a mask.
     """
-    return [x for x in score.walk() if _may_mask(x, learned)]
+    stack, numbers = [score], []
+    while stack:
+        x = stack.pop()
+        numbers.append(x)
+        stack += [y for y in x.children() if y.kind != BOOL]  # what a choice goes by is no number of the score
+    return [x for x in dict.fromkeys(numbers) if _may_mask(x, learned)]
 
 
 def lone_run_mask(score: Expr, learned: Callable[[int], bool]) -> Expr | None:
@@ -218,11 +223,6 @@ class AttentionShape(Shape):
         """Query heads per key head."""
         return self.Hq // self.H
 
-
-def linear_score(score: Expr) -> tuple[float, Expr] | None:
-    """Split `factor * s + rest`; None where `s` appears in any other way."""
-    constant, terms = terms_of(score)
-    factor, rest = 0.0, []
     @property
     def is_square(self) -> bool:
         """Whether there are as many queries as keys, at every length where lengths are symbolic."""
@@ -233,6 +233,11 @@ def linear_score(score: Expr) -> tuple[float, Expr] | None:
         """Whether the numbers of queries and keys are known at compile time."""
         return not {"L", "S"} & set(self.symbols)
 
+
+def linear_score(score: Expr) -> tuple[float, Expr] | None:
+    """Split `factor * s + rest`; None where `s` appears in any other way."""
+    constant, terms = terms_of(score)
+    factor, rest = 0.0, []
     for atom, coef in terms:
         if atom == SCORE:
             factor = float(coef)

@@ -98,7 +98,7 @@ def composed_seconds(region: AttentionRegion, gpu: Gpu) -> float:
     s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)
     kind = TENSOR_TYPE_OF.get(region.dtype, "fp32")
     rate = gpu.tensor.get(kind, gpu.fp32_flops) * gpu.matmul_share() if kind != "fp32" else FP32_SHARE * gpu.fp32_flops
-    scores = float(s.B * s.Hq * s.L * s.S)
+    scores = float(s.B * s.Hq * s.L * (region.columns or s.S))
     moved = region.bytes + COMPOSED_PASSES * scores * item
     once = 2 * scores * (s.E + s.Ev) / rate + moved / (MEMORY_SHARE * gpu.bandwidth) + 3 * LAUNCH_S
     once += widening_seconds(region, gpu)

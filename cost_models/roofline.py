@@ -85,7 +85,7 @@ def written_cost(region: AttentionRegion, device: Device) -> Cost:
     is_causal instead; "composed" keeps all scores. Heads are repeated.
     """
     s, item = region.shape, ITEM_BYTES.get(region.dtype, 4)
-    pairs = float(s.L * s.S)
+    pairs = float(s.L * (region.columns or s.S))
     # Repeated heads are written and read again.
     repeated = 0.0 if s.group == 1 else 2.0 * s.B * s.Hq * s.S * (s.E + s.Ev) * item
     if region.written == "composed":

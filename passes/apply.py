@@ -15,12 +15,13 @@ from attnc.forms import parse_form
 from attnc.forms.chunked import Chunked
 from attnc.forms.generated import kept_in
 from attnc.options import Options
-from attnc.passes.check import Verdict, check
+from attnc.passes.check import Verdict, check, trial_of
 from attnc.passes.pipeline import Analysis, Found, bodies
 from attnc.passes.recurrence.check import check_rewriting
 from attnc.passes.recurrence.lift import Operator
 from attnc.passes.recurrence.rewriting import Rewriting
 from attnc.passes.rewrite import rewrite
+from attnc.passes.unrolled import checked, take
 from attnc.region import AS_WRITTEN, AttentionRegion, Choice, Region
 from attnc.rule_recurrence import RecurrenceRule
 from attnc.store import Store
@@ -62,6 +63,8 @@ def apply_choices(analysis: Analysis, original: fx.GraphModule, options: Options
                 found.match.apply()
             else:
                 rewrite(found.facts, found.match, form, weights_of(found.region, options))
+            if found.chunks is not None:
+                take(found.chunks)
         changed = True
     if not changed:
         return None
@@ -104,10 +107,12 @@ def _verdict(found: Found, store: Store, form: str, options: Options) -> Verdict
     weights = weights_of(found.region, options)
     written_out = found.match if isinstance(found.match, Rewriting) else None
     key = region_key(found.region) + (f" {written_out.signature()}" if written_out is not None else "")
-    known = store.get(key) if not weights else None
+    known = store.get(key) if not weights and found.chunks is None else None
     if known is not None:
         return Verdict(bool(known["passed"]), float(known["error"]), str(known["reason"]))  # type: ignore[arg-type]
     assert found.region.choice is not None and found.match is not None
+    if found.chunks is not None and _is_exact(found.region):
+        return checked(found.chunks, form, trial_of(store))
     training = found.region.training
     try:
         if written_out is not None:

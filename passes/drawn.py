@@ -5,11 +5,25 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from attnc.passes.graph import op_name
+
+_COMPARED = ("eq", "ne", "lt", "le", "gt", "ge")
+
 
 def drawn(written: fx.GraphModule) -> list[torch.Tensor]:
     """Data to run an instance on; the same for the same graph."""
     generator = torch.Generator().manual_seed(0)
-    return [_data(node.meta["val"], generator) for node in written.graph.find_nodes(op="placeholder")]
+    made = [(node, _data(node.meta["val"], generator)) for node in written.graph.find_nodes(op="placeholder")]
+    return [_met(node, data, generator) for node, data in made]
+
+
+def _met(node: fx.Node, data: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """`data` with every other number one that it is compared with, or random floats are never equal to it."""
+    others = [user.args[1] for user in node.users if op_name(user) in _COMPARED and len(user.args) == 2]
+    numbers = [x for x in others if isinstance(x, int | float) and not isinstance(x, bool)]
+    if not numbers or not data.is_floating_point():
+        return data
+    return torch.where((torch.rand(data.shape, generator=generator) < 0.5).to(data.device), numbers[0], data)
 
 
 def _data(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

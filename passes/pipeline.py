@@ -20,6 +20,7 @@ from attnc.forms.kept_tiles import share_kept
 from attnc.operands import Operands
 from attnc.options import Options
 from attnc.passes.attention.absorb import keep_latent
+from attnc.passes.attention.chunks import Unrolled, in_chunks, overlaps
 from attnc.passes.attention.crossing import crosses
 from attnc.passes.attention.extent import cut_gradient, inside, leaves_of
 from attnc.passes.attention.flex import flex_regions
@@ -128,7 +129,7 @@ def _analyse_part(gm: fx.GraphModule, analysis: Analysis, options: Options) -> N
     with analysis.timed("lift"):
         analysis.found += [Found(region) for region in flex_regions(gm.graph)]
     before = len(analysis.unmatched)
-    taken = _attentions(facts, analysis, options)
+    taken, facts = _attentions(facts, analysis, options)
     for find in LIFTS:
         with analysis.timed("lift"):
             entries = list(find(facts, taken))
@@ -163,24 +164,54 @@ def _chosen(found: Found, analysis: Analysis, options: Options) -> Found:
     return replace(found, region=region)
 
 
-def _attentions(facts: GraphFacts, analysis: Analysis, options: Options) -> set[fx.Node]:
-    """Enter the attentions of a graph and their choices; returns the nodes they compute."""
-    repeats = Repeats(facts)
+def _attentions(facts: GraphFacts, analysis: Analysis, options: Options) -> tuple[set[fx.Node], GraphFacts]:
+    """Enter the attentions of a graph and their choices; returns the nodes they compute, and the graph's facts.
+
+    What is written over chunks of keys is entered last, as what then stands beside it over all pairs.
+    """
     taken: set[fx.Node] = set()
+    repeats, failed = Repeats(facts), []  # also what is an attention of chunks at least
     for anchor in anchors(facts.graph):
         with analysis.timed("lift"):
             match = repeats.find(anchor) or _lifted(facts, anchor, repeats)
+        if isinstance(match, NoMatch) or overlaps(match.key.source):
+            failed.append((anchor, match))
+        else:
+            taken |= _entered(facts, match, analysis, options)
+    with analysis.timed("lift"):
+        tried = [(anchor, why, in_chunks(facts, anchor)) for anchor, why in failed]
+    if any(isinstance(chunks, Unrolled) for *_, chunks in tried):
+        facts = GraphFacts(facts.graph)
+        repeats = Repeats(facts)
+    for anchor, why, chunks in tried:
+        match = why
+        if isinstance(chunks, Unrolled):
+            with analysis.timed("lift"):
+                again = repeats.find(chunks.again) or _lifted(facts, chunks.again, repeats)
+            match, chunks = (why, None) if isinstance(why, Match) and isinstance(again, NoMatch) else (again, chunks)
+        elif isinstance(chunks, NoMatch) and isinstance(why, NoMatch):
+            match = chunks
         if isinstance(match, NoMatch):
             analysis.unmatched.append(missed(anchor, match))
-            continue
-        with analysis.timed("choose"):
-            region = _supplied(_seen(describe(facts, match), match, analysis.inputs), options)
-            region = choose(region, options) if not match.readers else replace(region, choice=_kept_weights(match))
-        leaves = leaves_of(match)
-        nodes = frozenset(inside(match, leaves)).difference(leaves)
-        analysis.found.append(Found(region, match, facts, nodes))
-        taken |= nodes
-    return taken
+        else:
+            taken |= _entered(facts, match, analysis, options, chunks if isinstance(chunks, Unrolled) else None)
+    return taken, facts
+
+
+def _entered(
+    facts: GraphFacts, match: Match, analysis: Analysis, options: Options, chunks: Unrolled | None = None
+) -> frozenset[fx.Node]:
+    """Enter one attention and the choice for it; returns the nodes it computes."""
+    with analysis.timed("choose"):
+        region = _supplied(_seen(describe(facts, match), match, analysis.inputs), options)
+        if chunks is not None:
+            region = replace(region, node=chunks.anchor.name, columns=chunks.columns)
+        region = choose(region, options) if not match.readers else replace(region, choice=_kept_weights(match))
+    leaves = leaves_of(match)
+    nodes = frozenset(inside(match, leaves)).difference(leaves)
+    nodes |= chunks.nodes if chunks is not None else frozenset()
+    analysis.found.append(Found(region, match, facts, nodes, chunks))
+    return nodes
 
 
 def _seen(region: AttentionRegion, match: Match, inputs: Mapping[fx.Node, torch.Tensor]) -> AttentionRegion:

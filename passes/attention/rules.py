@@ -60,6 +60,10 @@ def split_mask(score: Expr, ranges: Ranges, lengths: tuple[Expr, Expr], *, writt
     if "s" not in stripped.score.names():
         return "the scores do not depend on the product of queries and keys"
     keep = decide(stripped.keep, ranges)
+    if len(stripped.fills) > 1 and _empty(keep, stripped, ranges, lengths, written) == "unknown":
+        alone = _strip(score, float("-inf"))
+        if _each_row_keeps(decide(alone.keep, ranges), ranges, lengths):
+            stripped, keep = replace(alone, score=_swallowing(alone.score)), decide(alone.keep, ranges)
     stripped.score = assume(stripped.score, stripped.keep)
     shift = row_shift(stripped.score)
     if "s" in keep.names():
@@ -145,37 +149,47 @@ def _is_large(atom: Expr, coef: float) -> bool:
     return abs(coef) >= -LOWEST or any(x.is_const and abs(x.value) >= -LOWEST for x in atom.walk())
 
 
-def _is_low(e: Expr) -> bool:
-    return e.is_const and e.kind == FLOAT and e.value <= LOWEST
+def _is_low(e: Expr, lowest: float) -> bool:
+    return e.is_const and e.kind == FLOAT and e.value <= lowest
 
 
-def _strip(e: Expr) -> _Stripped:
+def _swallowing(score: Expr) -> Expr:
+    """`score` with the lowest numbers raised to one that leaves as little of a score and stays finite when scaled."""
+
+    def leaf(x: Expr) -> Expr | None:
+        return const(SWALLOWS) if _is_low(x, SWALLOWS) and x.value > float("-inf") else None
+
+    return predicate.rebuild(score, leaf)
+
+
+def _strip(e: Expr, lowest: float = LOWEST) -> _Stripped:
+    """`e` and what is masked in it: with `lowest` and what is lower still."""
     if e.op == "where":
         p, yes, no = e.args
         for wanted, low, kept in ((p, no, yes), (predicate.logical_not(p), yes, no)):
-            if _is_low(low):
-                inner = _strip(kept)
+            if _is_low(low, lowest):
+                inner = _strip(kept, lowest)
                 again = inner.fills == (low.value,) and inner.uniform and inner.reach == "chosen"
                 fills = inner.fills if again else (low.value, *inner.fills)
                 keep = predicate.conjunction(wanted, inner.keep)
                 reach = inner.reach if inner.fills else "chosen"
                 return _Stripped(inner.score, keep, fills, again or not inner.fills, reach)
     if e.op == "lin" and e.kind == FLOAT:
-        return _strip_sum(e)
-    if e.op == "max" and any(_is_low(a) for a in e.args):
-        inner = _strip(e.args[1] if _is_low(e.args[0]) else e.args[0])
+        return _strip_sum(e, lowest)
+    if e.op == "max" and any(_is_low(a, lowest) for a in e.args):
+        inner = _strip(e.args[1] if _is_low(e.args[0], lowest) else e.args[0], lowest)
         return replace(inner, reach="partly") if inner.reach == "added" or not inner.fills else inner
     return _Stripped(e, TRUE, ())
 
 
-def _strip_sum(e: Expr) -> _Stripped:
+def _strip_sum(e: Expr, lowest: float) -> _Stripped:
     constant, terms = e.args
     parts, keep = [const(float(constant))], TRUE
     fills: tuple[float, ...] = ()
     masks: list[_Stripped] = []
     others = False  # whether something without a mask is added
     for atom, coef in terms:
-        inner = _strip(atom) if coef > 0 else _Stripped(atom, TRUE, ())
+        inner = _strip(atom, lowest) if coef > 0 else _Stripped(atom, TRUE, ())
         scaled = tuple(fill * coef for fill in inner.fills)
         if any(fill > LOWEST for fill in scaled):
             inner, scaled = _Stripped(atom, TRUE, ()), ()

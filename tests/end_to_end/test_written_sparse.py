@@ -49,6 +49,15 @@ def longformer() -> torch.nn.Module:
     return transformers.LongformerModel(config, add_pooling_layer=False)
 
 
+def led() -> torch.nn.Module:
+    config = transformers.LEDConfig(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, attention_window=[8, 16],
+        max_encoder_position_embeddings=128, max_decoder_position_embeddings=128,
+    )  # fmt: skip
+    return transformers.LEDModel(config)
+
+
 def bigbird() -> torch.nn.Module:
     config = transformers.BigBirdConfig(
         **SIZES, num_attention_heads=2, attention_type="block_sparse", block_size=4, num_random_blocks=2,
@@ -64,6 +73,20 @@ def ids() -> torch.Tensor:
 def made(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     torch.manual_seed(0)
     return build().eval()
+
+
+def compare(model: torch.nn.Module, got: torch.Tensor, want: torch.Tensor) -> None:
+    """Outputs agree, and gradients where there are any."""
+    assert (got - want).abs().max() <= 1e-4
+    if not want.requires_grad:
+        return
+    found = []
+    for out in (got, want):
+        model.zero_grad(set_to_none=True)
+        out.square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[1].items():
+        assert (found[0][name] - gradient).abs().max() <= 1e-4 * gradient.abs().max().clamp_min(1e-3), name
 
 
 CHOSEN = {
@@ -83,20 +106,25 @@ def test_indexer_and_dynamic_mask_run_as_lists(build) -> None:
         got, want = (f(input_ids=tokens).last_hidden_state for f in (compiled, model))
     (region,) = attention(attnc.last_report(compiled))
     assert region.choice.form == "listed" and region.facts["keep"] == keep
-    assert (got - want).abs().max() <= 1e-4
-    if not trains:
-        return
-    found = []
-    for out in (got, want):
-        model.zero_grad(set_to_none=True)
-        out.square().mean().backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    for name, gradient in found[1].items():
-        assert (found[0][name] - gradient).abs().max() <= 1e-4 * gradient.abs().max().clamp_min(1e-3), name
+    compare(model, got, want)
 
 
-@pytest.mark.parametrize(("build", "says"), [(longformer, "sliding chunks"), (bigbird, "blocks of keys")])
-def test_chunks_and_gathered_blocks_are_left_by_their_names(build, says: str) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("build", [longformer, led])
+def test_sliding_chunks_are_windows(build, padded: bool) -> None:
+    model, tokens = made(build), ids()
+    kept = torch.ones_like(tokens)
+    kept[1, 50:] = 1 - padded
+    compiled = torch.compile(model, backend="attnc", options={"inner": "aot_eager", "force": "dense", "strict": True})
+    got, want = (f(input_ids=tokens, attention_mask=kept).last_hidden_state for f in (compiled, model))
+    report = attnc.last_report(compiled)
+    windows = [region for region in attention(report) if region.columns]
+    assert [region.columns for region in windows] == ([9] if build is longformer else [9, 17])
+    assert all(region.mask == "window" and region.choice.form == "dense" for region in windows)
+    compare(model, got * kept[..., None], want * kept[..., None])
+
+
+def test_gathered_blocks_are_left_by_their_name() -> None:
     with torch.no_grad():
-        report = attnc.explain(made(build), input_ids=ids())
-    assert any(says in item.reason for item in report.unmatched)
+        report = attnc.explain(made(bigbird), input_ids=ids())
+    assert any("blocks of keys" in item.reason for item in report.unmatched)

@@ -1,0 +1,208 @@
+"""The columns of a softmax: which query and which key each is the product of, and what masks say of it.
+
+Columns without a key must hold -inf; all masks that have columns must name the keys that the scores name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import fx
+
+from attnc.passes.attention.codes import Codes, moves
+from attnc.passes.attention.places import CHANNEL, TOKEN, Place, along, placed, tokens
+from attnc.passes.graph import GraphFacts, Unliftable, op_name, shape_of, tensor_of
+
+# What is written out again over all pairs, as it stands: its operands have the axes of the scores.
+POINTWISE = ("add", "sub", "rsub", "mul", "div", "neg", "masked_fill", "where", "to", "_to_copy", "type_as", "float",
+             "tanh", "clamp", "maximum", "minimum", "dropout")  # fmt: skip
+
+
+@dataclass
+class Band:
+    """Columns of the scores: which row and key each is the product of.
+
+    token: the key of each column, where it has one (valid). key, query: what keys and rows are cut from, no query where
+    columns are numbers of their keys alone. fills: what columns without a key hold.
+    """
+
+    node: fx.Node
+    valid: torch.Tensor
+    token: torch.Tensor
+    key: Place
+    query: Place | None
+    around: tuple[int, ...]  # axes that keys have too
+    inner: tuple[int, ...]  # axes that count the rows, the slowest first
+    fills: set[float] = field(default_factory=set)
+
+    @property
+    def keys(self) -> int:
+        return self.key.extents[self.key.axes.index(TOKEN)]
+
+
+def plain_name(node: fx.Node) -> str:
+    """The operator's name, written in place or not."""
+    return op_name(node).removesuffix("_") if not op_name(node).startswith("__") else op_name(node)
+
+
+class Columns:
+    """The columns of one softmax.
+
+    shape: of the scores. bands: what has columns, by the node and the place of its reader. main: the product of queries
+    and keys. window: how far before and behind a row its first and last keys are. kept: by constant masks, which stand
+    at `masks`.
+    """
+
+    def __init__(self, facts: GraphFacts, anchor: fx.Node) -> None:
+        scores, dim = anchor.args[:2]
+        assert isinstance(scores, fx.Node)
+        self.facts, self.anchor, self.scores = facts, anchor, scores
+        self.shape = tuple(int(x.value) for x in shape_of(anchor) if x.is_const)
+        if len(self.shape) != len(shape_of(anchor)):
+            raise Unliftable("keys in chunks, and a length that is known at run time only", anchor)
+        if int(dim) % len(self.shape) != len(self.shape) - 1:  # type: ignore[call-overload]
+            raise Unliftable("keys in chunks, and a softmax over another axis than the last", anchor)
+        self.kept = torch.ones((), dtype=torch.bool)
+        self.masks: set[fx.Node] = set()
+        found = dict.fromkeys(self._banded(scores, facts.order[anchor]))
+        self.bands = {at: self._band(*at) for at in found}
+        pairs = [band for band in self.bands.values() if band.query is not None]
+        if len(pairs) != 1:
+            raise Unliftable(f"keys in chunks, and {len(pairs)} products of queries and keys, one is allowed", scores)
+        self.main = pairs[0]
+        self._agree()
+        self.window = self._window()
+
+    def order(self, *, keys: bool) -> list[int]:
+        """Axes of the scores: those that keys have too, those that count rows, and the columns where asked."""
+        order = [*self.main.around, *self.main.inner]
+        return [*order, len(order)] if keys else order
+
+    def sizes(self, last: int) -> list[int]:
+        """Sizes of a tensor of the axes that keys have too, all rows, and `last`."""
+        rows = prod(self.shape[axis] for axis in self.main.inner)
+        return [*(self.shape[axis] for axis in self.main.around), rows, last]
+
+    def _banded(self, node: fx.Node, until: int) -> Iterator[tuple[fx.Node, int]]:
+        """The nodes below the element-wise operators of the scores that have columns, with who reads them when."""
+        if not self.has_columns(node):
+            return
+        masked = self.masked(node)
+        if masked is not None:
+            kept = Codes(self.facts, masked[1], self.facts.order[node])
+            self.kept = self.kept & (kept.codes == kept.code(float(masked[2])))
+            self.masks.add(node)
+            yield from self._banded(masked[0], self.facts.order[node])
+            return
+        if plain_name(node) not in POINTWISE or moves(node):
+            yield node, until
+            return
+        for x in node.all_input_nodes:
+            if not (plain_name(node) == "type_as" and x is node.args[1]):
+                yield from self._banded(x, self.facts.order[node])
+
+    def masked(self, node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
+        """(scores, mask, what the mask says of those kept) where `node` sets others to -inf by a constant mask."""
+        name, args = op_name(node), node.args
+        if name not in ("where", "masked_fill") or len(args) != 3 or not moves(node):
+            return None
+        mask, data, fill = (args[1], args[0], args[2]) if name == "masked_fill" else args
+        keeps = name == "where"
+        if keeps and not isinstance(data, fx.Node):
+            data, fill, keeps = fill, data, False
+        if fill != float("-inf") or not isinstance(data, fx.Node) or not isinstance(mask, fx.Node):
+            return None
+        return data, mask, keeps
+
+    def has_columns(self, node: fx.Node) -> bool:
+        value = tensor_of(node)
+        return value is not None and value.dim() > 0 and value.shape[-1] == self.shape[-1] > 1
+
+    def _band(self, node: fx.Node, until: int) -> Band:
+        found = Codes(self.facts, node, until)
+        codes, total = found.codes, found.total
+        codes = codes.view([1] * (len(self.shape) - codes.dim()) + list(codes.shape))
+        valid = codes >= 0
+        if not bool(valid.any()):
+            raise Unliftable("columns of the scores that are constants", node)
+        paired = bool((codes >= total).any())
+        if paired and bool((valid & (codes < total)).any()):
+            raise Unliftable("some columns are products and some are not", node)
+        left, right = (codes // total - 1, codes % total) if paired else (None, codes)
+        if left is not None and not self._keys_are(right, valid):
+            left, right = right, left
+        lost = ~valid & (self.kept if paired else torch.ones_like(valid))
+        fills = {found.constant(int(code)) for code in codes[lost].unique()}
+        valid = valid & self.kept if paired else valid
+        source, numbers = self.one_source(found, right, valid, node)
+        step, count, token = tokens(source, numbers, valid)
+        apart = along(numbers - step * token, valid, source)
+        extents = dict(enumerate(codes.shape[:-1])) | {TOKEN: count, CHANNEL: 1}
+        around = tuple(axis for axis, by in enumerate(apart) if by or extents[axis] == 1)
+        if left is None:
+            key = placed(source, {axis: by for axis, by in enumerate(apart) if by} | {TOKEN: step}, extents)
+            return Band(node, valid, token, key, None, around, (), fills)
+        first, numbers = self.one_source(found, left, valid, node)
+        steps = along(numbers, valid, first)
+        inner = tuple(sorted((axis for axis in extents if axis >= 0 and axis not in around), key=lambda a: -steps[a]))
+        widths = [tensor_of(x).numel() for x in (source, first)]  # type: ignore[union-attr]
+        sides = ({axis: apart[axis] for axis in around} | {TOKEN: step}, dict(enumerate(steps)))
+        keys, queries = (
+            placed(x, by | {CHANNEL: 1}, extents | {CHANNEL: n // prod(extents[a] for a in by if by[a])})
+            for x, by, n in zip((source, first), sides, widths, strict=True)
+        )
+        return Band(node, valid, token, keys, queries, around, inner, fills)
+
+    def _keys_are(self, right: torch.Tensor, valid: torch.Tensor) -> bool:
+        """Whether it is the right rows that differ from column to column."""
+        both = valid[..., 1:] & valid[..., :-1]
+        return bool((right[..., 1:] != right[..., :-1])[both].any())
+
+    def one_source(
+        self, found: Codes, codes: torch.Tensor, valid: torch.Tensor, node: fx.Node
+    ) -> tuple[fx.Node, torch.Tensor]:
+        """The source of all columns and their numbers in it."""
+        known = codes[valid]
+        source = found.source_of(int(known.min()))
+        if found.source_of(int(known.max())) is not source:
+            raise Unliftable("the columns come from several tensors", node)
+        return source, codes - found.sources[source]
+
+    def _agree(self) -> None:
+        """All bands name the same keys, columns without one are lost, and no key stands twice in a row."""
+        main = self.main
+        if main.fills - {float("-inf")}:
+            found = ", ".join(f"{x:g}" for x in sorted(main.fills))
+            raise Unliftable(
+                f"columns of the scores that have no key hold {found}, and only -inf is no weight", main.node
+            )
+        for band in self.bands.values():
+            valid, token = (x.expand(main.valid.shape) for x in (band.valid, band.token))
+            if not bool((valid | ~main.valid).all()) or not torch.equal(token[main.valid], main.token[main.valid]):
+                raise Unliftable("a mask of the scores names other keys than the scores do", band.node)
+        if not bool(main.valid.any(-1).all()):
+            raise Unliftable("a row of the scores has no key", main.node)
+
+    def _window(self) -> tuple[int, int]:
+        """How far before and behind a row its first and last keys are."""
+        main = self.main
+        table = torch.zeros((*self.shape[:-1], main.keys), dtype=torch.int64)
+        table.scatter_add_(-1, main.token.expand(self.shape), main.valid.expand(self.shape).long())
+        if int(table.max()) > 1:
+            raise Unliftable("a key stands twice in a row of the scores", main.node)
+        table = table.permute(self.order(keys=True)).reshape(self.sizes(main.keys))
+        first = table[(0,) * len(main.around)]
+        if not bool((table == first).all()):
+            raise Unliftable("heads or sequences name keys of their own", main.node)
+        apart = torch.arange(main.keys) - torch.arange(len(first)).unsqueeze(1)
+        low, high = (int(x) for x in apart[first > 0].aminmax())
+        if not torch.equal(first > 0, (apart >= low) & (apart <= high)):
+            raise Unliftable(
+                f"the keys of a row are no window: between {-low} before and {high} behind are not all", main.node
+            )
+        if list(main.inner) != sorted(main.inner):
+            raise Unliftable("rows in another order than their axes", main.node)
+        return low, high
