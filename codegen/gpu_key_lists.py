@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from attnc.codegen.gpu_decode import combine_constants
-from attnc.codegen.gpu_flash import LOG2E, Launch, add_sink_grads, plain_scale, widths
+from attnc.codegen.gpu_flash import LOG2E, Launch, add_sink_grads, plain_scale, sweeps_of, widths
 from attnc.codegen.key_lists import NONE, KeyLists, listed
 from attnc.codegen.launch import launch, strides
 from attnc.codegen.tiles import blocks
@@ -106,8 +106,9 @@ class Arranged:
 
 def of_lists(lists: KeyLists) -> Arranged:
     """What any layout gives, as kernels take it."""
-    rows, listed_blocks, place = (t.contiguous() for t in (lists.rows, lists.blocks, lists.place))  # views of one head
-    return Arranged(rows, listed_blocks, place, lists.width, lists.keeps, lists.added)
+    rows = lists.spread().rows
+    rows, listed_blocks, place = (t.contiguous() for t in (rows, lists.blocks, lists.place))  # views of one head
+    return Arranged(rows, listed_blocks, place, lists.width, lists.keeps, lists.added, lists.parts)
 
 
 def of_choice(
@@ -189,15 +190,19 @@ def cut(lists: Arranged, rows: int, block_m: int) -> Arranged:
     )
 
 
-def forward(kernels: Kernels, x: Operands, every: Sequence[Arranged], knobs: ListKnobs) -> tuple[Tensor, Tensor]:
+def forward(
+    kernels: Kernels, x: Operands, every: Sequence[Arranged], knobs: ListKnobs, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Attend each row to the keys of its tiles, under the rule.
 
-    Shapes: as `Operands` -> out (B, Hq, L, Ev), lse (B, Hq, L) float32, natural, with the sink.
+    Shapes: as `Operands` -> out (B, Hq, L, Ev) of `dtype`, the query's when left out, lse (B, Hq, L) float32, natural,
+    with the sink.
     A row without keys gives 0 and lse -inf, or the sink.
     """
     B, Hq, L, _ = x.query.shape
     Ev = int(x.value.shape[3])
-    out, lse = x.query.new_empty(B, Hq, L, Ev), x.query.new_empty(B, Hq, L, dtype=torch.float32)
+    out = x.query.new_empty(B, Hq, L, Ev, dtype=dtype or x.query.dtype)
+    lse = x.query.new_empty(B, Hq, L, dtype=torch.float32)
     every = [cut(lists, B * Hq * L, knobs.of(KERNELS[0], lists.rows.shape[1], 1).block_m) for lists in every]
     parts = sum(lists.parts for lists in every)
     if parts == 1:
@@ -252,10 +257,12 @@ def backward(
     attended: what `forward` gave.
     """
     out, lse = attended
-    delta = (grad_out.float() * out.float()).sum(-1)
     lse2 = torch.where(lse == -torch.inf, torch.inf, lse * LOG2E)  # no key: every weight is exp2(-inf)
     buffers = {n: torch.zeros_like(t, dtype=torch.float32, memory_format=torch.contiguous_format)
                for n, (t, need) in enumerate(zip(x.captured, needs, strict=True)) if need}  # fmt: skip
+    if sweeps_of(x.rule, buffers) > 1:  # the rounded out is not enough, and no program of dq has a row's whole list
+        out, _ = forward(kernels, x, every, knobs, torch.float32)
+    delta = (grad_out.float() * out.float()).sum(-1)
     parts = sum(lists.parts for lists in every)
     dtype = x.query.dtype if parts == 1 else torch.float32
     dq = x.query.new_zeros((parts, *x.query.shape), dtype=dtype)
