@@ -124,10 +124,6 @@ class Region:
         """Bytes of inputs, weights and outputs, each once."""
         return self.rule.elements(self.shape) * ITEM_BYTES.get(self.dtype, 4)
 
-    @property
-    def refusals(self) -> list[str]:
-        return [] if self.choice is None else [f"{name}: {why}" for name, why in self.choice.refused.items()]
-
 
 @dataclass(frozen=True)
 class AttentionRegion(Region):

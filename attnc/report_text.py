@@ -159,11 +159,14 @@ def _reason(region: Region) -> str:
 
 
 def _not_used(groups: list[list[Region]]) -> Iterator[str]:
-    """Each form that refused, once, with the rows in which it did."""
+    """Each form that refused, once for all settings that do so with one sentence, with the rows in which it did."""
     rows: dict[str, list[str]] = {}
     for number, group in enumerate(groups, 1):
-        for refusal in group[0].refusals:
-            rows.setdefault(refusal, []).append(str(number))
+        settings: dict[tuple[str, str], str] = {}
+        for setting, why in group[0].choice.refused.items() if group[0].choice else ():
+            settings.setdefault((form_name(setting), why), setting)
+        for (_, why), setting in settings.items():
+            rows.setdefault(f"{setting}: {why}", []).append(str(number))
     for refusal, numbers in rows.items():
         yield f"not used in {', '.join(numbers)}: {refusal}"
 

@@ -203,6 +203,8 @@ def _offers(
     chosen = every if allowed is None else tuple(form_named(name) for name in allowed)
     offers, refused = [], {}
     for form in (form for form in chosen if form.kind == region.kind):
+        if allowed is None and not form().concerns(region):
+            continue
         for start in settings_allowed(form.name, allow) or _starts(form):
             why = _mistrusted(start, region) or start.refuse(region) or start.untargeted(device)
             why = why or _unnamed(start, region, allow)

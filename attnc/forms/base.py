@@ -65,6 +65,10 @@ class Form(ABC):
     def cost(self, region: Any, device: Device) -> Cost:
         """What one run of the region costs on a CPU, forward, and backward where it trains."""
 
+    def concerns(self, region: Any) -> bool:
+        """Whether the form is about such regions at all; one that is not is neither offered nor said to refuse."""
+        return True
+
     @property
     def is_distinct(self) -> bool:
         """Whether every knob of this setting matters: one that does not is not tried at several values."""
@@ -169,13 +173,13 @@ class AttentionForm(Form):
                 f"{self.name} keeps no random stream, found dropout {region.rule.dropout:g} active; use model.eval() "
                 "or dropout 0."
             )
+        if region.crosses and self.approximates:
+            found = f"{region.shape.text('L')} queries of {region.shape.text('S')} keys"
+            return f"{self.name} is for rows among their own keys, found cross-attention, {found}; leave it as written."
         phase = "training" if region.training else "decode" if region.shape.L == 1 else "prefill"
         if phase not in self.phases:
             return f"{self.name} serves {' and '.join(self.phases)}, found {phase}; leave it as written there."
         return None
-        if region.crosses and self.approximates:
-            found = f"{region.shape.text('L')} queries of {region.shape.text('S')} keys"
-            return f"{self.name} is for rows among their own keys, found cross-attention, {found}; leave it as written."
 
     @abstractmethod
     def cpu(self, given: Operands) -> tuple[torch.Tensor, torch.Tensor]:

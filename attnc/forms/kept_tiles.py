@@ -63,6 +63,9 @@ class KeptTiles(BlockSelected):
             return f"kept_tiles is lowered for the CPU, found the device {device.name}; use flash{{skip=table}}."
         return None
 
+    def concerns(self, region: AttentionRegion) -> bool:
+        return region.tiles_kept is not None
+
     def unfit(self, region: AttentionRegion) -> str | None:
         if region.tiles_kept is None:
             return (

@@ -123,14 +123,17 @@ class Listed(TokenLists):
     def tile_rows(self) -> int:
         return self.rows or 1
 
+    def concerns(self, region: AttentionRegion) -> bool:
+        return region.rule.keep.has("among")
+
     def unfit(self, region: AttentionRegion) -> str | None:
         found = listing_of(region.rule)
-        if self.block or self.rows:
-            return f"{self.spell()} is an operator's spelling, which says what the rule does; use listed."
-        if isinstance(found, Listing):
         if not region.shape.has_lengths:
             s = region.shape
             return f"listed takes lengths of the compile, found {s.text('L')} x {s.text('S')}; use dynamic=False."
+        if self.block or self.rows:
+            return f"{self.spell()} is an operator's spelling, which says what the rule does; use listed."
+        if isinstance(found, Listing):
             return None
         return f"listed gathers the keys of one list of the run that every row keeps, {found}; use dense."
 

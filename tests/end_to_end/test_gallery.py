@@ -111,7 +111,7 @@ def test_core_whose_probabilities_are_read_elsewhere_is_left_with_a_reason(entry
     report = check(entry, backward=entry.train)
     regions = attention(report)
     reasons = [item.reason for item in report.unmatched]
-    reasons += [sentence for region in regions for sentence in (*region.refusals, region.choice.reason)]
+    reasons += [sentence for region in regions for sentence in (*region.choice.refused.values(), region.choice.reason)]
     assert any(len(reason.split()) > 3 for reason in reasons), f"no sentence says why: {reasons}"
 
 
