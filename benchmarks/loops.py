@@ -1,10 +1,13 @@
 """What do linear mixers cost the compiler: nodes of the graph and seconds to the first result, with and without attnc?
 
-Tiny models of two to four layers and 48 tokens from the model zoo's configurations, forward, each in a process of its
-own on empty caches. Nodes: of Dynamo's graphs, placeholders left out. The attention model held against a hybrid has as
-many layers, and feed-forwards of the same kind (llama; qwen3_moe with experts). Writes results/cpu/loops.json.
+    python benchmarks/loops.py models [--only mamba,rwkv] [--limit 240]
+    python benchmarks/loops.py cores [--only delta_steps,kda] [--limit 600]
 
-    python benchmarks/loops.py [--only mamba,rwkv] [--limit 240]
+models: tiny models of two to four layers and 48 tokens from the model zoo's configurations, forward. The attention
+model held against a hybrid has as many layers, and feed-forwards of the same kind (llama; qwen3_moe with experts).
+cores: loops over 256 tokens, and the chunked torch code of models in transformers at 4096 tokens, which Dynamo unrolls.
+Each in a process of its own on empty caches. Nodes: of Dynamo's graphs, placeholders left out. Writes
+results/cpu/loops.json, each part under its name.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from typing import Any
 
 import torch
 import zoo
-from timing import print_environment, print_table, write_result
+from recurrence import MIXERS
+from timing import print_environment, print_table, write_part
+from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
 
 from attnc.backend import attnc_backend
@@ -49,32 +54,82 @@ PEERS = {
 }
 
 
-def compile_once(name: str, layers: int | None, compiler: str, folder: str, answers: Any) -> None:
-    """Compile one model in this process and put nodes, seconds and error; what is raised becomes a word.
+# What is compiled: a callable and its arguments by name.
 
-    layers: None for as many as the zoo gives it.
-    """
-    torch.set_num_threads(1)
-    zoo.harness(Path(folder))
+Compiled = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def model(name: str, layers: int | None, folder: Path) -> Compiled:
+    """A model of the zoo; layers: None for as many as the zoo gives it."""
+    zoo.harness(folder)
     import zoo_build
 
     if layers is not None:
         top = f"@{name}"
         zoo_build.CONFIG[top] = {**zoo_build.CONFIG.get(top, {}), "num_hidden_layers": layers}
+    built = zoo_build.build(zoo_build.catalog()[name], attn="eager", train=False)
+    return built.model, built.inputs
+
+
+def linear_steps(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """A state that fades and is written to, token by token, (B, L, H, ...)."""
+    state, found = torch.zeros_like(key[:, 0, ..., None] * value[:, 0, :, None]), []
+    for t in range(query.shape[1]):
+        state = decay[:, t, :, None, None].exp() * state + key[:, t, ..., None] * value[:, t, :, None]
+        found.append((query[:, t, :, None] @ state)[..., 0, :])
+    return torch.stack(found, 1)
+
+
+def delta_steps(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """The gated delta rule, token by token, (B, L, H, ...)."""
+    state, found = torch.zeros_like(key[:, 0, ..., None] * value[:, 0, :, None]), []
+    for t in range(query.shape[1]):
+        state = decay[:, t, :, None, None].exp() * state
+        wrong = value[:, t] - (key[:, t, :, None] @ state)[..., 0, :]
+        state = state + key[:, t, ..., None] * (beta[:, t, :, None] * wrong)[:, :, None]
+        found.append((query[:, t, :, None] @ state)[..., 0, :])
+    return torch.stack(found, 1)
+
+
+STEPS, CHUNKED = 256, 4096  # tokens
+LOOPS = {"linear_steps": linear_steps, "delta_steps": delta_steps}
+CORES = [*LOOPS, *MIXERS]
+
+
+def core(name: str) -> Compiled:
+    """A loop of this file, or the torch code of a mixer of recurrence.py."""
+    torch.manual_seed(0)
+    if name in LOOPS:
+        operands = MIXERS["gated_delta"].operands(STEPS)
+        return LOOPS[name], {**operands, "key": torch.nn.functional.normalize(operands["key"], dim=-1)}
+    operands, theirs = MIXERS[name].operands(CHUNKED), MIXERS[name].theirs
+    return (lambda **given: theirs(given)), operands
+
+
+def tensors(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    import zoo_build
+
+    return zoo_build.outputs(found)
+
+
+def compile_once(name: str, layers: int | None, compiler: str, folder: str, answers: Any) -> None:
+    """Compile one model or core in this process and put nodes, seconds and error; what is raised becomes a word."""
+    torch.set_num_threads(1)
     try:
-        built = zoo_build.build(zoo_build.catalog()[name], attn="eager", train=False)
+        run, given = core(name) if name in CORES else model(name, layers, Path(folder))
         nodes: list[int] = []
         backend = counting(COMPILERS[compiler], nodes)
         with torch.no_grad():
-            want = zoo_build.outputs(built.model(**built.inputs))
+            want = tensors(run(**given))
             start = time.perf_counter()
-            got = zoo_build.outputs(torch.compile(built.model, backend=backend)(**built.inputs))
+            got = tensors(torch.compile(run, backend=backend)(**given))
             seconds = time.perf_counter() - start
         error = max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-9)) for a, b in zip(got, want, strict=True))
-        depth = built.model.config.get_text_config().num_hidden_layers
-        answers.put(
-            {"nodes": sum(nodes), "graphs": len(nodes), "layers": depth, "seconds": seconds, "error": error}
-        )
+        config = getattr(run, "config", None)
+        depth = config and config.get_text_config().num_hidden_layers
+        answers.put({"nodes": sum(nodes), "graphs": len(nodes), "layers": depth, "seconds": seconds, "error": error})
     except Exception as exc:  # noqa: BLE001  # other models still count; the traceback is shown
         traceback.print_exc()
         answers.put({"failure": f"{type(exc).__name__}: {str(exc)[:120]}"})
@@ -109,15 +164,35 @@ def measured(name: str, layers: int | None, compiler: str, limit: float, folder:
             return {"failure": "the process died" if ended else f"not within {limit:.0f} s"}
 
 
-def rows_of(names: list[str], limit: float, folder: Path) -> list[dict[str, Any]]:
+def both(name: str, layers: int | None, limit: float, folder: Path) -> dict[str, Any]:
+    """What each compiler made of it."""
+    row: dict[str, Any] = {}
+    for compiler in COMPILERS:
+        row[compiler] = measured(name, layers, compiler, limit, folder)
+        print(f"{name}, {layers or 'its own'} layers, {compiler}: {row[compiler]}", file=sys.stderr, flush=True)
+    return row
+
+
+def cores(names: list[str], limit: float, folder: Path) -> list[dict[str, Any]]:
+    """A row for each loop and mixer."""
+    rows, table = [], []
+    for name in names:
+        rows.append({"core": name, **both(name, None, limit, folder)})
+        alone, ours = rows[-1]["inductor"], rows[-1]["attnc"]
+        times = [f"{side['seconds']:.1f}" if "seconds" in side else side["failure"] for side in (alone, ours)]
+        ratio = f"{alone.get('seconds', limit) / ours['seconds']:.1f}" if "seconds" in ours else "-"
+        error = f"{ours['error']:.0e}" if "error" in ours else "-"
+        table.append([name, alone.get("nodes", "-"), ours.get("nodes", "-"), *times, ratio, error])
+    print_table(["core", "nodes alone", "attnc's", "Inductor s", "attnc s", "ratio, at least", "error"], table)
+    return rows
+
+
+def models(names: list[str], limit: float, folder: Path) -> list[dict[str, Any]]:
     """A row for each model, and for its peer at the same number of layers."""
     rows: dict[tuple[str, int | None], dict[str, Any]] = {}
 
     def enter(name: str, layers: int | None) -> dict[str, Any]:
-        row: dict[str, Any] = {"model": name, "peer": PEERS[name]}
-        for compiler in COMPILERS:
-            row[compiler] = measured(name, layers, compiler, limit, folder)
-            print(f"{name}, {layers or 'its own'} layers, {compiler}: {row[compiler]}", file=sys.stderr, flush=True)
+        row = {"model": name, "peer": PEERS[name], **both(name, layers, limit, folder)}
         row["layers"] = row["attnc"].get("layers", layers)
         rows[name, row["layers"]] = row
         return row
@@ -126,6 +201,7 @@ def rows_of(names: list[str], limit: float, folder: Path) -> list[dict[str, Any]
         row = enter(name, None)
         if (row["peer"], row["layers"]) not in rows:
             enter(row["peer"], row["layers"])
+    print_rows(list(rows.values()))
     return list(rows.values())
 
 
@@ -143,19 +219,23 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     print_table(heads, table)
 
 
+PARTS = {"models": (models, [name for name in PEERS if PEERS[name] != name]), "cores": (cores, CORES)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="these models, with commas; their peers come along")
-    parser.add_argument("--limit", type=float, default=240, help="seconds a compile may take")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--only", help="these models or cores, with commas; peers of models come along")
+    parser.add_argument("--limit", type=float, default=600, help="seconds a compile may take")
     parser.add_argument("--zoo", type=Path, default=zoo.ZOO, help=f"folder of the model zoo, {zoo.ZOO} when left out")
     args = parser.parse_args()
-    asked = args.only.split(",") if args.only else list(PEERS)
-    if unknown := set(asked) - PEERS.keys():
-        sys.exit(f"loops.py --only: found {', '.join(sorted(unknown))}; allowed are {', '.join(PEERS)}.")
+    rows_of, names = PARTS[args.part]
+    asked = args.only.split(",") if args.only else names
+    if unknown := set(asked) - set(names):
+        sys.exit(f"loops.py --only: found {', '.join(sorted(unknown))}; allowed are {', '.join(names)}.")
     before = print_environment()
-    rows = rows_of([name for name in asked if args.only or PEERS[name] != name], args.limit, args.zoo)
-    print_rows(rows)
-    write_result("loops", before, {"limit_s": args.limit}, rows)
+    rows = rows_of(asked, args.limit, args.zoo)
+    write_part("loops", before, {"limit_s": args.limit}, {args.part: rows})
 
 
 if __name__ == "__main__":
