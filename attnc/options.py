@@ -19,7 +19,7 @@ from attnc.errors import UsageError, did_you_mean
 
 INNER = ("inductor", "aot_eager", "eager")
 # What a user may supply for a region.
-WEIGHTS = ("query_map", "key_map", "window_factor", "linear_factor", "gate_query", "gate_key")
+WEIGHTS = ("query_map", "key_map", "window_factor", "linear_factor", "gate_query", "gate_key", "centroids")
 LOG_LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
