@@ -2,24 +2,28 @@
 
     out_i = sum_p exp(lse_pi - lse_i) out_pi over the tiles p that hold row i,   lse_i = log sum_p exp(lse_pi) (+ sink)
 
-Tiles are run in pieces that fit a cache, so that memory beyond the outputs does not grow with the length. The backward
-runs the same pieces with the merged out and lse: d s_ij = exp(s_ij - lse_i) (d out_i . v_j - d out_i . out_i) holds
-for each tile alone. Scores that are not linear in the product run composed, in both directions.
+Tiles are run in pieces that fit a cache, so that memory beyond the outputs does not grow with the length. Where rows
+keep every key of their tile, and stand at a level l_i that an earlier part gave them, a tile is two products and
+exp(score - l_i), added up as it is: no maximum, no division. The backward runs the same pieces with the merged out and
+lse: d s_ij = exp(s_ij - lse_i) (d out_i . v_j - d out_i . out_i) holds for each tile alone. Scores that are not linear
+in the product run composed, in both directions.
 
 Source: Dao 2023, "FlashAttention-2", arXiv:2307.08691, section 3.1; Liu et al. 2023, arXiv:2310.01889 (merging).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from attnc.codegen.cpu_row_sums import RowSums
 from attnc.codegen.cpu_scores import factor_of, is_zero
 from attnc.codegen.derivative import derivative, lookup_slopes
-from attnc.codegen.key_lists import KeyLists, in_blocks
+from attnc.codegen.key_lists import NONE, KeyLists, in_blocks
 from attnc.codegen.triton_text import Slot
 from attnc.expr import SCORE, TRUE, Expr
 from attnc.operands import Operands
@@ -27,7 +31,7 @@ from attnc.reading import as_tensor, picked, read
 from attnc.rule_attention import linear_score
 
 PIECE = 24 << 20  # bytes of gathered operands and of a mask at a time
-REACH = 30.0  # how far above its level the lse of a part may be: exp of it times many parts is no overflow
+WHOLE = 4 << 20  # where no mask is read, bytes of operands, scores and results at a time
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -57,66 +61,53 @@ def _widened(t: Tensor, width: int) -> Tensor:
     return t if t.shape[-1] == width else torch.nn.functional.pad(t, (0, width - t.shape[-1]))
 
 
-class _Sums:
-    """Rows under way: sum_p exp(lse_p - level) out_p and sum_p exp(lse_p - level), against a level of each row.
-
-    A level is the first lse, and moves only where a later one is far above it: what is added is then scaled and added
-    in one pass each, where a running average reads and writes every row several times.
-    """
-
-    def __init__(self, rows: int, width: int, like: Tensor, dtype: torch.dtype) -> None:
-        # A last row takes what tiles give for rows that they do not have. Not on the default device: on that of `like`.
-        self.out = like.new_zeros(rows + 1, width, dtype=dtype)
-        self.total = like.new_zeros(rows + 1, dtype=dtype)
-        self.level = like.new_full((rows + 1,), -torch.inf, dtype=dtype)
-
-    def add(self, tile: KeyLists, part: Tensor, lse: Tensor) -> None:
-        """Add tiles, `part` (T, m, Ev) being written over, to the rows they hold; a row is in one of them at most."""
-        rows = torch.where(tile.rows < 0, len(self.level) - 1, tile.rows).flatten()
-        part, lse = part.flatten(0, 1).to(self.out.dtype), lse.flatten().to(self.out.dtype)
-        level = self.level.index_select(0, rows)
-        above = lse > level + REACH
-        if bool(above.any()):
-            self._raise(rows[above], level[above], lse[above])
-            level = torch.where(above, lse, level)
-        share = (lse - torch.where(level == -torch.inf, 0.0, level)).exp()
-        self.out.index_add_(0, rows, part.mul_(share.unsqueeze(-1)))
-        self.total.index_add_(0, rows, share)
-
-    def _raise(self, rows: Tensor, level: Tensor, to: Tensor) -> None:
-        self.level.index_copy_(0, rows, to)
-        if bool((level == -torch.inf).all()):  # nothing is in these rows yet
-            return
-        for held in (self.out, self.total):
-            scale = (level - to).exp().view(-1, *[1] * (held.dim() - 1))
-            held.index_copy_(0, rows, held.index_select(0, rows) * scale)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """out (rows, Ev) and lse (rows,): 0 and -inf for a row without keys."""
-        out, total = self.out[:-1], self.total[:-1]
-        return out.div_(torch.where(total == 0, 1.0, total).unsqueeze(-1)), self.level[:-1] + total.log()
-
-
 def forward(operands: Operands, every: Sequence[KeyLists]) -> tuple[Tensor, Tensor]:
     """Attend each row to the keys of its tiles, under the rule.
 
     Shapes: as `Operands` -> out (B, Hq, L, Ev), lse (B, Hq, L), natural, float32 (float64 for float64), with the sink.
     A row without keys gives 0 and lse -inf, or the sink.
     """
-    query, value = operands.query, operands.value
-    B, Hq, L, _ = query.shape
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    sums = _Sums(B * Hq * L, value.shape[-1], query, wide)
-    for lists in every:
+    query, sums, bias = operands.query, RowSums(operands), _bias(operands)
+    is_plain = bias is not None and is_zero(bias)
+    in_order: Tensor | None = None
+    for n, lists in enumerate(every):
+        if n == 0 and is_plain and lists.keeps == "diagonal":
+            _add_own(operands, sums, lists.width)
+            continue
         tables = Tables.of(operands, lists.width)
-        for tile in _pieces(lists, tables):
-            sums.add(tile, *_run(operands, tables, tile))
+        is_whole = is_plain and lists.keeps == "all" and lists.added is None and not bool((lists.blocks < 0).any())
+        if not is_whole or query.dtype not in (torch.float32, torch.float64):
+            for tile in _pieces(lists, tables):
+                sums.add(tile := _single(tile, sums.count), *_run(operands, tables, tile))
+            continue
+        if in_order is None:
+            in_order = query.unflatten(1, (-1, sums.group)).transpose(2, 3).reshape(-1, query.shape[-1])
+        for tile in _pieces(lists, tables, WHOLE):
+            key, value = (t.index_select(0, _blocks(tables, tile)) for t in (tables.key, tables.value))
+            if not sums.add_whole(tile, in_order, key, value, factor_of(operands.rule)):
+                sums.add(tile := _single(tile, sums.count), *_run(operands, tables, tile))
     out, lse = sums.result()
-    out, lse = out.view(B, Hq, L, -1), lse.view(B, Hq, L)
     if operands.rule.sink is not None:
-        total = torch.logaddexp(lse, _sink(operands).to(wide))
+        total = torch.logaddexp(lse, _sink(operands).to(lse.dtype))
         out, lse = out * (lse - total).exp().unsqueeze(-1), total
     return out.to(query.dtype), lse
+
+
+def _add_own(operands: Operands, sums: RowSums, width: int) -> None:
+    """The first part of every row: the keys of its block of `width` up to itself."""
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in operands[:3])
+    (B, _, L, E), H, group = query.shape, key.shape[1], sums.group
+    most = max(E, value.shape[-1])
+    for b, h in itertools.product(range(B), range(H)):
+        for first, end in ((0, L // width * width), (L // width * width, L)):
+            if first == end:
+                continue
+            each = min(width, end - first)
+            q = query[b, h * group : (h + 1) * group, first:end].unflatten(1, (-1, each)).transpose(0, 1)
+            k, v = (t[b, h, first:end].unflatten(0, (-1, 1, each)) for t in (key, value))
+            q, k, v = (_widened(t, most) for t in (q, k, v))
+            out, lse = _flash(q, k, v, 0.0, True, scale=factor_of(operands.rule))
+            sums.put(((b * H + h) * L + first) * group, out[..., : value.shape[-1]], lse)
 
 
 def _sink(operands: Operands) -> Tensor:
@@ -126,18 +117,29 @@ def _sink(operands: Operands) -> Tensor:
     return operands.tensor(operands.rule.sink).expand(B, Hq, L, 1)[..., 0]
 
 
-def _pieces(lists: KeyLists, tables: Tables) -> Iterator[KeyLists]:
-    m, n = lists.rows.shape[1], lists.blocks.shape[1] * lists.width
+def _single(tile: KeyLists, count: int) -> KeyLists:
+    """Tiles of a row for each of the `count` query rows, numbered as they are."""
+    tile = tile.spread()
+    return tile if tile.parts == 1 else replace(tile, rows=torch.where(tile.rows < 0, NONE, tile.rows % count))
+
+
+def _pieces(lists: KeyLists, tables: Tables, most: int | None = None) -> Iterator[KeyLists]:
+    m, n = lists.rows.shape[1] * lists.heads, lists.blocks.shape[1] * lists.width
     item = tables.query.element_size()
-    each = (2 * (m + n) * tables.width + (m * n if lists.keeps == "rule" else 0)) * item
-    step = max(1, PIECE // max(each, 1))
+    each = (2 * (m + n) * tables.width + (m * n if lists.keeps == "rule" or most else 0)) * item
+    step = max(1, (most or PIECE) // max(each, 1))
     for first in range(0, len(lists), step):
         yield lists.part(first, first + step)
 
 
+def _blocks(tables: Tables, tile: KeyLists) -> Tensor:
+    """Which blocks of all key heads tiles have, (T * n,); one that is not there is the first."""
+    return (tile.place.unsqueeze(-1) * tables.blocks + tile.blocks.clamp(min=0)).flatten()
+
+
 def _gathered(tables: Tables, tile: KeyLists) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows (T, 1, m, E), keys and values (T, 1, n * width, E), of one E, and which blocks they are, (T * n,)."""
-    at = (tile.place.unsqueeze(-1) * tables.blocks + tile.blocks.clamp(min=0)).flatten()
+    at = _blocks(tables, tile)
     T, m = tile.rows.shape
     query = tables.query.index_select(0, tile.rows.clamp(min=0).flatten()).view(T, 1, m, -1)
     key, value = (t.index_select(0, at).view(T, 1, -1, t.shape[-1]) for t in (tables.key, tables.value))
@@ -241,13 +243,13 @@ def backward(
     for lists in every:
         tables = Tables.of(operands, lists.width)
         dk, dv = torch.zeros_like(tables.key, dtype=wide), torch.zeros_like(tables.value, dtype=wide)
-        for tile in _pieces(lists, tables):
+        for tile in (_single(tile, level.numel()) for tile in _pieces(lists, tables)):
             rows, gone = tile.rows.clamp(min=0), tile.rows < 0
             given = flat_grad[rows].masked_fill(gone.unsqueeze(-1), 0.0)
             height = level[rows].masked_fill(gone, torch.inf)  # a row that is not there has no weights
             parts = _run_backward(operands, tables, tile, given, flat_out[rows], height, needs)
             dq.index_add_(0, rows.flatten(), parts[0].to(wide))
-            at = (tile.place.unsqueeze(-1) * tables.blocks + tile.blocks.clamp(min=0)).flatten()
+            at = _blocks(tables, tile)
             for total, more in zip((dk, dv), parts[1:3], strict=True):
                 total.index_add_(0, at, more[..., : total.shape[-1]].reshape(-1, *total.shape[1:]).to(wide))
             for total, more in zip(learned, parts[3], strict=True):

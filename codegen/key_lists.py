@@ -3,8 +3,8 @@
     tile t:  rows rows[t, :] of the queries  x  keys blocks[t, n] * width + 0 .. width - 1 of the key head place[t]
 
 Whatever chooses keys at run time ends here: a list of blocks for each tile of rows (`listed`), or rows sorted by the
-block they chose (`sorted_by_block`), which is the cheaper way where neighbouring rows choose different blocks. A row
-is in one tile of a `KeyLists` at most; what several of them give is merged by the log-sum-exp.
+block they chose (`sorted_by_block`), which is the cheaper way where neighbouring rows choose different blocks. What
+several tiles give to a row is merged by the log-sum-exp.
 
 Source: Yuan et al. 2025, "Native Sparse Attention", arXiv:2502.11089, section 3.4 (the rows of a group against a list
 of blocks); Lu et al. 2025, "MoBA", arXiv:2502.13189, algorithm 1 (rows sorted by block, parts merged).
@@ -27,14 +27,17 @@ CLASSES = 16  # lists of different lengths are run in about as many kinds
 class KeyLists:
     """Tiles of one kind.
 
-    rows:   (T, m) int64, positions in (B, Hq, L) laid flat, NONE where a tile has fewer rows; no row twice.
+    rows:   (T, m) int64, positions in (B, Hq, L) laid flat, NONE where a tile has fewer rows; no number twice. A row
+            that is in several tiles is another part of itself in each: part * B * Hq * L + position.
     blocks: (T, n) int64, blocks of `width` keys, NONE where a tile has fewer; no block twice in a tile.
     place:  (T,) int64, position of the tile's key head in (B, H) laid flat.
     width:  keys of a block.
-    keeps:  "all": every row keeps every key of the blocks of its tile; "diagonal": row n of a tile keeps its first
-            n + 1 keys; "rule": the rule is read. Only the last takes a mask, and "all" one of the blocks where a tile
-            has fewer.
+    keeps:  "all": every row keeps every key of the blocks of its tile; "diagonal": the tiles are all rows in their
+            order, and row n of a tile keeps its first n + 1 keys; "rule": the rule is read. Only the last takes a mask,
+            and "all" one of the blocks where a tile has fewer.
     added:  (T, n * width), added to the score of each key, or None.
+    parts:  in how many tiles a row may be.
+    heads:  query heads that each row stands for, its own and those `apart` positions behind it, and behind that one.
     """
 
     rows: Tensor
@@ -43,6 +46,9 @@ class KeyLists:
     width: int
     keeps: str = "rule"
     added: Tensor | None = None
+    parts: int = 1
+    heads: int = 1
+    apart: int = 0
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -53,6 +59,14 @@ class KeyLists:
         return replace(
             self, rows=self.rows[first:last], blocks=self.blocks[first:last], place=self.place[first:last], added=added
         )
+
+    def spread(self) -> KeyLists:
+        """The same with a row for each query head."""
+        if self.heads == 1:
+            return self
+        rows, head = self.rows.unsqueeze(-1), torch.arange(self.heads, device=self.rows.device)
+        rows = torch.where(rows < 0, NONE, rows + head * self.apart).flatten(1)
+        return replace(self, rows=rows, heads=1, apart=0)
 
     @property
     def keys(self) -> Tensor:
@@ -91,55 +105,59 @@ def listed(
 
 def sorted_by_block(
     chosen: Tensor, shape: tuple[int, int, int, int], blocks: int, width: int, *, tile: int = 256, keeps: str = "rule"
-) -> KeyLists:
-    """Tiles of rows that chose the same block of their key head.
+) -> list[KeyLists]:
+    """Tiles of rows that chose the same block of their key head, those of like numbers of rows together.
 
-    chosen: (B, Hq, L), one block for each row, NONE for no block. shape: B, Hq, H, L.
-    Each block's rows are cut into tiles of at most `tile`; the last one of a block is padded.
+    chosen: (B, Hq or H, L, n), the blocks of each row, or of those of a group, NONE for no block. shape: B, Hq, H, L.
+    Each block's rows are cut into tiles of like size, of at most `tile` rows.
     """
     B, Hq, H, L = shape
-    device = chosen.device
-    place = torch.arange(B * Hq, device=device).view(B, Hq, 1) * H // Hq
-    bucket = (place * blocks + chosen).flatten()
-    rows = torch.arange(B * Hq * L, device=device)
-    there = chosen.flatten() >= 0
-    if not bool(there.all()):
-        bucket, rows = bucket[there], rows[there]
-    bucket, order = bucket.sort(stable=True)
-    rows = rows[order]
-    counts = torch.bincount(bucket, minlength=B * H * blocks)
-    most = int(counts.max()) if rows.numel() else 0
-    tile = max(CHUNK, min(tile, -(-most // CHUNK) * CHUNK))
-    tiles = -(-counts // tile)  # of each bucket
-    first_row, first_tile = counts.cumsum(0) - counts, tiles.cumsum(0) - tiles
-    within = torch.arange(rows.numel(), device=device) - first_row[bucket]
-    laid = rows.new_full((int(tiles.sum()), tile), NONE)
-    laid[first_tile[bucket] + within // tile, within % tile] = rows
-    owner = torch.repeat_interleave(torch.arange(counts.numel(), device=device), tiles)
-    return KeyLists(laid, (owner % blocks).unsqueeze(-1), owner // blocks, width, keeps)
+    heads, n = chosen.shape[1], chosen.shape[-1]
+    device, group = chosen.device, Hq // heads
+    place = torch.arange(B * heads, device=device).view(B, heads, 1, 1) * H // heads
+    count = B * H * blocks
+    bucket, order = torch.where(chosen < 0, count, place * blocks + chosen).flatten().int().sort(stable=True)
+    counts = torch.bincount(bucket, minlength=count + 1)[:count]
+    found = int(counts.sum())
+    step = max(1, CHUNK // group)
+    tile = max(step, tile // group)
+    tiles = -(-counts // tile)
+    size = -(-counts // (tiles.clamp(min=1) * step)) * step  # of each tile of a bucket
+    size, by_size = size.sort(stable=True)
+    slots = (tiles[by_size] * size).cumsum(0)
+    first = torch.empty_like(counts)
+    first[by_size] = slots - tiles[by_size] * size
+    at = torch.repeat_interleave(first - (counts.cumsum(0) - counts), counts)
+    row = order[:found] // n
+    row = row // L * (group * L) + row % L if group > 1 else row
+    laid = torch.full((int(slots[-1]),), NONE, device=device)
+    laid[torch.arange(found, device=device) + at] = row if n == 1 else order[:found] % n * (B * Hq * L) + row
+    lists, ends = [], torch.searchsorted(size, size.unique(), right=True).tolist()
+    for start, end in zip([0, *ends], ends, strict=False):
+        rows, many = laid[int(first[by_size[start]]) : int(slots[end - 1])], int(size[start])
+        if many:
+            owner = torch.repeat_interleave(by_size[start:end], tiles[by_size[start:end]])
+            tiled = rows.view(-1, many), (owner % blocks).unsqueeze(-1), owner // blocks
+            lists.append(KeyLists(*tiled, width, keeps, parts=n, heads=group, apart=L if group > 1 else 0))
+    return lists
 
 
 def of_rows(chosen: Tensor, shape: tuple[int, int, int, int], blocks: int, width: int, keeps: str) -> list[KeyLists]:
-    """Tiles of rows that chose blocks each for itself, one block after the other.
+    """Tiles of rows that chose blocks each for itself, or for its group.
 
     chosen: (B, Hq or H or 1, L, n). keeps: "all", "causal" (row i keeps j <= i, as many keys as rows) or "rule".
     """
-    B, Hq, H, L = shape
-    if chosen.shape[1] not in (1, Hq):
-        chosen = chosen.repeat_interleave(Hq // H, 1)
-    chosen = chosen.expand(B, Hq, L, chosen.shape[-1])
+    B, _, H, L = shape
+    chosen = chosen.expand(B, H if chosen.shape[1] == 1 else -1, L, -1)
     if keeps != "causal":
-        return [sorted_by_block(one, shape, blocks, width, keeps=keeps) for one in chosen.unbind(-1)]
-    i = torch.arange(L, device=chosen.device)
-    found = []
-    for one in chosen.unbind(-1):
-        before = (one + 1) * width <= i + 1  # every key of the block is kept
-        kinds = (before, "all"), (~before, "rule")
-        for which, kind in kinds:
-            part = torch.where(which, one, NONE)
-            if bool((part >= 0).any()):
-                found.append(sorted_by_block(part, shape, blocks, width, keeps=kind))
-    return found
+        return sorted_by_block(chosen, shape, blocks, width, keeps=keeps)
+    before = (chosen + 1) * width <= torch.arange(1, L + 1, device=chosen.device).unsqueeze(-1)  # the block is whole
+    kinds = ((before, "all"), (~before, "rule"))
+    return [
+        lists
+        for which, kind in kinds
+        for lists in sorted_by_block(torch.where(which, chosen, NONE), shape, blocks, width, keeps=kind)
+    ]
 
 
 def of_tiles(chosen: Tensor, shape: tuple[int, int, int, int], tile_m: int, width: int, keeps: str) -> list[KeyLists]:
@@ -198,9 +216,9 @@ def kept_by(lists: KeyLists, shape: tuple[int, int, int, int], S: int) -> Tensor
     """Which keys the tiles hold for each row, (B, Hq, L, S) boolean, whatever the rule keeps of them."""
     B, Hq, _, L = shape
     kept = torch.zeros(B * Hq * L + 1, S + 1, dtype=torch.bool, device=lists.rows.device)  # a last one for NONE
-    keys = lists.keys
+    keys, rows = lists.keys, lists.spread().rows
     keys = torch.where((keys < 0) | (keys >= S), S, keys)
-    rows = torch.where(lists.rows < 0, B * Hq * L, lists.rows)
+    rows = torch.where(rows < 0, B * Hq * L, rows % (B * Hq * L))
     kept[rows.unsqueeze(-1), keys.unsqueeze(1)] = True
     return kept[:-1, :-1].view(B, Hq, L, S)
 

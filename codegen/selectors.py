@@ -8,9 +8,11 @@ Source: Lu et al. 2025, "MoBA", arXiv:2502.13189, equations 4 to 6.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from attnc.codegen.key_lists import NONE
@@ -21,6 +23,7 @@ from attnc.reading import as_tensor, picked, read
 from attnc.rule_attention import MASKING, lowered
 
 READ = 1 << 24  # pairs of a mask read at a time
+CACHED = 1 << 18  # scores of blocks ranked at a time
 
 
 def last_keys(given: Operands) -> Tensor:
@@ -156,6 +159,33 @@ def top_blocks(
     mass: percent of a row's shares; once the blocks hold it, no further one is kept. together: of those of all rows of
     a head, the largest first. least: share of a block in 1/10000 below which it is not kept. 0: no bound.
     """
+    heads, T, blocks = score.shape[1:]
+    options: dict[str, Any] = {"sinks": sinks, "window": window, "mass": mass, "least": least, "together": together}
+    if together or not is_known(last):
+        return _top_blocks(score, own, last, block, count, **options)
+    step, found = max(1, CACHED // max(score.shape[0] * heads * blocks, 1)), []
+    own, last = (x.expand(*x.shape[:-1], T) for x in (own, last))
+    for n in range(0, T, step):
+        at = slice(n, n + step)
+        seen = begun(last[..., at], block, blocks)
+        found.append(_top_blocks(score[:, :, at, :seen], own[..., at], last[..., at], block, count, **options))
+    return torch.cat(found, 2)
+
+
+def is_known(x: Tensor) -> bool:
+    """Whether numbers can be read off `x` at no cost: it lies on the CPU, and is not that of a graph."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling()
+
+
+def begun(last: Tensor, block: int, blocks: int) -> int:
+    """Into how many of the first blocks any of the rows reaches that end at `last`; one at least."""
+    return max(1, min(blocks, int(last.max()) // block + 1))
+
+
+def _top_blocks(
+    score: Tensor, own: Tensor, last: Tensor, block: int, count: int, *, sinks: int, window: int, mass: int, least: int,
+    together: bool,
+) -> Tensor:  # fmt: skip
     blocks = score.shape[-1]
     allowed = allowed_blocks(blocks, last, block)
     forced = always_kept(blocks, own, block, sinks=sinks, window=window)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attnc.codegen.selectors import allowed_blocks, block_means, block_shares
+from attnc.codegen.selectors import allowed_blocks, begun, block_means, block_shares, is_known
 
-SCORES = {"cpu": 1 << 21}  # numbers of a map at a time: what stays in a cache
+SCORES = {"cpu": 1 << 19}  # numbers of a map at a time: what stays in a cache
 ELSEWHERE = 1 << 26
 
 
@@ -167,14 +167,35 @@ def compressed_shares(
         return wide(query).new_zeros(B, H, T, blocks)
     cells = block_means(key[:, :, : (count - 1) * stride + length], stride)
     per = length // stride
-    pooled = cells.unfold(2, per, 1).mean(-1)  # (B, H, count, E)
+    pooled = cells.unfold(2, per, 1).mean(-1) * scale if per > 1 else cells * scale  # (B, H, count, E)
+    last = last.expand(*last.shape[:-1], T) - length + 1
     step = at_a_time(B * Hq * count, query.device)
-    found = []
+    found = wide(query).new_zeros(B, H, T, blocks)
     for n in range(0, T, step):
-        score = products(wide(query[:, :, n : n + step]), pooled) * scale
-        share = block_shares(score, last[..., n : n + step] - length + 1, stride)
-        share = share.unflatten(1, (H, -1)).sum(2)
-        share = F.pad(share, (per - 1, per - 1)).unfold(-1, per, 1).sum(-1)  # of each stride of keys
-        share = F.pad(share, (0, max(0, blocks * block // stride - share.shape[-1])))[..., : blocks * block // stride]
-        found.append(share.unflatten(-1, (blocks, -1)).sum(-1))
-    return torch.cat(found, 2)
+        at = slice(n, n + step)
+        seen, whole = _reached(last[..., at], stride, count)
+        share = _shares(products(wide(query[:, :, at]), pooled[:, :, :seen]), last[..., at], stride, whole, H)
+        if per > 1 or stride < block:  # of each stride of keys, then of each block
+            share = F.pad(share, (per - 1, per - 1)).unfold(-1, per, 1).sum(-1)
+            share = F.pad(share, (0, -share.shape[-1] % (block // stride))).unflatten(-1, (-1, block // stride)).sum(-1)
+        found[:, :, at, : share.shape[-1]] = share[..., :blocks]
+    return found
+
+
+def _reached(last: Tensor, stride: int, count: int) -> tuple[int, int]:
+    """How many of `count` means any of the rows may keep, and how many all; all and none where that is not known."""
+    if not is_known(last):
+        return count, 0
+    return begun(last, stride, count), max(0, min(count, int(last.min()) // stride + 1))
+
+
+def _shares(score: Tensor, last: Tensor, stride: int, whole: int, heads: int) -> Tensor:
+    """Softmax of scores (B, Hq, T, n) over what each row may keep, of which it keeps the first `whole`, summed over the
+    rows of each of `heads`; 0 for a row that keeps nothing."""
+    rest = score[..., whole:]
+    rest.masked_fill_(~allowed_blocks(score.shape[-1], last, stride)[..., whole:], -torch.inf)
+    share = score.softmax(-1).unflatten(1, (heads, -1))
+    total = share.sum(2)
+    if whole and not bool(total.isnan().any()):
+        return total
+    return share.nan_to_num(0.0).sum(2)

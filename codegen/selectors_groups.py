@@ -60,8 +60,7 @@ def group_lists(
     spread = rows if rows.shape[1] == Hq else rows.expand(B, H, *rows.shape[2:]).repeat_interleave(Hq // H, 1)
     position = position.expand(B, L)
     found = []
-    for one in spread.unbind(-1):
-        lists = sorted_by_block(one, shape, total, 1, tile=ROWS)
+    for lists in (x for one in spread.split(1, -1) for x in sorted_by_block(one, shape, total, 1, tile=ROWS)):
         at = table[lists.place * total + lists.blocks.squeeze(-1)]
         if is_causal:
             last = torch.where(

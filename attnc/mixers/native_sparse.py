@@ -33,13 +33,11 @@ def native_sparse(
     the last `near` among them.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    on_cpu = query.device.type == "cpu"
-    chosen = _selection(block, top_k, sinks, near)
-    near_form = "flash" if not on_cpu else "block_sparse{provider=band}" if window < key.shape[2] else "dense"
+    chosen, (pooled_form, near_form) = _selection(block, top_k, sinks, near), _exact(query, key, window)
     pooled = [x[:, :, : x.shape[2] // block * block].unflatten(2, (-1, block)).mean(3) for x in (key, value)]
     out = torch.zeros((), dtype=query.dtype, device=query.device)
     branches = (
-        ("dense" if on_cpu else "flash", *pooled, f"keep={block} * j - i <= {1 - block}; empty=zero"),
+        (pooled_form, *pooled, f"keep={block} * j - i <= {1 - block}; empty=zero"),
         (chosen.spell(), key, value, "keep=j - i <= 0"),
         (near_form, key, value, f"keep=j - i <= 0 and i - j <= {window - 1}"),
     )
@@ -48,6 +46,18 @@ def native_sparse(
             part, _ = ATTENTION(query, k, v, [], [], f"{form} | score={scale!r} * s; {mask}")
             out = out + gate.unsqueeze(-1) * part
     return out
+
+
+def _exact(query: Tensor, key: Tensor, window: int) -> tuple[str, str]:
+    """The forms that compute the first and the last branch, whose masks are of positions alone."""
+    if query.device.type != "cpu":
+        return "flash", "flash"
+    near = "dense"
+    if not all(isinstance(n, int) for n in (*query.shape, *key.shape)):  # lengths are symbols of a graph
+        return "dense", near if window >= key.shape[2] else "block_sparse{provider=band}"
+    if window < key.shape[2]:
+        near = "block_sparse{provider=blocked,block_m=64,block_n=64}"
+    return "block_sparse{provider=blocked,block_m=1024,block_n=64}", near
 
 
 def selected_blocks(
