@@ -61,6 +61,8 @@ MIXERS = {
     "zamba2": "Zamba2MambaMixer",
     "zaya": None,
 }
+# xlstm's cache rounds widths of states up to multiples of 64, its layers do not: eager raises at the zoo's 32.
+CONFIGS = {"xlstm": {"hidden_size": 128}}
 PARTS = ("prefill", "train", "generate")
 NAME = "recurrent_models"
 INNER = {"inner": "aot_eager"}
@@ -84,6 +86,7 @@ def measure(job: Mapping[str, Any], save: Callable[[dict], None]) -> dict[str, A
 
 def built(model: str, **given: Any) -> Any:
     zoo_build, _, _ = zoo.loaded()
+    zoo_build.CONFIG.setdefault(model, {}).update(CONFIGS.get(model, {}))
     return zoo_build.build(zoo_build.catalog()[model], **given)
 
 
@@ -131,12 +134,24 @@ def train(model: str) -> dict[str, Any]:
     if "failed" in ours:
         return {"train": ours["failed"]}
     row = {"train_error": ours["errors"]["first"], "gradient_error": ours["errors"]["gradient"]}
-    if not (row["gradient_error"] or 0.0) <= check.TOLERANCE:
+    if is_far(row["gradient_error"], check.TOLERANCE):
         anew = lambda other: check.replace(run, model=other).run(other)  # noqa: E731
-        moved = compare.errors(want, judges.nudged(made.model, anew), None)
-        row |= {"gradient_of_eager_moved_by_one_unit": moved.get("gradient")}
-        row |= {"gradient_of_float64": compare.errors(want, judges.in_float64(made.model, anew), None).get("gradient")}
+        exact = judges.in_float64(made.model, anew)
+        if exact[1]:
+            row["eager_to_float64"] = compare.errors(exact, want, None)["gradient"]  # of eager's
+            row["attnc_to_float64"] = check.attempt(run, exact, compare, "attnc", INNER)["errors"]["gradient"]
     return row
+
+
+def is_far(error: float | None, tolerance: float) -> bool:
+    """Whether an error is beyond the tolerance; None is no number."""
+    return error is None or not error <= tolerance
+
+
+def as_exact(row: Mapping[str, Any]) -> bool:
+    """Whether attnc's gradients are at most half as far again from float64's as eager's are."""
+    own, ours = row.get("eager_to_float64"), row.get("attnc_to_float64")
+    return own is not None and ours is not None and ours <= 1.5 * own
 
 
 def generate(model: str) -> dict[str, Any]:
@@ -161,6 +176,7 @@ def generate(model: str) -> dict[str, Any]:
     return {
         "tokens_same": int((got == want).sum()) if got.shape == want.shape else 0,
         "tokens": want.numel(),
+        "padded": PADDED,
         "found_in_decode": min(lap.get("recurrence", 0) for lap in regions[1:]),
         "decode_graphs": len(watch.graphs),
     }
@@ -186,7 +202,8 @@ def verdict(row: Mapping[str, Any], tolerance: float = 1e-4) -> str:
     wrong = [part for part in PARTS if part in row] + [row["status"]] * (row.get("status", "ok") != "ok")
     wrong += ["mixers"] * (row.get("found", 0) < row.get("mixers", 0))
     wrong += ["graphs"] * (row.get("graphs", 0) > 1)
-    wrong += [name for name in ("logits_error", "gradient_error") if not (row.get(name, 0.0) or 0.0) <= tolerance]
+    far = [name for name in ("logits_error", "gradient_error") if name in row and is_far(row[name], tolerance)]
+    wrong += [name for name in far if name == "logits_error" or not as_exact(row)]
     wrong += ["tokens"] * (row.get("tokens_same") != row.get("tokens"))
     return ", ".join(wrong) or "holds"
 
