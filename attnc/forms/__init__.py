@@ -27,6 +27,7 @@ from attnc.forms.gist_blocks import GistBlocks
 from attnc.forms.hash_buckets import HashBuckets
 from attnc.forms.hash_halves import HashHalves
 from attnc.forms.head_blocks import HeadBlocks
+from attnc.forms.head_groups import HeadGroups
 from attnc.forms.head_policies import HeadPolicies
 from attnc.forms.hierarchical import Hierarchical
 from attnc.forms.kept_tiles import KeptTiles
@@ -91,6 +92,7 @@ FORMS: tuple[type[Form], ...] = (
     VerticalSlash,
     TokenTopK,
     CacheEviction,
+    HeadGroups,
     HeadPolicies,
     KeyImportance,
     HashBuckets,
@@ -127,6 +129,9 @@ def parse_form(spelling: str) -> Form:
             "'block_sparse{provider=flex,block_m=128}'."
         )
     return form_named(match[1]).parse(match[2] or "")
+
+
+HeadGroups.read = staticmethod(parse_form)  # runs of heads take any form of attention
 
 
 @lru_cache(maxsize=256)

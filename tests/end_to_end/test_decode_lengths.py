@@ -119,6 +119,15 @@ def test_a_growing_cache_gives_what_the_reference_gives_in_no_more_graphs_than_e
     assert float((got - decoded(Layer())).abs().max()) > 0.01  # of the others, which are dropped
 
 
+def test_groups_of_heads_decode_each_by_its_form() -> None:
+    def attend(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+        few = referring("token_top_k{top_k=6}")(query[:, 2:], key[:, 1:], value[:, 1:], is_causal)
+        return torch.cat([sdpa(query[:, :2], key[:, :1], value[:, :1], is_causal), few], 1)
+
+    got = decoded(compiled("head_groups{of=1*dense&1*token_top_k(top_k=6)}"))
+    assert_close(got, decoded(Layer(attend)))
+
+
 @pytest.mark.parametrize("form", ["block_mixture{block=4,top_k=64}", "sinks_window{window=128}"])
 def test_a_budget_that_keeps_every_key_changes_nothing(form: str) -> None:
     assert_close(decoded(compiled(form)), decoded(Layer()))
