@@ -201,7 +201,8 @@ def verdict(row: Mapping[str, Any], tolerance: float = 1e-4) -> str:
     """What does not hold, or that all does."""
     wrong = [part for part in PARTS if part in row] + [row["status"]] * (row.get("status", "ok") != "ok")
     wrong += ["mixers"] * (row.get("found", 0) < row.get("mixers", 0))
-    wrong += ["graphs"] * (row.get("graphs", 0) > 1)
+    same = row.get("graphs") == row.get("graphs_of_dynamo")
+    wrong += ["graphs, as of Dynamo alone" if same else "graphs"] * (row.get("graphs", 0) > 1)
     far = [name for name in ("logits_error", "gradient_error") if name in row and is_far(row[name], tolerance)]
     wrong += [name for name in far if name == "logits_error" or not as_exact(row)]
     wrong += ["tokens"] * (row.get("tokens_same") != row.get("tokens"))
@@ -235,7 +236,8 @@ def main() -> None:
         record = found[name]
         fresh = {"model": name, "status": record["status"], **(record.get("result") or {})}
         rows[name] = {**rows.get(name, {}), **fresh} if args.parts != PARTS else fresh
-        rows[name] |= {"verdict": verdict(rows[name]), "commit": before["commit"]}
+        rows[name]["commit"] = before["commit"]
+    rows = {name: row | {"verdict": verdict(row)} for name, row in rows.items()}
     tell([rows[name] for name in args.only])
     write_result(
         NAME,
