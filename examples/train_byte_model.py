@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-TOKENS, ROWS = 4096, 8  # of a step, at least
+TOKENS, ROWS = 4096, 4  # of a step, at least
 LENGTHS = ((0.0, 32), (0.04, 64), (0.08, 128), (0.14, 256), (0.25, 512), (0.45, CONTEXT))  # from this part of the steps
 SHORTEST = {"text": 256, "needle": 128}  # of these, whatever the others have
 MIX = ("text", "recall", "needle", "text", "copy", "recall", "needle", "text")  # batches in turn
