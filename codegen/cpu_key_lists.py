@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,12 +26,13 @@ from attnc.codegen.cpu_scores import factor_of, is_zero
 from attnc.codegen.derivative import derivative, lookup_slopes
 from attnc.codegen.key_lists import NONE, KeyLists, in_blocks
 from attnc.codegen.triton_text import Slot
-from attnc.expr import SCORE, TRUE, Expr
+from attnc.expr import BOOL, SCORE, TRUE, Expr
 from attnc.operands import Operands
 from attnc.reading import as_tensor, picked, read
-from attnc.rule_attention import linear_score
+from attnc.rule_attention import AttentionRule, linear_score
 
 PIECE = 24 << 20  # bytes of gathered operands and of a mask at a time
+FEW = 64  # bytes of a pair that a rule may hold beside its mask before pieces grow smaller
 WHOLE = 4 << 20  # where no mask is read, bytes of operands, scores and results at a time
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -44,17 +46,27 @@ class Tables:
     key: Tensor
     value: Tensor
     blocks: int  # of a key head
+    pair: int  # bytes that reading the rule holds for each pair
 
     @classmethod
     def of(cls, operands: Operands, width: int) -> Tables:
         query, key, value = operands[:3]
         rows = query.reshape(-1, query.shape[-1])
-        return cls(rows, in_blocks(key, width), in_blocks(value, width), -(-key.shape[2] // width))
+        pair = _bytes_of_pair(operands.rule)
+        return cls(rows, in_blocks(key, width), in_blocks(value, width), -(-key.shape[2] // width), pair)
 
     @property
     def width(self) -> int:
         """Of heads, as the kernel takes them: one for keys and values."""
         return max(self.key.shape[-1], self.value.shape[-1])
+
+
+@lru_cache(maxsize=256)
+def _bytes_of_pair(rule: AttentionRule) -> int:
+    """Of the values of all parts of a rule that differ from pair to pair; a part is kept until the whole is read."""
+    nodes = (x for e in (rule.keep, rule.score) for x in e.walk())
+    found = ((x, x.names()) for x in nodes)
+    return sum(1 if x.kind == BOOL else 8 for x, names in found if "s" in names or ("j" in names and len(names) > 1))
 
 
 def _widened(t: Tensor, width: int) -> Tensor:
@@ -127,6 +139,7 @@ def _pieces(lists: KeyLists, tables: Tables, most: int | None = None) -> Iterato
     m, n = lists.rows.shape[1] * lists.heads, lists.blocks.shape[1] * lists.width
     item = tables.query.element_size()
     each = (2 * (m + n) * tables.width + (m * n if lists.keeps == "rule" or most else 0)) * item
+    each += 0 if most else m * n * max(0, tables.pair - FEW)
     step = max(1, (most or PIECE) // max(each, 1))
     for first in range(0, len(lists), step):
         yield lists.part(first, first + step)
