@@ -42,6 +42,9 @@ class GistBlocks(BlockMixture):
 
     name: ClassVar[str] = "gist_blocks"
     chooses_blocks: ClassVar[bool] = False  # gists stand beside the blocks
+    block: int = knob(64, 17, 33, role="semantic", unit="keys")
+    top_k: int = knob(8, 4, 16, role="semantic", unit="blocks")
+    pick: str = knob("row", role="semantic")
     gists: int = knob(1, 0, role="semantic", unit="keys")
 
     def tensors(self, width: int, weights: Mapping[str, Tensor]) -> list[Tensor]:

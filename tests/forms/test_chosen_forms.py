@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnc import ops
+from attnc.codegen.cpu_key_lists import Tables, _pieces
 from attnc.errors import UsageError
 from attnc.forms import parse_form
 from attnc.forms.masked import reference
@@ -99,6 +100,17 @@ def test_halves_pair_by_chunks_and_samples_that_weigh_as_many_as_they_stand_for(
     assert isinstance(form, Selected)
     lse = form.reference(equal)[1][0, 0] - 0.5 * (q @ k[:, :, :1].mT)[0, 0, :, 0]
     assert 26.0 < float(lse[31].exp()) < 40.0  # of 32 keys
+
+
+def test_a_rule_of_many_parts_is_read_in_smaller_pieces() -> None:
+    x = torch.zeros(1, 8, 512, 64)
+    given, pieces = Operands(x, x, x, [], [], CAUSAL), []
+    for spelling in ("hash_buckets{rounds=2}", "hash_buckets{rounds=1}"):
+        form = parse_form(spelling)
+        assert isinstance(form, Selected)
+        laid, every = form.laid(form.choose(given), given)
+        pieces.append(len(list(_pieces(every[0], Tables.of(laid, every[0].width)))))
+    assert pieces[0] > 2 * pieces[1]
 
 
 def region(spelling_weights: tuple = (), rule: str = "causal", L: int = 64, S: int = 64) -> AttentionRegion:
