@@ -201,6 +201,7 @@ def verdict(row: Mapping[str, Any], tolerance: float = 1e-4) -> str:
     """What does not hold, or that all does."""
     wrong = [part for part in PARTS if part in row] + [row["status"]] * (row.get("status", "ok") != "ok")
     wrong += ["mixers"] * (row.get("found", 0) < row.get("mixers", 0))
+    wrong += ["mixers in decode"] * (row.get("found_in_decode", row.get("mixers", 0)) < row.get("mixers", 0))
     same = row.get("graphs") == row.get("graphs_of_dynamo")
     wrong += ["graphs, as of Dynamo alone" if same else "graphs"] * (row.get("graphs", 0) > 1)
     far = [name for name in ("logits_error", "gradient_error") if name in row and is_far(row[name], tolerance)]

@@ -78,13 +78,14 @@ def split_scan(
     """A whole block of Mamba-2 after its first projection: zxbcdt (B, L, 2 M + 2 H P + 2 G N + H) holds M gated units
     beside the scan, its gate, what is convolved, its steps; the norm is by group, (H P / G) wide; out (B, L, M + H P)
     or as wide as the rows of outproj_weight; states (B, H, P, N)."""
-    heads, width = D.shape if D.dim() == 2 else (D.shape[0], headdim)
-    inner, convolved = heads * width, conv1d_weight.shape[0]
+    heads, width = D.shape[0], D.shape[1] if D.dim() == 2 else (headdim or 1)
+    inner, (convolved, taps) = heads * width, conv1d_weight.shape
     beside = (zxbcdt.shape[-1] - inner - convolved - heads) // 2
     units, gate, taken, dt = zxbcdt.split([2 * beside, inner, convolved, heads], -1)
-    taken = convolution(taken.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation=activation)
+    tokens = F.pad(taken.transpose(1, 2), (taps - 1, 0))
+    taken = _taps(tokens, conv1d_weight, conv1d_bias, activation, seq_idx).to(zxbcdt.dtype).transpose(1, 2)
     keys = (convolved - inner) // 2
-    x, B, C = taken.transpose(1, 2).split([inner, keys, keys], -1)
+    x, B, C = taken.split([inner, keys, keys], -1)
     x, B, C = x.unflatten(-1, (heads, width)), B.unflatten(-1, (ngroups, -1)), C.unflatten(-1, (ngroups, -1))
     z = gate.unflatten(-1, (heads, width)) if rmsnorm_weight is None else None
     out, state = chunk_scan(
@@ -145,7 +146,7 @@ def _taps(
     for tap in range(taps):
         term = tokens[..., tap : tap + length].float() * weight[:, tap, None].float()
         if names is not None:
-            term = term * (names[:, tap : tap + length] == documents)[:, None]
+            term = term * names[:, tap : tap + length].eq(documents)[:, None]
         out = out + term
     out = out if activation is None else F.silu(out)
     return out if documents is None else out * (documents >= 0)[:, None]
