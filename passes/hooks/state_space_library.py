@@ -145,7 +145,7 @@ def _taps(
     out = tokens.new_zeros((), dtype=torch.float32) if bias is None else bias.float()[:, None]
     for tap in range(taps):
         term = tokens[..., tap : tap + length].float() * weight[:, tap, None].float()
-        if names is not None:
+        if names is not None and documents is not None:
             term = term * names[:, tap : tap + length].eq(documents)[:, None]
         out = out + term
     out = out if activation is None else F.silu(out)
