@@ -20,7 +20,7 @@ from attnc.forms.kept_tiles import share_kept
 from attnc.operands import Operands
 from attnc.options import Options
 from attnc.passes.attention.absorb import keep_latent
-from attnc.passes.attention.chunks import Unrolled, in_chunks, overlaps
+from attnc.passes.attention.chunks import Counted, Unrolled, in_chunks, overlaps
 from attnc.passes.attention.crossing import crosses
 from attnc.passes.attention.extent import cut_gradient, inside, leaves_of
 from attnc.passes.attention.flex import flex_regions
@@ -179,7 +179,8 @@ def _attentions(facts: GraphFacts, analysis: Analysis, options: Options) -> tupl
         else:
             taken |= _entered(facts, match, analysis, options)
     with analysis.timed("lift"):
-        tried = [(anchor, why, in_chunks(facts, anchor)) for anchor, why in failed]
+        counted = Counted(facts)
+        tried = [(anchor, why, in_chunks(facts, anchor, counted)) for anchor, why in failed]
     if any(isinstance(chunks, Unrolled) for *_, chunks in tried):
         facts = GraphFacts(facts.graph)
         repeats = Repeats(facts)

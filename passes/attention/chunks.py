@@ -21,7 +21,7 @@ from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from attnc.passes.attention.absorb import Emitter
-from attnc.passes.attention.codes import moves
+from attnc.passes.attention.codes import is_constant, moves
 from attnc.passes.attention.columns import POINTWISE, Columns, plain_name
 from attnc.passes.attention.meeting import Meeting
 from attnc.passes.attention.places import CHANNEL, TOKEN, Place
@@ -54,7 +54,57 @@ class Unrolled:
         return int(shape_of(self.anchor)[-1].value)
 
 
-def in_chunks(facts: GraphFacts, anchor: fx.Node) -> Unrolled | NoMatch | None:
+class Counted:
+    """What was counted of the subgraphs of one graph so far: layers that repeat are counted once."""
+
+    def __init__(self, facts: GraphFacts) -> None:
+        self.facts = facts
+        self._known: dict[str, tuple[list[fx.Node], tuple[Columns, Meeting] | NoMatch]] = {}
+
+    def of(self, anchor: fx.Node, weights: list[fx.Node], final: Product) -> tuple[Columns, Meeting] | NoMatch:
+        """The columns of the softmax `anchor`, and how they meet the values."""
+        nodes, text = self._text(final.node)
+        if text not in self._known:
+            self._known[text] = nodes, self._count(anchor, weights, final)
+        others, found = self._known[text]
+        image = dict(zip(others, nodes, strict=True))
+        if isinstance(found, NoMatch):
+            return NoMatch(found.reason, image.get(found.node, anchor))
+        columns = found[0].moved(image)
+        return columns, found[1].moved(image, columns, weights, final)
+
+    def _count(self, anchor: fx.Node, weights: list[fx.Node], final: Product) -> tuple[Columns, Meeting] | NoMatch:
+        try:
+            with _disable_current_modes():
+                columns = Columns(self.facts, anchor)
+                return columns, Meeting(columns, weights, final)
+        except Unliftable as exc:
+            return exc.no_match
+
+    def _text(self, out: fx.Node) -> tuple[list[fx.Node], str]:
+        """What `out` is counted from, in order, and all that counting asks of it."""
+        facts, seen, stack = self.facts, {out}, [out]
+        while stack:
+            node = stack.pop()
+            through = moves(node) or product(node) is not None or plain_name(node) in (*POINTWISE, "softmax")
+            if through or is_constant(node):
+                fresh = [x for x in facts.sources(node) if x not in seen]
+                seen.update(fresh)
+                stack += fresh
+        nodes = sorted(seen, key=facts.order.__getitem__)
+        place = {node: at for at, node in enumerate(nodes)}
+        lines = []
+        for node in nodes:
+            value = tensor_of(node)
+            layout = "" if value is None else f"{value.dtype} {tuple(value.shape)} {value.stride()} {value.device.type}"
+            given = fx.node.map_arg((node.args, node.kwargs), lambda x: f"%{place.get(x)}")
+            kept = bool(facts.writes.get(facts.root(node))), facts.needs_grad(node)
+            own = "" if node.op == "placeholder" else f"{node.target} {given}"
+            lines.append(f"{node.op} {own} {layout} {kept}")
+        return nodes, "\n".join(lines)
+
+
+def in_chunks(facts: GraphFacts, anchor: fx.Node, counted: Counted | None = None) -> Unrolled | NoMatch | None:
     """The attention over chunks around the softmax `anchor`, now written beside it; None where it has none."""
     if op_name(anchor) == "scaled_dot_product_attention":
         return None
@@ -63,9 +113,8 @@ def in_chunks(facts: GraphFacts, anchor: fx.Node) -> Unrolled | NoMatch | None:
         final = _meeting(last)
         if final is None or not _is_cut(facts, anchor, final):
             return None
-        with _disable_current_modes():
-            columns = Columns(facts, anchor)
-            return _Writing(columns, Meeting(columns, last, final)).run()
+        found = (counted or Counted(facts)).of(anchor, last, final)
+        return found if isinstance(found, NoMatch) else _Writing(*found).run()
     except Unliftable as exc:
         return exc.no_match
 
@@ -177,7 +226,7 @@ class _Writing:
     def _written(self) -> Unrolled:
         emit, main = self.emit, self.main
         self._pairs()
-        given = self._over_pairs(self.columns.scores, self.facts.order[self.anchor])
+        given = self._over_pairs(self.columns.scores, self.anchor)
         again = emit(self.anchor.target, given, *self.anchor.args[1:], **self.anchor.kwargs)
         node, held, lost = again, self.anchor, []
         for one in self.weights[1:]:
@@ -252,22 +301,21 @@ class _Writing:
         low, high = self.columns.window
         return emit(aten.__and__.Tensor, emit(aten.ge.Scalar, back, low), emit(aten.le.Scalar, back, high))
 
-    def _over_pairs(self, node: Any, until: int) -> Any:
+    def _over_pairs(self, node: Any, reader: fx.Node) -> Any:
         """`node`, which has columns, over all keys."""
         if not isinstance(node, fx.Node) or not self.columns.has_columns(node):
             if isinstance(node, fx.Node) and not self.facts.unchanged(node, node, self.final.node):
                 raise Unliftable("a mask of the scores is changed in place", node)
             return node
-        if (node, until) in self.columns.bands:
-            band = self.columns.bands[node, until]
+        if (node, reader) in self.columns.bands:
+            band = self.columns.bands[node, reader]
             if band is self.main:
                 return self.scores
             return self._laid(band.key, (*range(len(self.shape) - 1), TOKEN))
-        at = self.facts.order[node]
         if node in self.columns.masks:
             data = self.columns.masked(node)[0]  # type: ignore[index]
-            return self.emit(aten.where.ScalarOther, self.inside_window, self._over_pairs(data, at), float("-inf"))
-        return self._same(node, {x: self._over_pairs(x, at) for x in node.all_input_nodes})
+            return self.emit(aten.where.ScalarOther, self.inside_window, self._over_pairs(data, node), float("-inf"))
+        return self._same(node, {x: self._over_pairs(x, node) for x in node.all_input_nodes})
 
     def _same(self, node: fx.Node, given: dict[fx.Node, Any]) -> fx.Node:
         """The element-wise operator `node` on other operands, not in place."""

@@ -5,8 +5,9 @@ Columns without a key must hold -inf; all masks that have columns must name the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -38,6 +39,11 @@ class Band:
     inner: tuple[int, ...]  # axes that count the rows, the slowest first
     fills: set[float] = field(default_factory=set)
 
+    def moved(self, image: Mapping[fx.Node, fx.Node]) -> Band:
+        """The same columns of another subgraph."""
+        query = None if self.query is None else self.query.moved(image)
+        return replace(self, node=image[self.node], key=self.key.moved(image), query=query)
+
     @property
     def keys(self) -> int:
         return self.key.extents[self.key.axes.index(TOKEN)]
@@ -51,7 +57,7 @@ def plain_name(node: fx.Node) -> str:
 class Columns:
     """The columns of one softmax.
 
-    shape: of the scores. bands: what has columns, by the node and the place of its reader. main: the product of queries
+    shape: of the scores. bands: what has columns, by the node and its reader. main: the product of queries
     and keys. window: how far before and behind a row its first and last keys are. kept: by constant masks, which stand
     at `masks`.
     """
@@ -67,7 +73,7 @@ class Columns:
             raise Unliftable("keys in chunks, and a softmax over another axis than the last", anchor)
         self.kept = torch.ones((), dtype=torch.bool)
         self.masks: set[fx.Node] = set()
-        found = dict.fromkeys(self._banded(scores, facts.order[anchor]))
+        found = dict.fromkeys(self._banded(scores, anchor))
         self.bands = {at: self._band(*at) for at in found}
         pairs = [band for band in self.bands.values() if band.query is not None]
         if len(pairs) != 1:
@@ -75,6 +81,15 @@ class Columns:
         self.main = pairs[0]
         self._agree()
         self.window = self._window()
+
+    def moved(self, image: Mapping[fx.Node, fx.Node]) -> Columns:
+        """The columns of a softmax whose subgraph equals this one's, node by node."""
+        other = copy(self)
+        other.anchor, other.scores = image[self.anchor], image[self.scores]
+        other.masks = {image[node] for node in self.masks}
+        other.bands = {(image[a], image[b]): band.moved(image) for (a, b), band in self.bands.items()}
+        other.main = next(band for band in other.bands.values() if band.query is not None)
+        return other
 
     def order(self, *, keys: bool) -> list[int]:
         """Axes of the scores: those that keys have too, those that count rows, and the columns where asked."""
@@ -86,7 +101,7 @@ class Columns:
         rows = prod(self.shape[axis] for axis in self.main.inner)
         return [*(self.shape[axis] for axis in self.main.around), rows, last]
 
-    def _banded(self, node: fx.Node, until: int) -> Iterator[tuple[fx.Node, int]]:
+    def _banded(self, node: fx.Node, reader: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
         """The nodes below the element-wise operators of the scores that have columns, with who reads them when."""
         if not self.has_columns(node):
             return
@@ -95,14 +110,14 @@ class Columns:
             kept = Codes(self.facts, masked[1], self.facts.order[node])
             self.kept = self.kept & (kept.codes == kept.code(float(masked[2])))
             self.masks.add(node)
-            yield from self._banded(masked[0], self.facts.order[node])
+            yield from self._banded(masked[0], node)
             return
         if plain_name(node) not in POINTWISE or moves(node):
-            yield node, until
+            yield node, reader
             return
         for x in node.all_input_nodes:
             if not (plain_name(node) == "type_as" and x is node.args[1]):
-                yield from self._banded(x, self.facts.order[node])
+                yield from self._banded(x, node)
 
     def masked(self, node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
         """(scores, mask, what the mask says of those kept) where `node` sets others to -inf by a constant mask."""
@@ -121,8 +136,8 @@ class Columns:
         value = tensor_of(node)
         return value is not None and value.dim() > 0 and value.shape[-1] == self.shape[-1] > 1
 
-    def _band(self, node: fx.Node, until: int) -> Band:
-        found = Codes(self.facts, node, until)
+    def _band(self, node: fx.Node, reader: fx.Node) -> Band:
+        found = Codes(self.facts, node, self.facts.order[reader])
         codes, total = found.codes, found.total
         codes = codes.view([1] * (len(self.shape) - codes.dim()) + list(codes.shape))
         valid = codes >= 0

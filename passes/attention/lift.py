@@ -18,6 +18,7 @@ from torch import fx
 from attnc.expr import FLOAT, ONE, SCORE, TRUE, ZERO, B, Expr, H, I, J, add, const, mul, scale, sub, var
 from attnc.passes.attention.joined import join, joins, one_score, score_of, width_of
 from attnc.passes.attention.operands import Operand, Roles, batch_roles, trace_operand
+from attnc.passes.attention.ranked import ranked
 from attnc.passes.attention.relative import by_distance
 from attnc.passes.attention.rules import MaskedScore, settled, split_mask, zero_after
 from attnc.passes.attention.weights import Weights, Zeroing, follow, pull
@@ -224,6 +225,7 @@ def _assemble(facts, anchor, weights, pulling, value, sink, kept, found, row, co
     if isinstance(masked, str):
         return NoMatch(masked, anchor)
     masked = replace(masked, score=by_distance(masked.score, masked.keep, names))
+    masked = ranked(masked, pulling, names, lengths) if trains else masked
     masked = settled(masked, trains=trains, written="composed", learned=_learned(facts, pulling))
     layout = tuple("e" if label == final.col else "i" if label == row_label else label for label in final.out_labels)
     return Match(
@@ -350,6 +352,7 @@ def _lift_sdpa(facts: GraphFacts, anchor: fx.Node) -> Match | NoMatch:
     masked = split_mask(score, ranges, lengths, written="sdpa")
     if isinstance(masked, str):
         return NoMatch(masked, anchor)
+    masked = ranked(masked, pulling, ranges, lengths) if facts.needs_grad(anchor) else masked
     masked = settled(masked, trains=facts.needs_grad(anchor), written="sdpa", learned=_learned(facts, pulling))
     q_operand, k_operand, v_operand = operands
     return Match(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import copy
 from math import prod
 
 import torch
@@ -25,6 +27,15 @@ class Meeting:
         self.columns, self.weights, self.final = columns, weights, final
         self.facts, self.shape, self.main = columns.facts, columns.shape, columns.main
         self.value = self._values()
+
+    def moved(
+        self, image: Mapping[fx.Node, fx.Node], columns: Columns, weights: list[fx.Node], final: Product
+    ) -> Meeting:
+        """The same of another subgraph, with its own columns, weights and product."""
+        other = copy(self)
+        other.columns, other.main, other.weights, other.final = columns, columns.main, weights, final
+        other.value = self.value.moved(image)
+        return other
 
     def _values(self) -> Place:
         """The place of the values, where each weight meets the value of its own key, once."""

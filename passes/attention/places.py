@@ -6,7 +6,8 @@ multiples are those of a tensor of these axes, the source is that tensor, reshap
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -23,6 +24,10 @@ class Place:
     source: fx.Node
     axes: tuple[int, ...]
     extents: tuple[int, ...]
+
+    def moved(self, image: Mapping[fx.Node, fx.Node]) -> Place:
+        """The same place in another subgraph."""
+        return replace(self, source=image[self.source])
 
 
 def affine(t: torch.Tensor) -> tuple[int, list[int]] | None:

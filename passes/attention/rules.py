@@ -56,13 +56,13 @@ class _Stripped:
 
 def split_mask(score: Expr, ranges: Ranges, lengths: tuple[Expr, Expr], *, written: str) -> MaskedScore | str:
     """`score` with its mask taken out, or the sentence that says why it cannot be."""
-    stripped = _strip(score)
+    stripped = strip(score)
     if "s" not in stripped.score.names():
         return "the scores do not depend on the product of queries and keys"
     keep = decide(stripped.keep, ranges)
     if len(stripped.fills) > 1 and _empty(keep, stripped, ranges, lengths, written) == "unknown":
-        alone = _strip(score, float("-inf"))
-        if _each_row_keeps(decide(alone.keep, ranges), ranges, lengths):
+        alone = strip(score, float("-inf"))
+        if each_row_keeps(decide(alone.keep, ranges), ranges, lengths):
             stripped, keep = replace(alone, score=_swallowing(alone.score)), decide(alone.keep, ranges)
     stripped.score = assume(stripped.score, stripped.keep)
     shift = row_shift(stripped.score)
@@ -162,13 +162,13 @@ def _swallowing(score: Expr) -> Expr:
     return predicate.rebuild(score, leaf)
 
 
-def _strip(e: Expr, lowest: float = LOWEST) -> _Stripped:
+def strip(e: Expr, lowest: float = LOWEST) -> _Stripped:
     """`e` and what is masked in it: with `lowest` and what is lower still."""
     if e.op == "where":
         p, yes, no = e.args
         for wanted, low, kept in ((p, no, yes), (predicate.logical_not(p), yes, no)):
             if _is_low(low, lowest):
-                inner = _strip(kept, lowest)
+                inner = strip(kept, lowest)
                 again = inner.fills == (low.value,) and inner.uniform and inner.reach == "chosen"
                 fills = inner.fills if again else (low.value, *inner.fills)
                 keep = predicate.conjunction(wanted, inner.keep)
@@ -177,7 +177,7 @@ def _strip(e: Expr, lowest: float = LOWEST) -> _Stripped:
     if e.op == "lin" and e.kind == FLOAT:
         return _strip_sum(e, lowest)
     if e.op == "max" and any(_is_low(a, lowest) for a in e.args):
-        inner = _strip(e.args[1] if _is_low(e.args[0], lowest) else e.args[0], lowest)
+        inner = strip(e.args[1] if _is_low(e.args[0], lowest) else e.args[0], lowest)
         return replace(inner, reach="partly") if inner.reach == "added" or not inner.fills else inner
     return _Stripped(e, TRUE, ())
 
@@ -189,7 +189,7 @@ def _strip_sum(e: Expr, lowest: float) -> _Stripped:
     masks: list[_Stripped] = []
     others = False  # whether something without a mask is added
     for atom, coef in terms:
-        inner = _strip(atom, lowest) if coef > 0 else _Stripped(atom, TRUE, ())
+        inner = strip(atom, lowest) if coef > 0 else _Stripped(atom, TRUE, ())
         scaled = tuple(fill * coef for fill in inner.fills)
         if any(fill > LOWEST for fill in scaled):
             inner, scaled = _Stripped(atom, TRUE, ()), ()
@@ -225,7 +225,7 @@ def decide(p: Expr, ranges: Ranges) -> Expr:
 
 
 def _empty(keep: Expr, stripped: _Stripped, ranges: Ranges, lengths: tuple[Expr, Expr], written: str) -> str:
-    if keep == TRUE or _each_row_keeps(keep, ranges, lengths):
+    if keep == TRUE or each_row_keeps(keep, ranges, lengths):
         return "never"
     fills = stripped.fills
     finite = [f for f in fills if f != float("-inf")]
@@ -242,7 +242,7 @@ def at_key(e: Expr, key: Expr) -> Expr:
     return predicate.rebuild(e, lambda x: key if x == J else None)
 
 
-def _each_row_keeps(keep: Expr, ranges: Ranges, lengths: tuple[Expr, Expr]) -> bool:
+def each_row_keeps(keep: Expr, ranges: Ranges, lengths: tuple[Expr, Expr]) -> bool:
     """Whether some key is kept in every row: proven by naming one (the diagonal, its end, the first or last key)."""
     rows, cols = lengths
     candidates = [ZERO, sub(cols, const(1))]
