@@ -11,7 +11,8 @@ rows=block,sinks=0,window=0, without a mask; XAttention pool=antidiagonal,stride
 tokens pool=last,rows=128,block=64,mass=99,sinks=128,window=128,share=all, for one attention, not for those behind it.
 
 Source: Lai et al. 2025, arXiv:2502.20766, section 3.2 (mean, mass over all tiles); Xu et al. 2025, arXiv:2503.16428,
-section 2.1 (antidiagonal); Zhu et al. 2023, arXiv:2303.08810, equations 3 to 6 (regions).
+section 2.1 (antidiagonal); Zhu et al. 2023, arXiv:2303.08810, equations 3 to 6 (regions); Xiong et al. 2025,
+arXiv:2510.24606 (DHSA); Fan et al. 2026, arXiv:2605.06221 (UniPrefill).
 Exact:  where top_k blocks are all there are, and no mass ends the list.
 """
 

@@ -10,7 +10,7 @@ brings them.
 
 The systems as settings: Reformer hash=rotation,before=1,window=0 with shared queries and keys, and a score that is
 -1e5 for a row itself; HyperAttention without a mask hash=bits,buckets=256,chunk=256,before=0,samples=256,window=0 (its
-recursion by halves for a causal mask is another sum: here the mask is applied to the pairs). hash=given takes buckets
+recursion by halves for a causal mask is hash_halves: here the mask is applied to the pairs). hash=given takes buckets
 (B, Hq, rounds, L) of the call. Ranks depend on all tokens, later ones among them, as published.
 
 Source: Kitaev et al. 2020, "Reformer", arXiv:2001.04451, section 2; Han et al. 2023, "HyperAttention",
