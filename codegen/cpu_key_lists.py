@@ -33,6 +33,7 @@ from attnc.rule_attention import AttentionRule, linear_score
 
 PIECE = 24 << 20  # bytes of gathered operands and of a mask at a time
 FEW = 64  # bytes of a pair that a rule may hold beside its mask before pieces grow smaller
+NARROW = 128  # keys of a tile up to which two products beat the flash kernel, whose scores never leave the cache
 WHOLE = 4 << 20  # where no mask is read, bytes of operands, scores and results at a time
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -79,16 +80,17 @@ def forward(operands: Operands, every: Sequence[KeyLists]) -> tuple[Tensor, Tens
     Shapes: as `Operands` -> out (B, Hq, L, Ev), lse (B, Hq, L), natural, float32 (float64 for float64), with the sink.
     A row without keys gives 0 and lse -inf, or the sink.
     """
-    query, sums, bias = operands.query, RowSums(operands), _bias(operands)
+    query, bias, in_order = operands.query, _bias(operands), None
     is_plain = bias is not None and is_zero(bias)
-    in_order: Tensor | None = None
-    for n, lists in enumerate(every):
-        if n == 0 and is_plain and lists.keeps == "diagonal":
-            _add_own(operands, sums, lists.width)
-            continue
+    has_own = is_plain and len(every) > 0 and every[0].keeps == "diagonal"
+    sums = RowSums(operands, unset=has_own)
+    if has_own:
+        _add_own(operands, sums, every[0].width)
+    for lists in every[has_own:]:
         tables = Tables.of(operands, lists.width)
+        is_narrow = lists.blocks.shape[1] * lists.width <= NARROW and query.dtype in (torch.float32, torch.float64)
         is_whole = is_plain and lists.keeps == "all" and lists.added is None and not bool((lists.blocks < 0).any())
-        if not is_whole or query.dtype not in (torch.float32, torch.float64):
+        if not (is_narrow and is_whole):
             for tile in _pieces(lists, tables):
                 sums.add(tile := _single(tile, sums.count), *_run(operands, tables, tile))
             continue

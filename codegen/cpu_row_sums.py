@@ -23,16 +23,17 @@ class RowSums:
 
     A level is the first lse, and moves only where a later one is far above it: what is added is then scaled and added
     in one pass each, where a running average reads and writes every row several times. The heads of a group lie side by
-    side, (B, H, L, Hq / H): what they chose together is one run of numbers.
+    side, (B, H, L, Hq / H): what they chose together is one run of numbers. unset: `put` gives each row a first part.
     """
 
-    def __init__(self, operands: Operands) -> None:
+    def __init__(self, operands: Operands, *, unset: bool = False) -> None:
         query, width = operands.query, operands.value.shape[-1]
         self.shape, self.group = query.shape[:3], operands.group
         self.count, self.length = self.shape.numel(), self.shape[2]
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         # The last ones take what tiles give for rows that they do not have. All lie where the query does.
-        self.out = query.new_zeros(self.count + self.group, width, dtype=wide)
+        make = query.new_empty if unset else query.new_zeros
+        self.out = make(self.count + self.group, width, dtype=wide)
         self.total = query.new_zeros(self.count + self.group, dtype=wide)
         self.level = query.new_full((self.count + self.group,), -torch.inf, dtype=wide)
         self.level[self.count :] = torch.inf

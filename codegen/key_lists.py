@@ -104,12 +104,12 @@ def listed(
 
 
 def sorted_by_block(
-    chosen: Tensor, shape: tuple[int, int, int, int], blocks: int, width: int, *, tile: int = 256, keeps: str = "rule"
+    chosen: Tensor, shape: tuple[int, int, int, int], blocks: int, width: int, *, tile: int = 0, keeps: str = "rule"
 ) -> list[KeyLists]:
     """Tiles of rows that chose the same block of their key head, those of like numbers of rows together.
 
     chosen: (B, Hq or H, L, n), the blocks of each row, or of those of a group, NONE for no block. shape: B, Hq, H, L.
-    Each block's rows are cut into tiles of like size, of at most `tile` rows.
+    Each block's rows are cut into tiles of like size, of at most `tile` rows; 0: of as many as it has keys, or 256.
     """
     B, Hq, H, L = shape
     heads, n = chosen.shape[1], chosen.shape[-1]
@@ -120,7 +120,7 @@ def sorted_by_block(
     counts = torch.bincount(bucket, minlength=count + 1)[:count]
     found = int(counts.sum())
     step = max(1, CHUNK // group)
-    tile = max(step, tile // group)
+    tile = max(step, (tile or max(256, width)) // group)
     tiles = -(-counts // tile)
     size = -(-counts // (tiles.clamp(min=1) * step)) * step  # of each tile of a bucket
     size, by_size = size.sort(stable=True)

@@ -189,17 +189,20 @@ def _top_blocks(
     blocks = score.shape[-1]
     allowed = allowed_blocks(blocks, last, block)
     forced = always_kept(blocks, own, block, sinks=sinks, window=window)
-    score = score.nan_to_num(0.0).masked_fill(~allowed, -torch.inf)
-    best, at = torch.where(forced & allowed, torch.inf, score).topk(min(count, blocks), -1)
+    forced &= allowed
+    score = score.nan_to_num(0.0).masked_fill_(~allowed, -torch.inf)
+    has_bound = bool(least) or 0 < mass < 100
+    ranked = score.masked_fill(forced, torch.inf) if has_bound else score.masked_fill_(forced, torch.inf)
+    best, at = ranked.topk(min(count, blocks), -1)
     kept = best > -torch.inf
-    if least or 0 < mass < 100:
+    if has_bound:
         share, free = score.clamp(min=0.0).gather(-1, at), best == torch.inf
         if least:
             kept &= free | (share >= least / 10000)
         if 0 < mass < 100:
             whole = score.clamp(min=0.0).sum((2, 3) if together else -1, keepdim=True)
             kept &= free | (_held(share, free, together) < mass / 100 * whole)
-    at = at.masked_fill(~kept, NONE)
+    at = at.masked_fill_(~kept, NONE)
     return at if count <= blocks else F.pad(at, (0, count - blocks), value=NONE)
 
 
