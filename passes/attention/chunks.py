@@ -242,7 +242,7 @@ class _Writing:
         )
         out = emit(aten.matmul.default, weights, self._laid(self.meeting.value, (*main.around, TOKEN, CHANNEL)))
         for one in lost:
-            out = emit(aten.masked_fill.Scalar, out, self._of_rows(one.args[1]), 0.0)  # type: ignore[arg-type]
+            out = emit(aten.masked_fill.Scalar, out, self._of_rows(one.args[1]), 0.0)
         result = self._restored(out)
         assert main.query is not None
         operands = tuple(dict.fromkeys([main.query.source, main.key.source, self.meeting.value.source]))
@@ -320,7 +320,7 @@ class _Writing:
     def _same(self, node: fx.Node, given: dict[fx.Node, Any]) -> fx.Node:
         """The element-wise operator `node` on other operands, not in place."""
         if plain_name(node) == "type_as":
-            return self.emit(aten.to.dtype, given[node.args[0]], tensor_of(node).dtype)  # type: ignore[union-attr,index]
+            return self.emit(aten.to.dtype, given[node.args[0]], tensor_of(node).dtype)  # type: ignore[union-attr]
         target: Any = node.target
         if op_name(node).endswith("_") and not op_name(node).startswith("__"):
             target = getattr(getattr(aten, plain_name(node)), target._overloadname)

@@ -135,7 +135,7 @@ class Codes:
             return held.copy_(torch.arange(start, start + value.numel()).view(value.shape))
         if name in _MADE or name in _FULL:
             assert isinstance(value, torch.Tensor)
-            number = _MADE[name] if name in _MADE else float(node.args[_FULL[name]])  # type: ignore[arg-type]
+            number = _MADE[name] if name in _MADE else float(node.args[_FULL[name]])
             if self.facts.writes.get(self.facts.root(node)):
                 return torch.full(value.shape, self.code(number), dtype=torch.int64)
             return _Constant(torch.full(value.shape, number, dtype=value.dtype))
@@ -150,7 +150,7 @@ class Codes:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda x: _plain(self._values[x]))
         kwargs = dict(kwargs) | ({"device": torch.device("cpu")} if "device" in kwargs else {})
         args = pytree.tree_map(lambda x: torch.device("cpu") if isinstance(x, torch.device) else x, args)
-        made = node.target(*args, **kwargs)  # type: ignore[operator]
+        made = node.target(*args, **kwargs)
         return pytree.tree_map(lambda x: _Constant(x) if isinstance(x, torch.Tensor) else x, made)
 
     def _moved(self, node: fx.Node) -> Any:
@@ -163,7 +163,7 @@ class Codes:
             if given is not None and name not in ("where", "index_select") and given.dtype != value.dtype:
                 raise Unliftable("numbers change their type on the way", node)
         if name in _SAME:
-            return self._values[node.args[0]]  # type: ignore[index]
+            return self._values[node.args[0]]
         if name in ("pad", "constant_pad_nd"):
             return self._padded(node)
         args = list(node.args)
@@ -172,9 +172,9 @@ class Codes:
             return torch.where(_plain(self._values[mask]), *(self._argument(x, node) for x in (kept, lost)))
         if name in ("index", "index_select", "gather"):
             picked = fx.node.map_arg(tuple(args[1:]), lambda x: _plain(self._values[x]))
-            return node.target(self._argument(args[0], node), *picked)  # type: ignore[operator]
+            return node.target(self._argument(args[0], node), *picked)
         plain = fx.node.map_arg(tuple(args), lambda x: self._argument(x, node))
-        return node.target(*plain, **node.kwargs)  # type: ignore[operator]
+        return node.target(*plain, **node.kwargs)
 
     def _argument(self, x: Any, node: fx.Node) -> Any:
         if not isinstance(x, fx.Node):
@@ -187,8 +187,8 @@ class Codes:
         if mode != "constant":
             raise Unliftable("padding that is not constant", node)
         fill = (fill[0] if fill else 0) if isinstance(fill, tuple) else fill
-        held = self._coded(self._values[node.args[0]], node)  # type: ignore[index]
-        return torch.constant_pad_nd(held, node.args[1], self.code(float(fill or 0)))  # type: ignore[arg-type]
+        held = self._coded(self._values[node.args[0]], node)
+        return torch.constant_pad_nd(held, node.args[1], self.code(float(fill or 0)))
 
     def _coded(self, value: Any, node: fx.Node) -> torch.Tensor:
         """`value` as numbers: those of its constants where it is one."""
@@ -208,7 +208,7 @@ class Codes:
 
     def _pairs(self, p: Product) -> torch.Tensor:
         """Numbers of a product: of both rows, or of one where the other is a single one."""
-        sides = []
+        sides: list[torch.Tensor | None] = []
         for node, labels in ((p.left, p.left_labels), (p.right, p.right_labels)):
             value = self._values[node]
             if isinstance(value, _Constant):
@@ -228,7 +228,7 @@ class Codes:
                 raise Unliftable("a product of two constants", p.node)
             return alone.expand(shape).clone()
         zero = self.code(0.0)
-        for side in sides:
+        for side in (left, right):
             lost = side[side < 0]
             if len(lost) and not bool((lost == zero).all()):
                 raise Unliftable("a product with a constant that is not zero", p.node)
@@ -249,7 +249,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(x) for x in value]
     if isinstance(value, torch.Tensor):
-        raise Unliftable("places that are found at run time", value)  # type: ignore[arg-type]
+        raise Unliftable("places that are found at run time", value)
     return value
 
 

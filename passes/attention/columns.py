@@ -69,7 +69,7 @@ class Columns:
         self.shape = tuple(int(x.value) for x in shape_of(anchor) if x.is_const)
         if len(self.shape) != len(shape_of(anchor)):
             raise Unliftable("keys in chunks, and a length that is known at run time only", anchor)
-        if int(dim) % len(self.shape) != len(self.shape) - 1:  # type: ignore[call-overload]
+        if int(dim) % len(self.shape) != len(self.shape) - 1:
             raise Unliftable("keys in chunks, and a softmax over another axis than the last", anchor)
         self.kept = torch.ones((), dtype=torch.bool)
         self.masks: set[fx.Node] = set()

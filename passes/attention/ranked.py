@@ -11,6 +11,7 @@ Source: Shi et al. 2025, "Trainable Dynamic Mask Sparse Attention", arXiv:2508.0
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
@@ -50,6 +51,7 @@ def _top(node: fx.Node) -> fx.Node | None:
     top = node.args[0] if op_name(node) == "getitem" and node.args[1] == 1 else None
     if not isinstance(top, fx.Node) or op_name(top) != "topk" or top.kwargs:
         return None
-    dim, largest = (*top.args[2:4], *(-1, True)[len(top.args[2:4]) :])
-    rank = top.args[0].meta["val"].dim()  # type: ignore[union-attr]
-    return top if largest and int(dim) % rank == rank - 1 else None  # type: ignore[call-overload]
+    given: list[Any] = list(top.args[2:4])
+    dim, largest = given + [-1, True][len(given) :]
+    rank = top.args[0].meta["val"].dim()
+    return top if largest and int(dim) % rank == rank - 1 else None

@@ -101,3 +101,16 @@ def test_doubled_and_foreign_numbers_of_a_list_count_once_or_not_at_all(keep: st
     for form in ("listed", "dense"):
         got = attend(query, key, value, [numbers], [], f"{form} | {rule.spell()}")[0]
         assert_close(got, want)
+
+
+@pytest.mark.parametrize(("ranks", "empty"), [("masked", "never"), ("all", "unknown")])
+def test_list_of_masked_scores_leaves_no_row_without_a_key(ranks: str, empty: str) -> None:
+    def attend(q, k, v, scores):
+        ranked = scores.masked_fill(~causal(L), -1e9) if ranks == "masked" else scores
+        keep = torch.zeros((1, 1, L, L), dtype=torch.bool).scatter(-1, ranked.topk(5, -1).indices, True) & causal(L)
+        bias = torch.where(keep, 0.0, -1e9)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, bias)
+
+    q, k, v = (x.requires_grad_() for x in qkv())
+    (region,) = attention(attnc.explain(attend, q, k, v, torch.randn(1, 1, L, L)))
+    assert region.rule.empty == empty and region.mask == "chosen"
