@@ -35,11 +35,11 @@ ENTRY = r"[1-9]\d{0,3}\*\w+(\([^(){},&]*\))?"
 
 
 class Run(NamedTuple):
-    """Key heads `first` .. `first + count` - 1 by `form`."""
+    """Key heads `first` .. `first + heads` - 1 by `form`."""
 
     form: AttentionForm
     first: int
-    count: int
+    heads: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class HeadGroups(AttentionForm):
     def _regions(self, region: AttentionRegion) -> Iterator[tuple[Run, AttentionRegion]]:
         s = region.shape
         for run in self.runs(s.H):
-            shape = replace(s, Hq=run.count * s.group, H=run.count)
+            shape = replace(s, Hq=run.heads * s.group, H=run.heads)
             yield run, replace(region, shape=shape, rule=shifted(region.rule, run.first * s.group), choice=None)
 
     def is_exact(self, region: AttentionRegion) -> bool:
@@ -133,8 +133,8 @@ class HeadGroups(AttentionForm):
         """The operands of each run."""
         group = given.group
         for run in self.runs(given.key.shape[1]):
-            query = given.query.narrow(1, run.first * group, run.count * group)
-            key, value = (t.narrow(1, run.first, run.count) for t in (given.key, given.value))
+            query = given.query.narrow(1, run.first * group, run.heads * group)
+            key, value = (t.narrow(1, run.first, run.heads) for t in (given.key, given.value))
             rule = shifted(given.rule, run.first * group)
             yield run, given._replace(query=query, key=key, value=value, rule=rule)
 

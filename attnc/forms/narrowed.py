@@ -21,7 +21,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -306,7 +306,8 @@ def region_of(given: Operands) -> AttentionRegion:
     query, key, value, captured, sizes, rule = given
     (B, Hq, L, E), (_, H, S, _) = query.shape, key.shape
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (*given[:3], *captured))
-    symbols = {n: str(x.node.expr) for n, x in (("B", B), ("L", L), ("S", S)) if isinstance(x, torch.SymInt)}
+    extents: dict[str, Any] = {"B": B, "L": L, "S": S}
+    symbols = {name: str(n.node.expr) for name, n in extents.items() if isinstance(n, torch.SymInt)}
     return AttentionRegion(
         "",
         "",
