@@ -30,7 +30,6 @@ class Spans(Narrowed):
     """heads: sinks/window of runs of heads, as "4/1024:64/512+5%:all"; each entry serves as many query heads."""
 
     name: ClassVar[str] = "spans"
-    counts_keys: ClassVar[bool] = True
     heads: str = knob(
         "4/1024",
         "64/512+5%",
@@ -43,6 +42,12 @@ class Spans(Narrowed):
 
     def unfit(self, region: AttentionRegion, at: Frame) -> str | None:
         count = len(self.heads.split(":"))
+        if "%" in self.heads and not region.shape.has_lengths:
+            s = region.shape
+            return (
+                "spans with a part of the keys in its windows takes lengths that are known at compile time, found "
+                f"{s.text('L')} x {s.text('S')}; leave the percentage out, or use dynamic=False."
+            )
         if at.heads % count == 0:
             return None
         return f"spans serves as many heads by each entry, found {count} entries for {at.heads} heads; use a divisor."

@@ -301,6 +301,8 @@ def test_symbolic_lengths_are_refused_by_patterns_that_count_keys_alone() -> Non
     where = region()
     moving = replace(where, shape=replace(where.shape, symbols={"L": "s0", "S": "s0"}))
     assert "dynamic=False" in form_of("neighborhood{grid=64x64,kernel=7}").refuse(moving)
+    assert "percentage" in form_of("spans{heads=4/64+5%:all}").refuse(moving)
+    assert form_of("spans{heads=4/64:all}").refuse(moving) is None
     assert form_of("sliding_window").refuse(moving) is None and not form_of("sliding_window").is_exact(moving)
     for spelling in ("sliding_window", "sinks_window", "longformer", "neighborhood{grid=64x64,kernel=7}"):
         for one in (where, region(rule="empty=never"), replace(where, training=True), replace(where, device="cuda")):
