@@ -170,8 +170,9 @@ def _still(p: Problem, group: Group, rows: torch.Tensor, bias: Expr) -> list[Par
             continue
         cols = torch.arange(first, end, device=p.query.device)[None]
         mask = None if whole and is_zero(bias) else _added(p, rows, cols, p.rule.keep, bias, nb)
-        key, value = (t.narrow(2, first, end - first).unsqueeze(1) for t in (p.given.key, p.given.value))
-        parts.append(Part(*(t.expand(-1, nb, -1, -1, -1).flatten(0, 1) for t in (key, value)), mask))
+        seen = (t.narrow(2, first, end - first).unsqueeze(1) for t in (p.given.key, p.given.value))
+        key, value = (t.expand(-1, nb, -1, -1, -1).flatten(0, 1) for t in seen)
+        parts.append(Part(key, value, mask))
     return parts
 
 
