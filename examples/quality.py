@@ -3,7 +3,7 @@
     python examples/quality.py [table]     loss, recall, needle, error and time of five families at four budgets
     python examples/quality.py predicted   predicted times of one layer of a large model on GPUs that are not here
     python examples/quality.py budgets     ten random error budgets: does each hold on other texts, what does it save?
-    python examples/quality.py all         the three, under ten minutes on two quiet cores
+    python examples/quality.py all         the three
 
 Rows of the first are the exact model and the same weights with one setting in every layer, without any training for it:
 a row may keep a half to a sixteenth of the CONTEXT keys. Prints tables in Markdown, and keeps them as
@@ -33,7 +33,6 @@ from quality_runs import (
     SHARES,
     WIDTH,
     Decoding,
-    Judgement,
     Prompt,
     check_taken,
     compiled,
@@ -83,15 +82,11 @@ def table(model: torch.nn.Module, args: argparse.Namespace) -> list[Row]:
         for spelling, judged in found.items():
             family, share = asked.get(spelling, ("dense", 1))
             row = {"family": family, "share": share, "phase": phase, "spelling": spelling}
-            row |= _quality(judged, found["dense"]) | errors.get(spelling, {"error": 0.0, "mass": 1.0, "kept": 1.0})
+            row |= judged.summary(found["dense"]) | errors.get(spelling, {"error": 0.0, "mass": 1.0, "kept": 1.0})
             row |= {"ms": 1e3 * seconds[spelling].best, "ratio": seconds[spelling].best / seconds["dense"].best}
             rows.append(row)
     _print_quality(rows)
     return rows
-
-
-def _quality(judged: Judgement, exact: Judgement) -> dict[str, float]:
-    return judged.summary(exact)
 
 
 def predicted(args: argparse.Namespace) -> list[Row]:
@@ -193,12 +188,12 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=2, help="texts by which layers are judged")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--budgets", type=int, default=BUDGETS)
-    parser.add_argument("--devices", nargs="+", default=["h100"], help="that budgets are searched for")
+    parser.add_argument("--devices", nargs="+", default=["h100", "cpu"], help="that budgets are searched for")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry", action="store_true", help="write nothing")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch._dynamo.config.recompile_limit = 64  # each setting is a compile of its own
+    torch._dynamo.config.recompile_limit = 256  # each setting is a compile of its own
     before, start = print_environment(), time.perf_counter()
     parts = ["table", "predicted", "budgets"] if args.part == "all" else [args.part]
     model = None if parts == ["predicted"] else loaded(args.weights)
