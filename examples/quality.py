@@ -85,7 +85,7 @@ def table(model: torch.nn.Module, args: argparse.Namespace) -> list[Row]:
             row |= judged.summary(found["dense"]) | errors.get(spelling, {"error": 0.0, "mass": 1.0, "kept": 1.0})
             row |= {"ms": 1e3 * seconds[spelling].best, "ratio": seconds[spelling].best / seconds["dense"].best}
             rows.append(row)
-    _print_quality(rows)
+        _print_quality([row for row in rows if row["phase"] == phase])
     return rows
 
 
