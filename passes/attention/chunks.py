@@ -12,7 +12,6 @@ Source: Beltagy et al. 2020, "Longformer", arXiv:2004.05150, section 3.1 and app
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +19,11 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from attnc.passes.attention.absorb import Emitter
 from attnc.passes.attention.codes import is_constant, moves
 from attnc.passes.attention.columns import POINTWISE, Columns, plain_name
+from attnc.passes.attention.conditions import LOGIC
 from attnc.passes.attention.meeting import Meeting
-from attnc.passes.attention.places import CHANNEL, TOKEN, Place
+from attnc.passes.attention.over_pairs import Writing
 from attnc.passes.graph import GraphFacts, NoMatch, Unliftable, op_name, shape_of, tensor_of
 from attnc.passes.products import Product, product
 from attnc.passes.views import is_view
@@ -86,7 +85,7 @@ class Counted:
         facts, seen, stack = self.facts, {out}, [out]
         while stack:
             node = stack.pop()
-            through = moves(node) or product(node) is not None or plain_name(node) in (*POINTWISE, "softmax")
+            through = moves(node) or product(node) is not None or plain_name(node) in (*POINTWISE, *LOGIC, "softmax")
             if through or is_constant(node):
                 fresh = [x for x in facts.sources(node) if x not in seen]
                 seen.update(fresh)
@@ -114,9 +113,17 @@ def in_chunks(facts: GraphFacts, anchor: fx.Node, counted: Counted | None = None
         if final is None or not _is_cut(facts, anchor, final):
             return None
         found = (counted or Counted(facts)).of(anchor, last, final)
-        return found if isinstance(found, NoMatch) else _Writing(*found).run()
+        return found if isinstance(found, NoMatch) else _written(*found)
     except Unliftable as exc:
         return exc.no_match
+
+
+def _written(columns: Columns, meeting: Meeting) -> Unrolled:
+    main, writing = columns.main, Writing(columns, meeting)
+    assert main.query is not None
+    operands = tuple(dict.fromkeys([main.query.source, main.key.source, meeting.value.source]))
+    again, result = writing.run()
+    return Unrolled(columns.anchor, meeting.final.node, again, result, frozenset(writing.inside), operands)
 
 
 def _weights(anchor: fx.Node) -> list[fx.Node]:
@@ -175,166 +182,3 @@ def _uncut(node: Any) -> Any:
     while op_name(node) in ("slice", "narrow", "select"):
         node = node.args[0]
     return node
-
-
-class _Writing:
-    """An attention over chunks, written over all pairs."""
-
-    def __init__(self, columns: Columns, meeting: Meeting) -> None:
-        self.columns, self.meeting, self.main = columns, meeting, columns.main
-        self.facts, self.anchor, self.final = columns.facts, columns.anchor, meeting.final
-        self.weights, self.shape = meeting.weights, columns.shape
-        self.emit = Emitter(self.facts.graph, self.anchor)
-
-    def run(self) -> Unrolled:
-        self._private()
-        mode = getattr(tensor_of(self.anchor), "fake_mode", None)
-        with self.facts.graph.inserting_before(self.final.node), mode or nullcontext():
-            return self._written()
-
-    def _private(self) -> None:
-        """Refuse where something else reads what is computed on the way, and note all of it."""
-        assert self.main.query is not None
-        begins = {
-            self.main.query.source,
-            self.meeting.value.source,
-            *(band.key.source for band in self.columns.bands.values()),
-        }
-        inside, stack = {self.final.node}, [self.final.node]
-        while stack:
-            node = stack.pop()
-            for x in self.facts.sources(node):
-                cut = moves(x) or product(x) is not None or plain_name(x) in POINTWISE or op_name(x) == "softmax"
-                if (
-                    x not in inside
-                    and x not in begins
-                    and x.op == "call_function"
-                    and (cut or self._is_only(x, inside))
-                ):
-                    inside.add(x)
-                    stack.append(x)
-        on_the_way = {*self.weights, self.main.node, self.anchor.args[0]}
-        readers = {u for node in on_the_way for u in node.users if u not in inside and (u.users or u.op == "output")}
-        if readers:
-            names = ", ".join(sorted(u.name for u in readers))
-            raise Unliftable(f"keys in chunks, and the weights or scores are also read by {names}", self.anchor)
-        self.inside = inside
-
-    def _is_only(self, node: fx.Node, inside: set[fx.Node]) -> bool:
-        return all(u in inside for u in node.users)
-
-    def _written(self) -> Unrolled:
-        emit, main = self.emit, self.main
-        self._pairs()
-        given = self._over_pairs(self.columns.scores, self.anchor)
-        again = emit(self.anchor.target, given, *self.anchor.args[1:], **self.anchor.kwargs)
-        node, held, lost = again, self.anchor, []
-        for one in self.weights[1:]:
-            if self._loses_rows(one):
-                lost.append(one)
-            else:
-                node = self._same(one, {held: node})
-            held = one
-        weights = emit(
-            aten.reshape.default,
-            emit(aten.permute.default, node, self.columns.order(keys=True)),
-            self.columns.sizes(-1),
-        )
-        out = emit(aten.matmul.default, weights, self._laid(self.meeting.value, (*main.around, TOKEN, CHANNEL)))
-        for one in lost:
-            out = emit(aten.masked_fill.Scalar, out, self._of_rows(one.args[1]), 0.0)
-        result = self._restored(out)
-        assert main.query is not None
-        operands = tuple(dict.fromkeys([main.query.source, main.key.source, self.meeting.value.source]))
-        return Unrolled(self.anchor, self.final.node, again, result, frozenset(self.inside), operands)
-
-    def _loses_rows(self, node: fx.Node) -> bool:
-        """Whether `node` sets all weights of some rows to zero, which can as well be done to the output."""
-        if op_name(node) != "masked_fill" or node.args[2] != 0 or not isinstance(node.args[1], fx.Node):
-            return False
-        mask = tensor_of(node.args[1])
-        return mask is not None and mask.dim() == len(self.shape) and mask.shape[-1] == 1
-
-    def _of_rows(self, mask: fx.Node) -> fx.Node:
-        """A mask over the axes of the scores, in the order of the product with the values."""
-        sizes = [self.shape[axis] if axis in self.main.inner else -1 for axis in range(len(self.shape) - 1)]
-        mask = self.emit(aten.expand.default, mask, [*sizes, 1])
-        mask = self.emit(aten.permute.default, mask, self.columns.order(keys=True))
-        kept = len(self.main.around)
-        return self.emit(aten.flatten.using_ints, mask, kept, -2) if len(self.main.inner) > 1 else mask
-
-    def _laid(self, place: Place, axes: tuple[int, ...]) -> fx.Node:
-        """A source by its axes, those it lacks of size one."""
-        node = self.emit(aten.reshape.default, place.source, list(place.extents))
-        present = [axis for axis in axes if axis in place.axes]
-        order = [place.axes.index(axis) for axis in present]
-        if order != list(range(len(order))):
-            node = self.emit(aten.permute.default, node, order)
-        for at, axis in enumerate(axes):
-            if axis not in place.axes:
-                node = self.emit(aten.unsqueeze.default, node, at)
-        return node
-
-    def _pairs(self) -> None:
-        """The product of all queries and keys, masked, in the axes of the scores."""
-        emit, main = self.emit, self.main
-        assert main.query is not None
-        rows = self._laid(main.query, (*main.around, *main.inner, CHANNEL))
-        rows = emit(aten.reshape.default, rows, self.columns.sizes(-1))
-        keys = self._laid(main.key, (*main.around, CHANNEL, TOKEN))
-        scores = emit(aten.matmul.default, rows, keys)
-        order = self.columns.order(keys=True)
-        sizes = [self.shape[axis] for axis in order[:-1]]
-        scores = emit(aten.reshape.default, scores, [*sizes, main.keys])
-        scores = emit(aten.permute.default, scores, [order.index(axis) for axis in range(len(order))])
-        self.inside_window = self._kept()
-        below = main.fills or not self.columns.masks
-        self.scores = emit(aten.where.ScalarOther, self.inside_window, scores, float("-inf")) if below else scores
-
-    def _kept(self) -> fx.Node:
-        """Which keys the columns of a row name, as a mask over its axes and all keys."""
-        main, emit = self.main, self.emit
-        device, length = tensor_of(self.anchor).device, self.columns.sizes(0)[-2]  # type: ignore[union-attr]
-        sizes = [self.shape[axis] if axis in main.inner else 1 for axis in range(len(self.shape) - 1)]
-        row = emit(aten.reshape.default, emit(aten.arange.default, length, device=device), [*sizes, 1])
-        back = emit(aten.sub.Tensor, emit(aten.arange.default, main.keys, device=device), row)
-        low, high = self.columns.window
-        return emit(aten.__and__.Tensor, emit(aten.ge.Scalar, back, low), emit(aten.le.Scalar, back, high))
-
-    def _over_pairs(self, node: Any, reader: fx.Node) -> Any:
-        """`node`, which has columns, over all keys."""
-        if not isinstance(node, fx.Node) or not self.columns.has_columns(node):
-            if isinstance(node, fx.Node) and not self.facts.unchanged(node, node, self.final.node):
-                raise Unliftable("a mask of the scores is changed in place", node)
-            return node
-        if (node, reader) in self.columns.bands:
-            band = self.columns.bands[node, reader]
-            if band is self.main:
-                return self.scores
-            return self._laid(band.key, (*range(len(self.shape) - 1), TOKEN))
-        if node in self.columns.masks:
-            data = self.columns.masked(node)[0]  # type: ignore[index]
-            return self.emit(aten.where.ScalarOther, self.inside_window, self._over_pairs(data, node), float("-inf"))
-        return self._same(node, {x: self._over_pairs(x, node) for x in node.all_input_nodes})
-
-    def _same(self, node: fx.Node, given: dict[fx.Node, Any]) -> fx.Node:
-        """The element-wise operator `node` on other operands, not in place."""
-        if plain_name(node) == "type_as":
-            return self.emit(aten.to.dtype, given[node.args[0]], tensor_of(node).dtype)  # type: ignore[union-attr]
-        target: Any = node.target
-        if op_name(node).endswith("_") and not op_name(node).startswith("__"):
-            target = getattr(getattr(aten, plain_name(node)), target._overloadname)
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda x: given.get(x, x))
-        return self.emit(target, *args, **kwargs)
-
-    def _restored(self, out: fx.Node) -> fx.Node:
-        """The output in the axes of the product that the chunks end in."""
-        wanted, steps = tensor_of(self.final.node).shape, self.meeting.steps  # type: ignore[union-attr]
-        order = sorted(range(len(wanted)), key=lambda d: -steps[d] if wanted[d] > 1 else 1)
-        size = 1
-        for d in reversed([d for d in order if wanted[d] > 1]):
-            if steps[d] != size:
-                raise Unliftable("rows of the output do not follow one another", self.final.node)
-            size *= wanted[d]
-        node = self.emit(aten.reshape.default, out, [wanted[d] for d in order])
-        return self.emit(aten.permute.default, node, [order.index(d) for d in range(len(order))])

@@ -37,6 +37,8 @@ def moves(node: fx.Node) -> bool:
         return not (len(node.args) > 2 and node.args[2] and node.args[1])
     if name in ("where", "masked_fill"):
         return is_constant(node.args[name == "masked_fill"])
+    if name == "embedding":
+        return is_constant(node.args[1])
     return is_view(node) or name in _PICKS
 
 
@@ -173,6 +175,8 @@ class Codes:
         if name in ("index", "index_select", "gather"):
             picked = fx.node.map_arg(tuple(args[1:]), lambda x: _plain(self._values[x]))
             return node.target(self._argument(args[0], node), *picked)
+        if name == "embedding":
+            return self._argument(args[0], node)[_plain(self._values[args[1]])]
         plain = fx.node.map_arg(tuple(args), lambda x: self._argument(x, node))
         return node.target(*plain, **node.kwargs)
 

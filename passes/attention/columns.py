@@ -13,13 +13,15 @@ from math import prod
 import torch
 from torch import fx
 
-from attnc.passes.attention.codes import Codes, moves
+from attnc.passes.attention.codes import Codes, is_constant, moves
+from attnc.passes.attention.conditions import CASTS, LOGIC, Known, Lowered, Views, is_laid, lowered, viewed
 from attnc.passes.attention.places import CHANNEL, TOKEN, Place, along, placed, tokens
 from attnc.passes.graph import GraphFacts, Unliftable, op_name, shape_of, tensor_of
 
 # What is written out again over all pairs, as it stands: its operands have the axes of the scores.
 POINTWISE = ("add", "sub", "rsub", "mul", "div", "neg", "masked_fill", "where", "to", "_to_copy", "type_as", "float",
              "tanh", "clamp", "maximum", "minimum", "dropout")  # fmt: skip
+Site = tuple[fx.Node, fx.Node, Views]  # what has columns, who reads it, and what puts it into the axes of the scores
 
 
 @dataclass
@@ -49,6 +51,20 @@ class Band:
         return self.key.extents[self.key.axes.index(TOKEN)]
 
 
+@dataclass(frozen=True)
+class Table:
+    """Columns that are the same for all pairs of one distance.
+
+    row, column: where its numbers of all distances follow one another, the row of the innermost axis; else constants,
+    all `constant`, or true between the distances `between`.
+    """
+
+    row: int = 0
+    column: int = -1
+    constant: float = 0.0
+    between: tuple[int, int] | None = None
+
+
 def plain_name(node: fx.Node) -> str:
     """The operator's name, written in place or not."""
     return op_name(node).removesuffix("_") if not op_name(node).startswith("__") else op_name(node)
@@ -57,9 +73,9 @@ def plain_name(node: fx.Node) -> str:
 class Columns:
     """The columns of one softmax.
 
-    shape: of the scores. bands: what has columns, by the node and its reader. main: the product of queries
-    and keys. window: how far before and behind a row its first and last keys are. kept: by constant masks, which stand
-    at `masks`.
+    shape: of the scores. bands: what has columns. main: the product of queries and keys. window: how far before and
+    behind a row its first and last keys are. kept: by constant masks, which stand at `masks`, and by what is known of
+    masks of the run, which stand at `lowered`. may_lose: whether these may leave a row without a key.
     """
 
     def __init__(self, facts: GraphFacts, anchor: fx.Node) -> None:
@@ -73,22 +89,34 @@ class Columns:
             raise Unliftable("keys in chunks, and a softmax over another axis than the last", anchor)
         self.kept = torch.ones((), dtype=torch.bool)
         self.masks: set[fx.Node] = set()
-        found = dict.fromkeys(self._banded(scores, anchor))
-        self.bands = {at: self._band(*at) for at in found}
-        pairs = [band for band in self.bands.values() if band.query is not None]
+        self.lowered: dict[fx.Node, Lowered] = {}
+        self.certain = torch.ones((), dtype=torch.bool)  # columns that masks of the run keep for certain
+        found = {at: Codes(facts, at[0], facts.order[at[1]]) for at in dict.fromkeys(self._banded(scores, anchor))}
+        pairs = [at for at, codes in found.items() if bool((codes.codes >= codes.total).any())]
         if len(pairs) != 1:
             raise Unliftable(f"keys in chunks, and {len(pairs)} products of queries and keys, one is allowed", scores)
-        self.main = pairs[0]
-        self._agree()
+        self.main = self._band(pairs[0], found[pairs[0]])
+        self._alone()
         self.window = self._window()
+        self.bands = {at: self.main if at == pairs[0] else self._other(at, codes) for at, codes in found.items()}
+        self._agree()
+        self.may_lose = bool(self.lowered) and not bool((self.main.valid & self.certain).any(-1).all())
 
     def moved(self, image: Mapping[fx.Node, fx.Node]) -> Columns:
         """The columns of a softmax whose subgraph equals this one's, node by node."""
         other = copy(self)
         other.anchor, other.scores = image[self.anchor], image[self.scores]
         other.masks = {image[node] for node in self.masks}
-        other.bands = {(image[a], image[b]): band.moved(image) for (a, b), band in self.bands.items()}
-        other.main = next(band for band in other.bands.values() if band.query is not None)
+        other.lowered = {image[node]: low.moved(image) for node, low in self.lowered.items()}
+        other.main = self.main.moved(image)
+        other.bands = {
+            (image[a], image[b], tuple(image[view] for view in views)): other.main
+            if band is self.main
+            else band.moved(image)
+            if isinstance(band, Band)
+            else band
+            for (a, b, views), band in self.bands.items()
+        }
         return other
 
     def order(self, *, keys: bool) -> list[int]:
@@ -101,23 +129,42 @@ class Columns:
         rows = prod(self.shape[axis] for axis in self.main.inner)
         return [*(self.shape[axis] for axis in self.main.around), rows, last]
 
-    def _banded(self, node: fx.Node, reader: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-        """The nodes below the element-wise operators of the scores that have columns, with who reads them when."""
+    def _banded(self, node: fx.Node, reader: fx.Node, views: Views = (), *, added: bool = True) -> Iterator[Site]:
+        """What has columns below the element-wise operators of the scores.
+
+        added: whether `node` is at most cast and added to on its way to the softmax.
+        """
         if not self.has_columns(node):
             return
         masked = self.masked(node)
         if masked is not None:
             kept = Codes(self.facts, masked[1], self.facts.order[node])
-            self.kept = self.kept & (kept.codes == kept.code(float(masked[2])))
+            self.kept = self.kept & viewed(kept.codes == kept.code(float(masked[2])), views)
             self.masks.add(node)
-            yield from self._banded(masked[0], node)
+            yield from self._banded(masked[0], node, views, added=added)
             return
-        if plain_name(node) not in POINTWISE or moves(node):
-            yield node, reader
+        if is_laid(node):
+            yield from self._banded(node.args[0], node, (node, *views), added=added)  # type: ignore[arg-type]
             return
+        name = plain_name(node)
+        if name not in (*POINTWISE, *LOGIC) or moves(node) or is_constant(node):
+            yield node, reader, views
+            return
+        low = lowered(node, views) if added else None
+        if low is not None:
+            self._note(low)
+        added = added and (low is not None or name in CASTS or (name == "add" and not node.kwargs))
         for x in node.all_input_nodes:
-            if not (plain_name(node) == "type_as" and x is node.args[1]):
-                yield from self._banded(x, node)
+            if not (name == "type_as" and x is node.args[1]):
+                yield from self._banded(x, node, views, added=added and (low is None or x is not low.condition))
+
+    def _note(self, low: Lowered) -> None:
+        """Take what is known of a mask of the run."""
+        if self.lowered.setdefault(low.node, low).views != low.views:
+            raise Unliftable("one mask is read in two orders of its axes", low.node)
+        known = Known(self.facts, self.has_columns).of(low.condition, low.node, low.views)
+        self.kept = self.kept & (known != low.inverted)
+        self.certain = self.certain & (known == (not low.inverted))
 
     def masked(self, node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
         """(scores, mask, what the mask says of those kept) where `node` sets others to -inf by a constant mask."""
@@ -136,9 +183,57 @@ class Columns:
         value = tensor_of(node)
         return value is not None and value.dim() > 0 and value.shape[-1] == self.shape[-1] > 1
 
-    def _band(self, node: fx.Node, reader: fx.Node) -> Band:
-        found = Codes(self.facts, node, self.facts.order[reader])
-        codes, total = found.codes, found.total
+    def _other(self, at: Site, found: Codes) -> Band | Table:
+        """What is no product: a table of distances, or numbers of keys."""
+        codes = viewed(found.codes, at[2])
+        codes = codes.view([1] * (len(self.shape) - codes.dim()) + list(codes.shape))
+        table = self._table(codes.expand(self.shape), found)
+        again = [axis for axis in self.main.inner[:-1] if self.shape[axis] > 1]
+        if table is None and again and all(codes.shape[axis] == 1 for axis in again) and bool((codes >= 0).any()):
+            raise Unliftable("a bias is no function of the distance of row and key", at[0])
+        return self._band(at, found) if table is None else table
+
+    def _table(self, codes: torch.Tensor, found: Codes) -> Table | None:
+        """`codes` by distance, where the columns of keys have one number for each."""
+        main, (low, high) = self.main, self.window
+        rows = torch.arange(prod(self.shape[axis] for axis in main.inner))
+        sizes = [n if axis in main.inner else 1 for axis, n in enumerate(self.shape[:-1])]
+        apart = (main.token - rows.view(*sizes, 1) - low).expand(self.shape)
+        valid = main.valid.expand(self.shape)
+        count, order = high - low + 1, self.order(keys=True)
+        place = torch.where(valid, apart, count).permute(order).flatten(len(main.around))
+        values = codes.permute(order).flatten(len(main.around))
+        by = values.new_zeros(*values.shape[:-1], count + 1).scatter_(-1, place, values)
+        if not torch.equal(by.gather(-1, place)[place < count], values[place < count]):
+            return None
+        by = by[..., :-1]
+        if bool((by < 0).all()):
+            return self._constant(by, found)
+        inner = main.inner[-1]
+        for row in range(self.shape[inner]):
+            start = (valid & (apart == 0)).select(inner, row).flatten(0, -2).any(0).nonzero()
+            if len(start) and int(start[0]) + count <= self.shape[-1]:
+                line = codes.narrow(-1, int(start[0]), count).permute(order).flatten(len(main.around), -2)
+                step = row + torch.arange(0, line.shape[-2], self.shape[inner])
+                if torch.equal(line[..., step, :], by.unsqueeze(-2).expand_as(line[..., step, :])):
+                    return Table(row, int(start[0]))
+        return None
+
+    def _constant(self, by: torch.Tensor, found: Codes) -> Table | None:
+        flat = by.flatten(0, -2) if by.dim() > 1 else by.unsqueeze(0)
+        if not torch.equal(flat, flat[:1].expand_as(flat)):
+            return None
+        values = [found.constant(int(code)) for code in flat[0]]
+        if len(set(values)) == 1:
+            return Table(constant=values[0])
+        true = [at for at, x in enumerate(values) if x]
+        if set(values) != {0.0, 1.0} or true != list(range(true[0], true[-1] + 1)):
+            return None
+        return Table(between=(self.window[0] + true[0], self.window[0] + true[-1]))
+
+    def _band(self, at: Site, found: Codes) -> Band:
+        node = at[0]
+        codes, total = viewed(found.codes, at[2]), found.total
         codes = codes.view([1] * (len(self.shape) - codes.dim()) + list(codes.shape))
         valid = codes >= 0
         if not bool(valid.any()):
@@ -186,20 +281,26 @@ class Columns:
             raise Unliftable("the columns come from several tensors", node)
         return source, codes - found.sources[source]
 
-    def _agree(self) -> None:
-        """All bands name the same keys, columns without one are lost, and no key stands twice in a row."""
+    def _alone(self) -> None:
+        """Columns without a key are lost, and each row has one."""
         main = self.main
         if main.fills - {float("-inf")}:
             found = ", ".join(f"{x:g}" for x in sorted(main.fills))
             raise Unliftable(
                 f"columns of the scores that have no key hold {found}, and only -inf is no weight", main.node
             )
+        if not bool(main.valid.any(-1).all()):
+            raise Unliftable("a row of the scores has no key", main.node)
+
+    def _agree(self) -> None:
+        """All that has numbers of keys names the same."""
+        main = self.main
         for band in self.bands.values():
+            if isinstance(band, Table):
+                continue
             valid, token = (x.expand(main.valid.shape) for x in (band.valid, band.token))
             if not bool((valid | ~main.valid).all()) or not torch.equal(token[main.valid], main.token[main.valid]):
                 raise Unliftable("a mask of the scores names other keys than the scores do", band.node)
-        if not bool(main.valid.any(-1).all()):
-            raise Unliftable("a row of the scores has no key", main.node)
 
     def _window(self) -> tuple[int, int]:
         """How far before and behind a row its first and last keys are."""

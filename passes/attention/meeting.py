@@ -19,7 +19,8 @@ from attnc.passes.products import Product
 class Meeting:
     """Weights of `columns`, behind the nodes `weights`, at their product with the values.
 
-    value: what the values are cut from. steps: along each axis of the product's result, through the rows of the scores
+    value: what the values are cut from. whole: whether each weight meets a value once, those of no key one of padding,
+    and nothing else does. steps: along each axis of the product's result, through the rows of the scores
     in order (keys' axes, then rows) and the channels.
     """
 
@@ -55,6 +56,7 @@ class Meeting:
             raise Unliftable("weights are padded with something other than zero", p.left)
         numbers = torch.full(self.shape, -1)
         count = torch.bincount(met[kept], minlength=prod(self.shape)).view(self.shape)
+        self.whole = bool(kept.all()) and bool((count == 1).all())
         if bool((count[self.main.valid.expand(self.shape)] != 1).any()):
             raise Unliftable("a weight meets no value, or several", p.node)
         numbers.view(-1)[met[kept]] = value[kept]

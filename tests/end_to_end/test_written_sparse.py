@@ -58,6 +58,13 @@ def led() -> torch.nn.Module:
     return transformers.LEDModel(config)
 
 
+def longt5() -> torch.nn.Module:
+    config = transformers.LongT5Config(
+        vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, local_radius=7, dropout_rate=0.0,
+    )  # fmt: skip
+    return transformers.LongT5EncoderModel(config)
+
+
 def bigbird() -> torch.nn.Module:
     config = transformers.BigBirdConfig(
         **SIZES, num_attention_heads=2, attention_type="block_sparse", block_size=4, num_random_blocks=2,
@@ -122,6 +129,23 @@ def test_sliding_chunks_are_windows(build, padded: bool) -> None:
     assert [region.columns for region in windows] == ([9] if build is longformer else [9, 17])
     assert all(region.mask == "window" and region.choice.form == "dense" for region in windows)
     compare(model, got * kept[..., None], want * kept[..., None])
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_blocks_of_longt5_are_windows_with_a_bias(trains: bool) -> None:
+    model, tokens = made(longt5), ids()
+    kept = torch.ones_like(tokens)
+    kept[1, 50:] = 0
+    options = {"inner": "aot_eager", "strict": True} | ({} if trains else {"force": "dense"})
+    compiled = torch.compile(model, backend="attnc", options=options)
+    with torch.set_grad_enabled(trains):
+        for mask in (kept, torch.ones_like(tokens)):
+            got, want = (f(input_ids=tokens, attention_mask=mask).last_hidden_state for f in (compiled, model))
+            compare(model, got, want)
+    regions = attention(attnc.last_report(compiled))
+    # A gradient reaches all columns of a row without keys: training keeps the blocks.
+    assert [region.columns for region in regions] == [0 if trains else 24] * 2
+    assert trains or all(region.choice.form == "dense" and region.facts["bias"] for region in regions)
 
 
 def test_gathered_blocks_are_left_by_their_name() -> None:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnc
+from attnc.passes import pipeline
+from attnc.passes.attention.chunks import in_chunks
 from tests.gallery_run import assert_same, attention, attnc_compiled, run
 
 W, LENGTH = 4, 24
@@ -82,6 +84,64 @@ class Ring(Diagonals):
         return torch.cat((x[:, :, -W:], x, x[:, :, :W]), 2).unfold(2, 3 * W, W).transpose(-1, -2)
 
 
+class Blocks(Chunks):
+    """Blocks of W rows over three blocks of keys, a bias by distance, and a mask of the run that is added (LongT5)."""
+
+    beyond = False  # what the mask says of keys that padding made up
+    low = -1e10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2 * W + 1, 2, generator=torch.Generator().manual_seed(1)))
+
+    def bias(self, apart: Tensor) -> Tensor:
+        return F.embedding(apart.clamp(-W, W) + W, self.weight)
+
+    def near(self, apart: Tensor) -> Tensor:
+        return apart.abs() < W
+
+    def mask(self, rows: Tensor, keys: Tensor, apart: Tensor) -> Tensor:
+        return torch.logical_and(torch.logical_and(rows, keys), self.near(apart))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, lost: Tensor) -> Tensor:
+        apart = torch.arange(3 * W) - W - torch.arange(W)[:, None]
+        kept = lost[:, 0, :, 0] < 1
+        keys = F.pad(kept, (W, W), value=self.beyond).unfold(1, 3 * W, W).unsqueeze(-2)
+        mask = self.mask(kept.unflatten(1, (-1, W)).unsqueeze(-1), keys, apart)
+        added = torch.where(mask, 0.0, self.low).unsqueeze(1) + self.bias(apart).permute(2, 0, 1).unsqueeze(1)
+        s = torch.einsum("bhnie,bhnje->bhnij", q.unflatten(2, (-1, W)), self.around(k)) + added
+        return torch.einsum("bhnij,bhnje->bhnie", s.softmax(-1), self.around(v)).flatten(2, 3)
+
+
+class Own(Blocks):
+    """Each row keeps its own key."""
+
+    def mask(self, rows: Tensor, keys: Tensor, apart: Tensor) -> Tensor:
+        return torch.logical_and(torch.logical_or(keys, apart == 0), self.near(apart))
+
+
+class ByPlace(Blocks):
+    def bias(self, apart: Tensor) -> Tensor:
+        return F.embedding(torch.arange(3 * W).expand(W, 3 * W) % (2 * W + 1), self.weight)
+
+
+class Torn(Blocks):
+    def near(self, apart: Tensor) -> Tensor:
+        return (apart.abs() < W) & (apart != 1)
+
+
+class Beyond(Blocks):
+    beyond = True
+
+
+class Raised(Blocks):
+    low = -3.0
+
+
+class Weak(Blocks):
+    low = -1e9
+
+
 def inputs() -> tuple[Tensor, ...]:
     torch.manual_seed(0)
     return (*(torch.randn(2, 2, LENGTH, 8) for _ in range(3)), torch.randn(2, 1, LENGTH, 1))
@@ -105,6 +165,39 @@ LOOKALIKES = {
     Softened: "columns of the scores that have no key hold -3",
     Ring: "the keys of a row are no window",
 }
+
+
+@pytest.mark.parametrize("model, backward", [(Blocks(), False), (Own(), False), (Own(), True)])
+def test_a_mask_of_the_run_in_blocks_is_a_window_with_a_bias(model: nn.Module, backward: bool) -> None:
+    torch._dynamo.reset()
+    compiled = attnc_compiled(model, inner="eager", force="dense", strict=True)
+    assert_same(run(compiled, inputs(), backward, model), run(model, inputs(), backward))
+    (region,) = attention(attnc.last_report(compiled))
+    assert region.choice.form == "dense" and region.columns == 3 * W, region.choice
+    assert region.shape.L == region.shape.S == LENGTH
+    assert "i - j" in region.facts["keep"] and region.facts["bias"], region.facts
+
+
+BLOCKS = {
+    ByPlace: "a bias is no function of the distance of row and key",
+    Torn: "the keys of a row are no window",
+    Beyond: "columns of the scores that have no key hold 0",
+    Raised: "columns of the scores that have no key hold 0",
+    Weak: "a row may lose all its keys in chunks, and -1e+09 leaves something of its scores",
+    Blocks: "a row may lose all its keys in chunks, and its gradient is that of all columns",
+}
+
+
+@pytest.mark.parametrize("model", BLOCKS, ids=lambda m: m.__name__)
+def test_blocks_that_are_no_window_stay_blocks(model: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    found, backward = [], model is Blocks
+    monkeypatch.setattr(pipeline, "in_chunks", lambda *args: found.append(in_chunks(*args)) or found[-1])
+    written = model()
+    compiled = attnc_compiled(written, inner="eager", force="dense")
+    assert_same(run(compiled, inputs(), backward, written), run(written, inputs(), backward))
+    assert all(not region.columns for region in attention(attnc.last_report(compiled)))
+    assert BLOCKS[model] in found[0].reason
 
 
 @pytest.mark.parametrize("model", LOOKALIKES, ids=lambda m: m.__name__)
