@@ -28,9 +28,9 @@ def region(rule: str = "causal", L: int = 512, S: int = 512, **facts) -> Attenti
     [
         ("block_scores{window=0}", region(), "use window=1"),
         ("page_bounds", region(), "serves decode, found prefill"),
-        ("page_bounds", region("window", 1), "may choose no key"),
+        ("page_bounds{sinks=16}", region("window", 1), "may choose no key"),
         ("memory_blocks", region(L=1), "serves prefill and training, found decode"),
-        ("memory_blocks", region("plain", L=64), "64 queries for 512 keys"),
+        ("memory_blocks", region("plain", L=64), "64 queries of 512 keys"),
         ("compressed_selection{length=48,stride=32}", region(), "whole strides"),
         ("rectified", region("window"), "a causal mask or none"),
         ("rectified", region("alibi"), "scores the product alone"),

@@ -131,7 +131,7 @@ def region(rule: str = "causal", L: int = 512, S: int = 512, Hq: int = 4, H: int
         ("token_top_k{blocks=4}", region(), "use scorer=indexer"),
         ("token_top_k{scorer=indexer}", region(), "needs index_query"),
         ("cache_eviction", region(L=1), "serves prefill and training, found decode"),
-        ("cache_eviction", region(L=64), "64 queries for 512 keys"),
+        ("cache_eviction", region(L=64), "64 queries of 512 keys"),
         ("cache_eviction", region("plain"), "use it for causal attention"),
         ("key_importance", region(), "use token_top_k"),
     ],
