@@ -36,7 +36,7 @@ WEIGHTS = Path(__file__).parent / "byte_model.safetensors"
 CONTEXT = 1024
 HEAD_DIM, THETA = 32, 10000.0
 HELD_OUT = 20  # each such file of the standard library is not trained on
-KEYS = 192  # different keys of a recall sequence of CONTEXT bytes, at most: each is asked for more than once
+KEYS = 96  # different keys of a recall sequence of CONTEXT bytes, at most: each is asked for more than once
 NEEDLES = 6
 ASKED = b"\n# The key of %s is %s."
 

@@ -1,6 +1,6 @@
 """Train the small language model of bytes of `byte_model.py`, on which approximations can be judged.
 
-    python examples/train_byte_model.py [--steps 2000] [--out examples/byte_model.safetensors] [--threads 2]
+    python examples/train_byte_model.py [--steps 2700] [--out examples/byte_model.safetensors] [--threads 2]
 
 Lengths grow from 32 to 1,024 bytes: what was said before is found among few places first. Every 100 steps it judges
 itself, writes a line to the log beside the weights, and saves a checkpoint, from which the same command goes on after
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 TOKENS, ROWS = 4096, 4  # of a step, at least
 LENGTHS = ((0.0, 32), (0.04, 64), (0.08, 128), (0.14, 256), (0.25, 512), (0.45, CONTEXT))  # from this part of the steps
 SHORTEST = {"text": 256, "needle": 128}  # of these, whatever the others have
-MIX = ("text", "recall", "needle", "text", "copy", "recall", "needle", "text")  # batches in turn
+MIX = ("text", "recall", "needle", "recall", "text", "recall", "needle", "copy")  # batches in turn
 MUON, ADAM = 0.02, 3e-3  # learning rates of matrices, of embeddings, norms and biases
 WARM, DECAY = 30, 0.4  # steps until they are reached, last part of the steps in which they fall
 KNOWN = 4.0  # weight of bytes that must be known; of others where they are random: 0.1
@@ -96,7 +96,7 @@ def loss_of(model, task: str, rng: random.Random, length: int) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2700)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
