@@ -36,7 +36,8 @@ class Architecture:
 
     kind: model_type of its configuration. fields: of the configuration, over SIZES; a field that is None in `fields`
     is left out. length: tokens it is timed at. window: the field that holds its window, and its value.
-    spellings: attention implementations that transformers offers for it. task: its Auto class.
+    spellings: attention implementations that transformers offers for it. task: its Auto class. mixes: whether layers
+    of it are linear mixers.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Architecture:
     window: tuple[str, int] | None = None
     spellings: tuple[str, ...] = ALL
     task: str = "AutoModelForCausalLM"
+    mixes: bool = False
 
 
 # transformers has no sdpa for a softcap (gemma2) or for sinks (gpt_oss), no FlexAttention for gpt2, and refuses
@@ -89,9 +91,32 @@ ARCHITECTURES = {
         spellings=("sdpa", "eager"),
     ),
     "qwen3": Architecture("qwen3"),
-}
+    "qwen3_next": Architecture(
+        "qwen3_next",
+        {
+            "linear_num_key_heads": 8, "linear_num_value_heads": 8, "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+        },
+        spellings=("sdpa",),
+        mixes=True,
+    ),
+    "minimax": Architecture(
+        "minimax", {"intermediate_size": 512, "num_local_experts": 4}, spellings=("sdpa",), mixes=True
+    ),
+    "mamba2": Architecture(
+        "mamba2",
+        {
+            **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "intermediate_size")),
+            "num_heads": 16, "n_groups": 1, "state_size": 128,
+        },
+        spellings=("eager",),
+        mixes=True,
+    ),
+}  # fmt: skip
 WINDOWED = tuple(name for name, architecture in ARCHITECTURES.items() if architecture.window)
-DENSE = tuple(name for name in ARCHITECTURES if name not in WINDOWED)
+MIXED = tuple(name for name, architecture in ARCHITECTURES.items() if architecture.mixes)
+DENSE = tuple(name for name in ARCHITECTURES if name not in WINDOWED + MIXED)
 
 
 def build(
