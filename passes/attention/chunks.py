@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from attnc.passes.attention.codes import is_constant, moves
+from attnc.passes.attention.codes import is_constant, is_padded, moves
 from attnc.passes.attention.columns import POINTWISE, Columns, plain_name
 from attnc.passes.attention.conditions import LOGIC
 from attnc.passes.attention.meeting import Meeting
@@ -64,7 +64,7 @@ class Counted:
         """The columns of the softmax `anchor`, and how they meet the values."""
         nodes, text = self._text(final.node)
         if text not in self._known:
-            self._known[text] = nodes, self._count(anchor, weights, final)
+            self._known[text] = nodes, self._count(anchor, weights, final, nodes)
         others, found = self._known[text]
         image = dict(zip(others, nodes, strict=True))
         if isinstance(found, NoMatch):
@@ -72,10 +72,22 @@ class Counted:
         columns = found[0].moved(image)
         return columns, found[1].moved(image, columns, weights, final)
 
-    def _count(self, anchor: fx.Node, weights: list[fx.Node], final: Product) -> tuple[Columns, Meeting] | NoMatch:
+    def _count(
+        self, anchor: fx.Node, weights: list[fx.Node], final: Product, nodes: list[fx.Node]
+    ) -> tuple[Columns, Meeting] | NoMatch:
+        """Of all elements; failing that, of what is padded to whole chunks as tensors of their own."""
+        found = self._tried(anchor, weights, final, padded=False)
+        if isinstance(found, NoMatch) and any(map(is_padded, nodes)):
+            again = self._tried(anchor, weights, final, padded=True)
+            return found if isinstance(again, NoMatch) else again
+        return found
+
+    def _tried(
+        self, anchor: fx.Node, weights: list[fx.Node], final: Product, *, padded: bool
+    ) -> tuple[Columns, Meeting] | NoMatch:
         try:
             with _disable_current_modes():
-                columns = Columns(self.facts, anchor)
+                columns = Columns(self.facts, anchor, padded=padded)
                 return columns, Meeting(columns, weights, final)
         except Unliftable as exc:
             return exc.no_match

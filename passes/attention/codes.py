@@ -42,6 +42,16 @@ def moves(node: fx.Node) -> bool:
     return is_view(node) or name in _PICKS
 
 
+def is_padded(node: fx.Node) -> bool:
+    """Whether `node` is a tensor with zeros behind its end along one axis."""
+    if op_name(node) not in ("pad", "constant_pad_nd"):
+        return False
+    sizes, mode = node.args[1], node.args[2:3] == ("constant",) or op_name(node) != "pad" or len(node.args) < 3
+    fill = node.args[3:] if op_name(node) == "pad" else node.args[2:]
+    ends = [x for x in sizes[1::2] if x != 0]
+    return mode and fill in ((), (0,), (None,)) and len(ends) == 1 and not any(sizes[::2])
+
+
 def is_constant(node: Any, known: dict[fx.Node, bool] | None = None) -> bool:
     """Whether the value of `node` is the same in every run."""
     known = {} if known is None else known
@@ -74,11 +84,12 @@ def _attribute(node: fx.Node) -> Any:
 class Codes:
     """The numbers of one node's elements as they are when the node at position `until` reads them.
 
-    sources: the nodes that elements come from, each with the number of its first element.
+    sources: the nodes that elements come from, each with the number of its first element. padded: whether what is
+    padded at the end of one axis, to whole chunks, is such a node.
     """
 
-    def __init__(self, facts: GraphFacts, node: fx.Node, until: int) -> None:
-        self.facts, self.until = facts, until
+    def __init__(self, facts: GraphFacts, node: fx.Node, until: int, *, padded: bool = False) -> None:
+        self.facts, self.until, self.padded = facts, until, padded
         self.sources: dict[fx.Node, int] = {}
         self.constants: list[float] = []
         self.total = 0
@@ -103,6 +114,8 @@ class Codes:
             before: list[fx.Node] = []
             if is_constant(one) and not self.facts.writes.get(self.facts.root(one)):
                 before = [] if op_name(one) in (*_MADE, *_FULL) else one.all_input_nodes
+            elif self.padded and is_padded(one):
+                self._number(one)
             elif op_name(one) in (*_MADE, *_FULL) or moves(one) or product(one) is not None:
                 if op_name(one).startswith("detach") and self.facts.needs_grad(one.args[0]):
                     raise Unliftable("a gradient is cut on the way", one)

@@ -75,13 +75,14 @@ class Columns:
 
     shape: of the scores. bands: what has columns. main: the product of queries and keys. window: how far before and
     behind a row its first and last keys are. kept: by constant masks, which stand at `masks`, and by what is known of
-    masks of the run, which stand at `lowered`. may_lose: whether these may leave a row without a key.
+    masks of the run, which stand at `lowered`. may_lose: whether these may leave a row without a key. padded: as of
+    `Codes`.
     """
 
-    def __init__(self, facts: GraphFacts, anchor: fx.Node) -> None:
+    def __init__(self, facts: GraphFacts, anchor: fx.Node, *, padded: bool = False) -> None:
         scores, dim = anchor.args[:2]
         assert isinstance(scores, fx.Node)
-        self.facts, self.anchor, self.scores = facts, anchor, scores
+        self.facts, self.anchor, self.scores, self.padded = facts, anchor, scores, padded
         self.shape = tuple(int(x.value) for x in shape_of(anchor) if x.is_const)
         if len(self.shape) != len(shape_of(anchor)):
             raise Unliftable("keys in chunks, and a length that is known at run time only", anchor)
@@ -91,12 +92,13 @@ class Columns:
         self.masks: set[fx.Node] = set()
         self.lowered: dict[fx.Node, Lowered] = {}
         self.certain = torch.ones((), dtype=torch.bool)  # columns that masks of the run keep for certain
-        found = {at: Codes(facts, at[0], facts.order[at[1]]) for at in dict.fromkeys(self._banded(scores, anchor))}
+        sites = dict.fromkeys(self._banded(scores, anchor))
+        found = {at: Codes(facts, at[0], facts.order[at[1]], padded=padded) for at in sites}
         pairs = [at for at, codes in found.items() if bool((codes.codes >= codes.total).any())]
         if len(pairs) != 1:
             raise Unliftable(f"keys in chunks, and {len(pairs)} products of queries and keys, one is allowed", scores)
         self.main = self._band(pairs[0], found[pairs[0]])
-        self._alone()
+        self._only_keys()
         self.window = self._window()
         self.bands = {at: self.main if at == pairs[0] else self._other(at, codes) for at, codes in found.items()}
         self._agree()
@@ -144,7 +146,7 @@ class Columns:
             yield from self._banded(masked[0], node, views, added=added)
             return
         if is_laid(node):
-            yield from self._banded(node.args[0], node, (node, *views), added=added)  # type: ignore[arg-type]
+            yield from self._banded(node.args[0], node, (node, *views), added=added)
             return
         name = plain_name(node)
         if name not in (*POINTWISE, *LOGIC) or moves(node) or is_constant(node):
@@ -162,7 +164,7 @@ class Columns:
         """Take what is known of a mask of the run."""
         if self.lowered.setdefault(low.node, low).views != low.views:
             raise Unliftable("one mask is read in two orders of its axes", low.node)
-        known = Known(self.facts, self.has_columns).of(low.condition, low.node, low.views)
+        known = Known(self.facts, self.has_columns, padded=self.padded).of(low.condition, low.node, low.views)
         self.kept = self.kept & (known != low.inverted)
         self.certain = self.certain & (known == (not low.inverted))
 
@@ -247,6 +249,8 @@ class Columns:
         lost = ~valid & (self.kept if paired else torch.ones_like(valid))
         fills = {found.constant(int(code)) for code in codes[lost].unique()}
         valid = valid & self.kept if paired else valid
+        if paired and not bool(valid.any(-1).all()):
+            raise Unliftable("a row of the scores has no key", node)
         source, numbers = self.one_source(found, right, valid, node)
         step, count, token = tokens(source, numbers, valid)
         apart = along(numbers - step * token, valid, source)
@@ -281,16 +285,14 @@ class Columns:
             raise Unliftable("the columns come from several tensors", node)
         return source, codes - found.sources[source]
 
-    def _alone(self) -> None:
-        """Columns without a key are lost, and each row has one."""
+    def _only_keys(self) -> None:
+        """Columns without a key are lost."""
         main = self.main
         if main.fills - {float("-inf")}:
             found = ", ".join(f"{x:g}" for x in sorted(main.fills))
             raise Unliftable(
                 f"columns of the scores that have no key hold {found}, and only -inf is no weight", main.node
             )
-        if not bool(main.valid.any(-1).all()):
-            raise Unliftable("a row of the scores has no key", main.node)
 
     def _agree(self) -> None:
         """All that has numbers of keys names the same."""

@@ -56,7 +56,7 @@ def lowered(node: fx.Node, views: Views) -> Lowered | None:
         return None
     if not inverted and _is_low(data):
         data, fill, inverted = fill, data, True
-    return Lowered(node, mask, inverted, data, float(fill), views) if _is_low(fill) else None  # type: ignore[arg-type]
+    return Lowered(node, mask, inverted, data, float(fill), views) if _is_low(fill) else None
 
 
 def _is_low(fill: Any) -> bool:
@@ -69,7 +69,7 @@ def is_laid(node: fx.Node) -> bool:
         return False
     core = node
     while _keeps_columns(core):
-        core = core.args[0]  # type: ignore[assignment]
+        core = core.args[0]
     return not moves(core) and op_name(core) in ("where", "masked_fill", "add", "sub", "mul", *CASTS, *LOGIC)
 
 
@@ -89,6 +89,7 @@ def viewed(t: Any, views: Views, call: Callable[..., Any] = lambda target, *args
         given = tensor_of(view.args[0])
         assert given is not None
         held = tensor_of(t) if isinstance(t, fx.Node) else t
+        assert held is not None
         for _ in range(given.dim() - held.dim()):
             t = call(torch.ops.aten.unsqueeze.default, t, 0)
         t = call(view.target, t, *view.args[1:])
@@ -98,8 +99,8 @@ def viewed(t: Any, views: Views, call: Callable[..., Any] = lambda target, *args
 class Known:
     """What elements are in every run: numbers, NaN where it takes the run to know."""
 
-    def __init__(self, facts: GraphFacts, has_columns: Callable[[Any], bool]) -> None:
-        self.facts, self.has_columns = facts, has_columns
+    def __init__(self, facts: GraphFacts, has_columns: Callable[[Any], bool], *, padded: bool) -> None:
+        self.facts, self.has_columns, self.padded = facts, has_columns, padded
 
     def of(self, node: Any, reader: fx.Node, views: Views) -> torch.Tensor:
         """Of `node`, as `reader` reads it, behind `views`."""
@@ -117,7 +118,7 @@ class Known:
             if name in CASTS and (value.dtype == torch.bool or value.dtype.is_floating_point):
                 given = self.of(node.args[0], node, views)
                 return _truth(given) if value.dtype == torch.bool else given
-        found = Codes(self.facts, node, self.facts.order[reader])
+        found = Codes(self.facts, node, self.facts.order[reader], padded=self.padded)
         numbers = torch.tensor([torch.nan, *reversed(found.constants)], dtype=torch.float64)
         return viewed(numbers[torch.where(found.codes < 0, found.codes, -len(numbers))], views)
 

@@ -41,7 +41,8 @@ class Meeting:
     def _values(self) -> Place:
         """The place of the values, where each weight meets the value of its own key, once."""
         p, order = self.final, self.facts.order
-        weights, values = (Codes(self.facts, x, order[p.node]) for x in (p.left, p.right))
+        weights = Codes(self.facts, p.left, order[p.node])
+        values = Codes(self.facts, p.right, order[p.node], padded=self.columns.padded)
         if list(weights.sources) != [self._moved_from()]:
             raise Unliftable("the weights meet the values beside something else", p.left)
         met = aligned(weights.codes, p.left_labels, (*p.out_labels, p.contracted))

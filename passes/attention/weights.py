@@ -81,14 +81,19 @@ def _read_by(users: list[fx.Node]) -> str:
     names = ", ".join(sorted(u.name for u in users)) or "nothing"
     said = f"the weights are read by {len(users)} nodes ({names}), one product is allowed"
     if len(users) > 1 and {op_name(u) for u in users} <= _PIECES:
-        said += ": as blocks of keys that were gathered for each block of rows are (BigBird), which are left as written"
+        said += (
+            ": as blocks of keys that were gathered for each block of rows are (BigBird); a softmax whose columns"
+            " several products make, and several read, is not read"
+        )
     return said
 
 
 def _changed_by(user: fx.Node) -> str:
     said = f"{op_name(user) or user.op} changes the weights before they meet the values"
     if op_name(user) in _SHIFTS:
-        said += ": as sliding chunks shift them from diagonals to columns (Longformer), which are left as written"
+        said += ": as sliding chunks shift them from diagonals to columns (Longformer)"
+    if op_name(user) == "mul" and any(op_name(u) == "sum" for u in user.users):
+        said += ": a sum of a few results by their weights (Reformer's rounds of hashes) is no product that is read"
     return said
 
 

@@ -65,6 +65,24 @@ def longt5() -> torch.nn.Module:
     return transformers.LongT5EncoderModel(config)
 
 
+def transient_global() -> torch.nn.Module:
+    config = transformers.LongT5Config(
+        vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, local_radius=7, global_block_size=4,
+        encoder_attention_type="transient-global", dropout_rate=0.0,
+    )  # fmt: skip
+    return transformers.LongT5EncoderModel(config)
+
+
+def reformer() -> torch.nn.Module:
+    config = transformers.ReformerConfig(
+        vocab_size=64, hidden_size=32, attention_head_size=16, num_attention_heads=2, feed_forward_size=64,
+        attn_layers=["local", "lsh"], axial_pos_shape=[8, 8], axial_pos_embds_dim=[16, 16], num_buckets=4, num_hashes=2,
+        local_attn_chunk_length=8, lsh_attn_chunk_length=8, max_position_embeddings=64, hash_seed=0,
+        hidden_dropout_prob=0.0, local_attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return transformers.ReformerModel(config)
+
+
 def bigbird() -> torch.nn.Module:
     config = transformers.BigBirdConfig(
         **SIZES, num_attention_heads=2, attention_type="block_sparse", block_size=4, num_random_blocks=2,
@@ -131,9 +149,9 @@ def test_sliding_chunks_are_windows(build, padded: bool) -> None:
     compare(model, got * kept[..., None], want * kept[..., None])
 
 
-@pytest.mark.parametrize("trains", [False, True])
-def test_blocks_of_longt5_are_windows_with_a_bias(trains: bool) -> None:
-    model, tokens = made(longt5), ids()
+@pytest.mark.parametrize("trains, cut", [(False, 0), (False, 3), (True, 0)])
+def test_blocks_of_longt5_are_windows_with_a_bias(trains: bool, cut: int) -> None:
+    model, tokens = made(longt5), ids()[:, : 64 - cut]
     kept = torch.ones_like(tokens)
     kept[1, 50:] = 0
     options = {"inner": "aot_eager", "strict": True} | ({} if trains else {"force": "dense"})
@@ -148,7 +166,21 @@ def test_blocks_of_longt5_are_windows_with_a_bias(trains: bool) -> None:
     assert trains or all(region.choice.form == "dense" and region.facts["bias"] for region in regions)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("build, regions", [(transient_global, 1), (reformer, 2)])
+def test_what_is_no_window_runs_as_the_blocks_it_is_written_in(build, regions: int, padded: bool) -> None:
+    model, tokens = made(build), ids()
+    kept = torch.ones_like(tokens)
+    kept[1, 50:] = 1 - padded
+    compiled = torch.compile(model, backend="attnc", options={"inner": "aot_eager", "strict": True})
+    with torch.no_grad():
+        got, want = (f(input_ids=tokens, attention_mask=kept).last_hidden_state for f in (compiled, model))
+    compare(model, got, want)
+    found = attention(attnc.last_report(compiled))
+    assert [(region.choice.form, region.columns) for region in found] == [("dense", 0)] * regions
+
+
 def test_gathered_blocks_are_left_by_their_name() -> None:
     with torch.no_grad():
         report = attnc.explain(made(bigbird), input_ids=ids())
-    assert any("blocks of keys" in item.reason for item in report.unmatched)
+    assert any("columns several products make" in item.reason for item in report.unmatched)
