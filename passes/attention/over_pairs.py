@@ -45,8 +45,16 @@ class Writing:
         self._private()
         self._lost_rows()
         mode = getattr(tensor_of(self.anchor), "fake_mode", None)
-        with self.facts.graph.inserting_before(self.final.node), mode or nullcontext():
-            return self._written()
+        graph = self.facts.graph
+        before = set(graph.nodes)
+        try:
+            with graph.inserting_before(self.final.node), mode or nullcontext():
+                return self._written()
+        except Unliftable:
+            for node in reversed(graph.nodes):
+                if node not in before:
+                    graph.erase_node(node)
+            raise
 
     def _private(self) -> None:
         """Refuse where something else reads what is computed on the way, and note all of it."""
@@ -225,6 +233,10 @@ class Writing:
             condition = emit(aten.logical_not.default, condition) if low.inverted else condition
             kept = emit(aten.logical_and.default, condition, kept)
         fill = min(low.fill for low in self.columns.lowered.values())
+        for one in (self.main.node, self.columns.scores):
+            dtype = tensor_of(one).dtype  # type: ignore[union-attr]
+            if fill < torch.finfo(dtype).min:
+                raise Unliftable(f"{fill:g} masks keys in chunks, and {dtype} ends before it", one)
         return emit(aten.where.ScalarOther, kept, scores, fill)
 
     def _same(self, node: fx.Node, given: dict[fx.Node, Any]) -> fx.Node:

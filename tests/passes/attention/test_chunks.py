@@ -109,7 +109,8 @@ class Blocks(Chunks):
         keys = F.pad(kept, (W, W), value=self.beyond).unfold(1, 3 * W, W).unsqueeze(-2)
         mask = self.mask(kept.unflatten(1, (-1, W)).unsqueeze(-1), keys, apart)
         added = torch.where(mask, 0.0, self.low).unsqueeze(1) + self.bias(apart).permute(2, 0, 1).unsqueeze(1)
-        s = torch.einsum("bhnie,bhnje->bhnij", q.unflatten(2, (-1, W)), self.around(k)) + added
+        s = torch.einsum("bhnie,bhnje->bhnij", q.unflatten(2, (-1, W)), self.around(k))
+        s += added
         return torch.einsum("bhnij,bhnje->bhnie", s.softmax(-1), self.around(v)).flatten(2, 3)
 
 
@@ -140,6 +141,13 @@ class Raised(Blocks):
 
 class Weak(Blocks):
     low = -1e9
+
+
+class Half(Blocks):
+    """Scores in a type that ends before the mask's number: a row without keys is NaN."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, lost: Tensor) -> Tensor:
+        return super().forward(q.half(), k.half(), v.half(), lost.clamp(max=0))
 
 
 def inputs() -> tuple[Tensor, ...]:
@@ -183,6 +191,7 @@ BLOCKS = {
     Torn: "the keys of a row are no window",
     Beyond: "columns of the scores that have no key hold 0",
     Raised: "columns of the scores that have no key hold 0",
+    Half: "-1e+10 masks keys in chunks, and torch.float16 ends before it",
     Weak: "a row may lose all its keys in chunks, and -1e+09 leaves something of its scores",
     Blocks: "a row may lose all its keys in chunks, and its gradient is that of all columns",
 }
