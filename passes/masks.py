@@ -37,6 +37,7 @@ from attnc.passes.views import Index, Ranges, through
 Leaf = Callable[[fx.Node, Index], "Expr | None"]
 _CASTS = ("to", "_to_copy", "long", "int", "type_as")
 _PLACE = var("place")  # of a number in its list
+DEEPEST = 96  # operators one behind another; a loop over tokens that was written out is no mask
 
 
 def kind_of(dtype: torch.dtype) -> str:
@@ -57,6 +58,7 @@ class Lift:
         self.implied: dict[Expr, Expr] = {}  # a condition -> one from which it follows
         self._memo: dict[tuple[fx.Node, Index], Expr] = {}
         self._opaque: set[fx.Node] = set()
+        self._depth = 0
 
     def element(self, node: Any, index: Index) -> Expr:
         """Element `index` of the value of `node`, which may also be a Python or symbolic number."""
@@ -69,7 +71,13 @@ class Lift:
             return self._scalar(node, value)
         key = (node, index)
         if key not in self._memo:
-            self._memo[key] = self._lift(node, value, index)
+            if self._depth == DEEPEST:
+                raise Unliftable(f"more than {DEEPEST} operators one behind another", node)
+            self._depth += 1
+            try:
+                self._memo[key] = self._lift(node, value, index)
+            finally:
+                self._depth -= 1
         return self._memo[key]
 
     def _lift(self, node: fx.Node, value: torch.Tensor, index: Index) -> Expr:
