@@ -8,7 +8,7 @@ into the tensor itself (a *captured* tensor), so run-time data is never proven f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -37,7 +37,6 @@ from attnc.passes.views import Index, Ranges, through
 Leaf = Callable[[fx.Node, Index], "Expr | None"]
 _CASTS = ("to", "_to_copy", "long", "int", "type_as")
 _PLACE = var("place")  # of a number in its list
-DEEPEST = 96  # operators one behind another; a loop over tokens that was written out is no mask
 
 
 def kind_of(dtype: torch.dtype) -> str:
@@ -50,6 +49,8 @@ class Lift:
     facts, end: the graph and the node at which captured tensors will be read.
     leaf:       asked first at every node; returns an expression to stop there (the product `s`, a body's argument).
     """
+
+    deepest: ClassVar[int] = 96  # operators one behind another; a loop over tokens that was written out is no mask
 
     def __init__(self, facts: GraphFacts, end: fx.Node, leaf: Leaf = lambda node, index: None) -> None:
         self.facts, self.end, self.leaf = facts, end, leaf
@@ -71,8 +72,8 @@ class Lift:
             return self._scalar(node, value)
         key = (node, index)
         if key not in self._memo:
-            if self._depth == DEEPEST:
-                raise Unliftable(f"more than {DEEPEST} operators one behind another", node)
+            if self._depth == self.deepest:
+                raise Unliftable(f"more than {self.deepest} operators one behind another", node)
             self._depth += 1
             try:
                 self._memo[key] = self._lift(node, value, index)
@@ -107,12 +108,7 @@ class Lift:
     def _as_kind(self, e: Expr, node: fx.Node, value: torch.Tensor, index: Index) -> Expr:
         """`e` with the kind of the node's dtype; a dtype that cannot hold the value exactly stops the lift."""
         wanted = kind_of(value.dtype)
-        if (
-            wanted == FLOAT
-            and e.kind == INT
-            and not e.is_const
-            and value.dtype in (torch.float16, torch.bfloat16)
-        ):
+        if wanted == FLOAT and e.kind == INT and not e.is_const and value.dtype in (torch.float16, torch.bfloat16):
             return self.capture(node, index)
         if wanted == INT and e.kind != BOOL and value.dtype in (torch.int8, torch.uint8, torch.int16):
             return self.capture(node, index)

@@ -8,6 +8,7 @@ Source: Dao and Gu 2024, arXiv:2405.21060, listing 1 (segment sums).
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from torch import fx
 
@@ -25,6 +26,8 @@ class Weighted(Lift):
 
     totals: (node, axis) of what is summed up, by slot beyond those of the captured tensors.
     """
+
+    deepest: ClassVar[int] = 24  # asked at every product of a graph, also those of loops
 
     def __init__(self, facts: GraphFacts, end: fx.Node, leaf: Leaf) -> None:
         super().__init__(facts, end, lambda node, index: leaf(node, index) or self._own(node, index))

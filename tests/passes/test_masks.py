@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from attnc.expr import B, H, I, J
 from attnc.expr_text import parse, spell
 from attnc.intervals import bounds
-from attnc.passes.graph import GraphFacts, integer, tensor_of
+from attnc.passes.graph import GraphFacts, Unliftable, integer, tensor_of
 from attnc.passes.masks import Lift
 from attnc.passes.views import broadcast_index
 from attnc.predicate import rebuild
@@ -113,3 +113,16 @@ def check_program(program: Program, lengths: tuple[int, int], symbolic: bool) ->
     assert whole is not None
     assert bool(whole[0]) or not bool(want.any())
     assert not bool(whole[1]) or bool(want.all())
+
+
+def test_a_chain_longer_than_any_mask_is_refused_and_not_followed_to_its_end():
+    def chain(x):
+        y = torch.arange(4) * x
+        for _ in range(400):
+            y = y + x
+        return y
+
+    graph = make_fx(chain)(torch.ones(4)).graph
+    end = graph.output_node()
+    with pytest.raises(Unliftable, match="more than 96 operators"):
+        Lift(GraphFacts(graph), end).element(end.args[0], (I,))
